@@ -1,0 +1,6 @@
+"""``python -m idefics_lit``."""
+
+from idefics_lit.cli import main
+
+if __name__ == "__main__":
+    main()

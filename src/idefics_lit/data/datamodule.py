@@ -1,0 +1,274 @@
+"""The LightningDataModule: which source, which split, which loader."""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch.utils.data
+from lightning import LightningDataModule
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from torch.utils.data import DataLoader, DistributedSampler
+
+from idefics_lit.collator import Idefics2Collator, PromptStyle
+from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.hub import HubDocVQA, load_splits
+from idefics_lit.data.official import OfficialDocVQA, find_official_splits
+from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.errors import InputError
+from idefics_lit.pretrained import load_processor
+
+SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
+
+
+class DocVQADataModule(LightningDataModule):
+    """Questions about document pages, from disk, the Hub, or drawn by the package.
+
+    Pages are decoded and processed in the loader's workers, one batch at a time. Training visits the questions in an
+    order, and with answers drawn, that depend on the seed and the epoch alone.
+
+    Args:
+        source: a folder or JSON file of the official DocVQA form; a Hub data set id or a local folder that `datasets`
+            reads; or "synthetic", pages drawn here, with families to choose as in "synthetic:form,table".
+        pretrained: whose processor to use; the model's on the command line.
+        subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
+        columns: which column holds what, where a data set names them its own way: a mapping from question_id,
+            question, image, answers, question_types.
+        language: which language of the question, where a data set has several (nielsr/docvqa_1200_examples).
+        train_split: the split to train on, "train" unless given.
+        val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split.
+        test_split: the split to test on, "test" unless given.
+        predict_split: the split to predict, the test split unless given, else the validation split.
+        held_out: the share of the training pages to validate on where there is no validation split.
+        limit_train: use only the first so many training questions.
+        limit_val: use only the first so many validation questions.
+        limit_test: use only the first so many test and prediction questions.
+        prompt_style: "recipe" or "idefics", see Idefics2Collator.
+        train_on_prompt: train on the prompt's text too.
+        image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
+        image_size: scale a page's longest edge to so many pixels, unless the processor's own size.
+        max_length: refuse sequences longer than so many tokens, by name.
+        batch_size: examples a training batch, on each device.
+        eval_batch_size: examples a batch in validation, test and prediction, batch_size unless given.
+        num_workers: loader processes on each device, by the machine's cores unless given.
+        seed: decides held-out pages, order, answers and synthetic pages.
+
+    Raises:
+        InputError: when the source, a split or a row is wrong; see the classes in `idefics_lit.data`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        pretrained: str = "HuggingFaceM4/idefics2-8b",
+        *,
+        subset: str | None = None,
+        columns: dict[str, str] | None = None,
+        language: str = "en",
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        predict_split: str | None = None,
+        held_out: float = 0.05,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        limit_test: int | None = None,
+        prompt_style: PromptStyle = "recipe",
+        train_on_prompt: bool = False,
+        image_splitting: bool = False,
+        image_size: int | None = None,
+        max_length: int = 2048,
+        batch_size: int = 2,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.examples: dict[str, Examples] = {}
+        self._splits: dict[str, Callable[[], Examples]] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Open the splits that the stage needs and load the processor."""
+        options = self.hparams
+        # Forked workers and the tokeniser's own threads don't mix.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.processor = load_processor(
+            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
+        )
+        if stage == "fit":
+            self.examples["train"] = self._limited(self._train(), options.limit_train)
+        if stage in ("fit", "validate"):
+            self.examples["val"] = self._limited(self._val(), options.limit_val)
+        if stage == "test":
+            self.examples["test"] = self._limited(self._named(options.test_split or "test"), options.limit_test)
+        if stage == "predict":
+            self.examples["predict"] = self._limited(self._predict(), options.limit_test)
+        else:
+            self._require_answers()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of shuffled training batches."""
+        trainer = self.trainer
+        sampler = _Visits(
+            self.examples["train"],
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.hparams.seed,
+        )
+        return self._loader("train", self.hparams.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of validation batches."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of test batches."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of batches to predict."""
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, split: str) -> DataLoader[Any]:
+        return self._loader(split, self.hparams.eval_batch_size or self.hparams.batch_size)
+
+    def _loader(
+        self, split: str, batch_size: int, sampler: torch.utils.data.Sampler[Any] | None = None
+    ) -> DataLoader[Any]:
+        options = self.hparams
+        collator = Idefics2Collator(
+            self.processor,
+            train=split == "train",
+            prompt_style=options.prompt_style,
+            train_on_prompt=options.train_on_prompt,
+            max_length=options.max_length,
+            seed=options.seed,
+        )
+        local_world_size = self.trainer.num_devices if self.trainer else 1
+        num_workers = options.num_workers
+        if num_workers is None:
+            num_workers = min(suggested_max_num_workers(local_world_size), 16)
+        return DataLoader(
+            self.examples[split],
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collator,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @property
+    def splits(self) -> dict[str, Callable[[], Examples]]:
+        """How to open each split that the source has."""
+        if self._splits is None:
+            self._splits = self._find_splits()
+        return self._splits
+
+    def _find_splits(self) -> dict[str, Callable[[], Examples]]:
+        options = self.hparams
+        name, _, families = options.source.partition(":")
+        if name == "synthetic":
+            given = {"families": families.split(",")} if families else {}
+            return {
+                split: lambda split=split, pages=pages: SyntheticPages(split, pages, options.seed, **given)
+                for split, pages in SYNTHETIC_PAGES.items()
+            }
+        path = Path(options.source)
+        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        if path.is_file() or (any(path.glob("*.json")) and not saved):
+            files = find_official_splits(path)
+            return {split: lambda file=file: OfficialDocVQA(file) for split, file in files.items()}
+        datasets = load_splits(options.source, options.subset)
+        return {
+            split: lambda split=split, rows=rows: HubDocVQA(
+                rows, f"{options.source} {split}", options.columns, options.language
+            )
+            for split, rows in datasets.items()
+        }
+
+    def _named(self, split: str) -> Examples:
+        if split not in self.splits:
+            raise InputError(
+                f"data.source {self.hparams.source}: no split {split!r}, it has {', '.join(self.splits)}: "
+                f"choose with --data.train_split, val_split, test_split or predict_split"
+            )
+        examples = self.splits[split]()
+        if not len(examples):
+            raise InputError(f"data.source {self.hparams.source}: split {split!r} is empty")
+        return examples
+
+    def _train(self) -> Examples:
+        examples = self._named(self.hparams.train_split or "train")
+        if self._val_split():
+            return examples
+        held_out = self._held_out(examples)
+        return _Selected(examples, [i for i, page in enumerate(examples.page_ids) if page not in held_out])
+
+    def _val(self) -> Examples:
+        if split := self._val_split():
+            return self._named(split)
+        examples = self._named(self.hparams.train_split or "train")
+        held_out = self._held_out(examples)
+        return _Selected(examples, [i for i, page in enumerate(examples.page_ids) if page in held_out])
+
+    def _predict(self) -> Examples:
+        split = self.hparams.predict_split or self.hparams.test_split or "test"
+        return self._named(split) if split in self.splits or self.hparams.predict_split else self._val()
+
+    def _val_split(self) -> str | None:
+        names = [self.hparams.val_split] if self.hparams.val_split else ["validation", "val"]
+        return next((name for name in names if name in self.splits), self.hparams.val_split)
+
+    def _held_out(self, examples: Examples) -> set[str]:
+        """Choose pages, not questions: a page that was trained on says nothing about new ones."""
+        pages = sorted(set(examples.page_ids))
+        count = max(1, round(self.hparams.held_out * len(pages)))
+        if count >= len(pages):
+            raise InputError(
+                f"data.source {self.hparams.source}: its {len(pages)} pages are too few to hold out "
+                f"{self.hparams.held_out} of them for validation: name a split with --data.val_split"
+            )
+        return set(random.Random(self.hparams.seed).sample(pages, count))
+
+    def _limited(self, examples: Examples, limit: int | None) -> Examples:
+        return _Selected(examples, range(len(examples))[:limit])
+
+    def _require_answers(self) -> None:
+        for examples in self.examples.values():
+            row = next((i for i, answers in enumerate(examples.answers) if not answers), None)
+            if row is not None:
+                raise InputError(f"{examples.where(row)}: no answer: add one or drop the row; `predict` needs none")
+
+
+class _Selected(Examples):
+    """Some of the questions of a split, each visited in an epoch."""
+
+    def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
+        self.examples, self.indices = examples, indices
+        self.page_ids = [examples.page_ids[i] for i in indices]
+        self.answers = [examples.answers[i] for i in indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, visit: int | tuple[int, int]) -> Example:
+        index, epoch = visit if isinstance(visit, tuple) else (visit, None)
+        example = self.examples[self.indices[index]]
+        example.epoch = epoch
+        return example
+
+    def where(self, index: int) -> str:
+        return self.examples.where(self.indices[index])
+
+
+class _Visits(DistributedSampler[Any]):
+    """Shuffled questions of a rank, each with its epoch, so that nothing drawn for it depends on a generator's state.
+
+    A `DistributedSampler` in single-device runs too: the order is a function of (seed, epoch), which Lightning sets.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return (cast("Any", (index, self.epoch)) for index in super().__iter__())

@@ -1,0 +1,55 @@
+"""What every source of data yields: one question about one or several page images."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+from torch.utils.data import Dataset
+
+
+@dataclass
+class Example:
+    """One question about a document.
+
+    Attributes:
+        question_id: the data's own id, an int or a str.
+        question: the question's text.
+        images: the pages, decoded; most data sets have one page a question.
+        answers: the accepted answers; empty where the data has none (a test split).
+        question_types: the data's own types of question, such as ``table/list``; may be empty.
+        where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
+        epoch: the epoch in which training visits the example. With it the answer drawn is a function of
+            (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
+    """
+
+    question_id: int | str
+    question: str
+    images: list[Image]
+    answers: list[str] = field(default_factory=list)
+    question_types: list[str] = field(default_factory=list)
+    where: str = ""
+    epoch: int | None = None
+
+
+class Examples(Dataset[Example]):
+    """One split of a source. A page is decoded or drawn when an example is asked for, in the loader's worker.
+
+    Attributes:
+        page_ids: the key of every question's page, known without decoding it.
+        answers: the references of every question; an empty list where it has none.
+    """
+
+    page_ids: Sequence[Hashable]
+    answers: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        """Count the questions."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        """Return a question with its pages, decoded."""
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """Name a question's row for error messages."""
+        raise NotImplementedError

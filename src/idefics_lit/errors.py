@@ -1,0 +1,12 @@
+"""The one exception that a user's mistake ends in."""
+
+
+class InputError(ValueError):
+    """Bad input: a file, a row or an option is wrong. The message is one line that names it and the cure.
+
+    The command line prints the message alone and exits with code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        # An exception raised in a loader's worker arrives as the text of its whole traceback: the last line is ours.
+        super().__init__(" ".join(message.rsplit("InputError: ", 1)[-1].split()))

@@ -1,0 +1,145 @@
+"""ANLS, the metric of DocVQA: a functional core and a thin torchmetrics ``Metric`` around it.
+
+What is special here: lengths and distance are both taken on the normalised strings, a question without references is
+an error and never a score, and every question id counts once, however distributed samplers pad.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+from torchmetrics import Metric
+
+from idefics_lit.errors import InputError
+
+
+def anls(
+    prediction: str,
+    references: Sequence[str],
+    *,
+    threshold: float = 0.5,
+    inclusive: bool = True,
+    strip_period: bool = False,
+    question_id: int | str | None = None,
+) -> float:
+    """Average Normalised Levenshtein Similarity of one answer: the best of its similarities to the references.
+
+    The similarity to one reference is ``1 - d / L``, with ``d`` the Levenshtein distance and ``L`` the longer length,
+    both in code points of the lower-cased strings whose runs of white space are one space; below the threshold it is 0.
+    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, as the RRC's evaluation script reads it.
+
+    Args:
+        prediction: the answer given.
+        references: the accepted answers, at least one.
+        threshold: similarities below it score 0.
+        inclusive: whether a similarity equal to the threshold is kept, as the RRC's script does; the paper drops it.
+        strip_period: drop full stops that end the prediction, as the authors of Idefics2 do before scoring.
+        question_id: named in the error.
+
+    Returns:
+        A score from 0 to 1.
+
+    Raises:
+        InputError: when there are no references.
+
+    >>> anls("Coca cola", ["Coca Cola", "Coca Cola Company"])
+    1.0
+    >>> anls("ab", ["ac"]), anls("ab", ["ac"], inclusive=False)
+    (0.5, 0.0)
+    """
+    if not references:
+        raise InputError(f"question {question_id}: no reference answers, so it has no ANLS: use a split with answers")
+    answer = _normalise(prediction)
+    if strip_period:
+        answer = answer.rstrip(".")
+    best = max(_similarity(answer, _normalise(reference)) for reference in references)
+    return best if best > threshold or (inclusive and best == threshold) else 0.0
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(a: str, b: str) -> float:
+    longer = max(len(a), len(b))
+    return 1.0 - Levenshtein.distance(a, b) / longer if longer else 1.0
+
+
+class ANLS(Metric):
+    """Mean ANLS over questions, each question id counted once, exact in distributed runs.
+
+    Scores are gathered and never averaged by rank. Without ``question_ids`` every pair counts.
+
+    Args:
+        threshold: see `anls`.
+        inclusive: see `anls`.
+        strip_period: see `anls`.
+        **kwargs: torchmetrics' own, such as ``compute_on_cpu``.
+
+    >>> metric = ANLS()
+    >>> metric.update(["0.28", "paris", "paris"], [["0.28"], ["rome"], ["rome"]], question_ids=[1, 2, 2])
+    >>> metric.compute()
+    tensor(0.5000, dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    question_ids: Tensor
+    scores: Tensor
+
+    def __init__(
+        self, *, threshold: float = 0.5, inclusive: bool = True, strip_period: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.options: dict[str, Any] = {
+            "threshold": threshold,
+            "inclusive": inclusive,
+            "strip_period": strip_period,
+        }
+        self.add_state("question_ids", torch.empty(0, dtype=torch.int64), dist_reduce_fx="cat")
+        self.add_state("scores", torch.empty(0, dtype=torch.float64), dist_reduce_fx="cat")
+
+    def update(
+        self,
+        preds: Sequence[str],
+        target: Sequence[Sequence[str]],
+        question_ids: Sequence[int | str] | None = None,
+    ) -> None:
+        """Score a batch.
+
+        Args:
+            preds: n answers.
+            target: n lists of references.
+            question_ids: n ids; pairs that share an id count once.
+
+        Raises:
+            ValueError: when the lengths differ.
+            InputError: when a question has no references.
+        """
+        # A fresh id for each pair that has none, unique over ranks.
+        ids: Sequence[int | str] = [uuid.uuid4().hex for _ in preds] if question_ids is None else question_ids
+        scores = [
+            anls(pred, references, question_id=question_id, **self.options)
+            for pred, references, question_id in zip(preds, target, ids, strict=True)
+        ]
+        hashes = [_hash(question_id) for question_id in ids]
+        self.question_ids = torch.cat([self.question_ids, torch.tensor(hashes, dtype=torch.int64).to(self.device)])
+        self.scores = torch.cat([self.scores, torch.tensor(scores, dtype=torch.float64).to(self.device)])
+
+    def compute(self) -> Tensor:
+        """Return the mean score as a 0-d tensor; NaN when nothing was scored."""
+        ids, order = self.question_ids.sort(stable=True)
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = ids[1:] != ids[:-1]
+        # Sorted, so that the sum doesn't depend on how questions were spread over ranks.
+        return self.scores[order][first].sort().values.mean()
+
+
+def _hash(question_id: int | str) -> int:
+    """64 bits of an id, the same in every process (Python's own hash of a string is not)."""
+    return int.from_bytes(hashlib.blake2b(str(question_id).encode(), digest_size=8).digest(), "big", signed=True)

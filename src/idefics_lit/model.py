@@ -1,0 +1,109 @@
+"""The 4-bit model with LoRA.
+
+What is special here: peft's ``prepare_model_for_kbit_training`` is not used (it upcasts embeddings, norms and head to
+float32 and drags the frozen vision tower into autograd); LoRA weights are float32 under mixed precision; and on a CPU
+bitsandbytes' inference kernels, which have no gradient and never let go of a layer, stay off.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+
+from idefics_lit.errors import InputError
+from idefics_lit.pretrained import cannot_load, resolve
+
+Quantization = Literal["nf4", "none"]
+
+# The recipe's: the projections of attention in the text model, the modality projection and the resampler, and the head.
+TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
+
+
+@dataclass
+class LoRA:
+    """Low-rank adaptation, https://arxiv.org/abs/2106.09685; the defaults are the recipe's.
+
+    Args:
+        r: rank.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: share of the layer's input that is dropped on the adapter's way.
+        init: how the adapter starts, see peft's ``init_lora_weights``.
+        target_modules: regular expression of the layers that get an adapter.
+    """
+
+    r: int = 8
+    alpha: int = 8
+    dropout: float = 0.1
+    init: str = "gaussian"
+    target_modules: str = TARGET_MODULES
+
+
+def load_model(
+    pretrained: str,
+    *,
+    quantization: Quantization,
+    lora: LoRA,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient_checkpointing: bool = False,
+) -> PeftModel:
+    """Load Idefics2 onto a device, in train mode, everything frozen but a new adapter.
+
+    Args:
+        pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
+        quantization: ``nf4`` (4 bits, double quantization, https://arxiv.org/abs/2305.14314) or ``none``.
+        lora: the adapter.
+        dtype: of what isn't quantized, and of the arithmetic.
+        device: where to.
+        gradient_checkpointing: keep one activation a layer and compute the others again.
+
+    Raises:
+        InputError: when there is no such model, or ``target_modules`` match none of its layers.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
+    except Exception as error:
+        raise cannot_load("model", pretrained, error) from error
+    if device.type == "cpu":
+        for layer in base.modules():
+            if isinstance(layer, bitsandbytes.nn.Linear4bit):
+                # The first evaluation would repack the weight for a kernel without autograd, for good.
+                layer.support_avx512bf16_for_cpu = False
+    model = add_lora(base, lora)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its hooks make the input of every sub-model require gradients, the frozen vision tower's too.
+        model.disable_input_require_grads()
+    # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
+    return model.train()
+
+
+def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
+    """Freeze the model and give it a new adapter.
+
+    Raises:
+        InputError: when ``target_modules`` is no regular expression or matches no layer.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        init_lora_weights=lora.init,  # type: ignore[arg-type]
+        target_modules=lora.target_modules,
+    )
+    try:
+        return get_peft_model(base, config)
+    except Exception as error:
+        raise InputError(f"model.lora: {error}") from error

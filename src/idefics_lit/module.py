@@ -1,0 +1,327 @@
+"""The LightningModule: what is trained, how it is scored, what a checkpoint holds.
+
+What is special here:
+
+- the loss of an optimizer step is the mean over all its answer tokens, over micro-batches and ranks;
+- validation generates answers and scores them, each question once;
+- a checkpoint holds the adapter alone, and is refused when it belongs to another model;
+- dropout is a function of seed, rank, epoch and batch, so that a resumed run repeats it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F  # noqa: N812
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import get_scheduler
+
+from idefics_lit.collator import IGNORED_LABEL
+from idefics_lit.errors import InputError
+from idefics_lit.metrics import ANLS, anls
+from idefics_lit.model import LoRA, Quantization, load_model
+from idefics_lit.pretrained import load_processor
+
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
+
+
+class _Step(NamedTuple):
+    """Sums over the micro-batches of an optimizer step, on this rank."""
+
+    unit: Tensor
+    tokens: Tensor
+    loss: Tensor
+
+
+class Idefics2Module(LightningModule):
+    """Idefics2 with a 4-bit base and LoRA, for answering questions about document pages.
+
+    Logs ``train/loss`` and ``lr`` every optimizer step; ``val/loss``, ``val/anls`` and ``val/anls/TYPE`` for every
+    question type in the data; the same under ``test/``. Batches are `Idefics2Collator`'s.
+
+    Args:
+        pretrained: a Hub id or a folder in the Hub's form; "tiny-random" is a small model for trying things.
+        quantization: "nf4" (4-bit base, double quantization) or "none".
+        lora: the adapter.
+        lr: AdamW's learning rate, reached after the warm-up.
+        weight_decay: AdamW's, on matrices; biases and norms have none.
+        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        schedule: how it falls to 0 at the last step, "linear" or "cosine".
+        gradient_checkpointing: compute activations twice to save memory.
+        max_new_tokens: the longest answer generated, in tokens.
+        strip_period: score predictions without the full stops that end them, as the authors of Idefics2 do.
+
+    Raises:
+        InputError: when the model can't be loaded or doesn't fit its tokeniser, the precision isn't one of 16-mixed,
+            bf16-mixed and 32-true, or a checkpoint belongs to another adapter.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "HuggingFaceM4/idefics2-8b",
+        *,
+        quantization: Quantization = "nf4",
+        lora: LoRA = LoRA(),  # noqa: B008
+        lr: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 75,
+        schedule: Literal["linear", "cosine"] = "linear",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 32,
+        strip_period: bool = False,
+    ) -> None:
+        super().__init__()
+        # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
+        lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
+        self.save_hyperparameters()
+        self.strict_loading = False
+        self.anls = ANLS(strip_period=strip_period)
+        self.eval_loss = MeanMetric()
+        self.records: list[dict[str, Any]] = []
+        self._step: _Step | None = None
+
+    def configure_model(self) -> None:
+        """Load processor and model onto this process' device."""
+        if hasattr(self, "model"):
+            return
+        options = self.hparams
+        trainer = self._trainer
+        if trainer is not None:
+            device = trainer.strategy.root_device
+        else:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = str(trainer.precision) if trainer is not None else "bf16-mixed" if device.type == "cuda" else "32-true"
+        if precision not in DTYPES:
+            raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
+        self.processor = load_processor(options.pretrained)
+        self.model = load_model(
+            options.pretrained,
+            quantization=options.quantization,
+            lora=LoRA(**options.lora),
+            dtype=DTYPES[precision],
+            device=device,
+            gradient_checkpointing=options.gradient_checkpointing,
+        )
+        tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
+        if tokens > rows:
+            raise InputError(
+                f"model.pretrained {options.pretrained!r}: its tokeniser has {tokens} tokens but the embedding only "
+                f"{rows} rows: take a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
+            )
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits (B, T, V) of a batch of `Idefics2Collator`."""
+        limit = self.model.config.text_config.max_position_embeddings
+        if batch["input_ids"].shape[1] > limit:
+            raise InputError(f"a batch of {batch['input_ids'].shape[1]} tokens: the model takes {limit}")
+        inputs = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+        return self.model(**{key: batch[key] for key in inputs}, use_cache=False).logits
+
+    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
+        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        return loss, (labels != IGNORED_LABEL).sum()
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Print what is trained and check that mixed precision can scale its gradients."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        rank_zero_info(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
+        wrong = next((name for name, p in self._trainable() if p.dtype != torch.float32), None)
+        if wrong:
+            raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Return the summed loss over a unit that all micro-batches of the step share.
+
+        Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
+        The unit, the first micro-batch's number of tokens, only keeps float16 gradients at their usual size.
+        """
+        loss, tokens = self.loss(batch)
+        if self._step is None:
+            unit = self._reduced(tokens.float(), "mean").clamp(min=1)
+            self._step = _Step(unit, torch.zeros_like(tokens), torch.zeros_like(loss))
+        self._step = self._step._replace(tokens=self._step.tokens + tokens, loss=self._step.loss + loss.detach())
+        return loss / self._step.unit
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
+        assert self._step is not None
+        unit, tokens, loss = self._step
+        self._step = None
+        tokens, loss = self._reduced(torch.stack([tokens.double(), loss.double()]), "sum")
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * unit / tokens
+        for _, parameter in self._trainable():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        self.log("train/loss", (loss / tokens).float(), prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Return AdamW and the schedule, stepped with it."""
+        options = self.hparams
+        parameters = [p for _, p in self._trainable()]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr)
+        scheduler = get_scheduler(
+            options.schedule,
+            optimizer,
+            num_warmup_steps=options.warmup_steps,
+            num_training_steps=int(self.trainer.estimated_stepping_batches),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch's loss and generated answers to the validation's."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch's loss and generated answers to the test's."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation comes to."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test comes to."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Return a record a question: its id, text, prediction, references and, where there are any, score."""
+        return self._answer(batch)
+
+    def generate(self, batch: Mapping[str, Any]) -> list[str]:
+        """Return the B greedy answers to a batch's prompts."""
+        tokenizer = self.processor.tokenizer
+        fake, image, end = tokenizer.convert_tokens_to_ids(
+            ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+        )
+        prompts = batch["prompt_input_ids"]
+        ids = self.model.generate(
+            input_ids=prompts,
+            attention_mask=batch["prompt_attention_mask"],
+            pixel_values=batch["pixel_values"],
+            pixel_attention_mask=batch["pixel_attention_mask"],
+            max_new_tokens=self.hparams.max_new_tokens,
+            do_sample=False,
+            # Explicit: generation that takes them from the model's files has been seen to go on past the answer.
+            eos_token_id=[tokenizer.eos_token_id, end],
+            bad_words_ids=[[fake], [image]],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _answer(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        strip_period = self.hparams.strip_period
+        return [
+            {
+                "question_id": question_id,
+                "question": question,
+                "prediction": prediction,
+                "references": references,
+                "score": anls(prediction, references, strip_period=strip_period) if references else None,
+                "question_types": question_types,
+            }
+            for question_id, question, prediction, references, question_types in zip(
+                batch["question_ids"],
+                batch["questions"],
+                self.generate(batch),
+                batch["references"],
+                batch["question_types"],
+                strict=True,
+            )
+        ]
+
+    def _evaluate(self, batch: Mapping[str, Any]) -> None:
+        loss, tokens = self.loss(batch)
+        self.eval_loss.update(loss / tokens, weight=tokens)
+        self.records += self._answer(batch)
+
+    def _log_scores(self, stage: str) -> None:
+        records, self.records = self.records, []
+        self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
+        self.eval_loss.reset()
+        self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
+        # Every rank must score the same types, whether or not it saw them.
+        types = {question_type for record in records for question_type in record["question_types"]}
+        for question_type in sorted(set().union(*self._gathered(types))):
+            of_type = [record for record in records if question_type in record["question_types"]]
+            self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
+
+    def _score(self, records: list[dict[str, Any]]) -> Tensor:
+        self.anls.update(
+            [record["prediction"] for record in records],
+            [record["references"] for record in records],
+            question_ids=[record["question_id"] for record in records],
+        )
+        score = self.anls.compute()
+        self.anls.reset()
+        return score
+
+    # Checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Return the trained weights alone: the 4-bit base is the Hub's and stays out of checkpoints."""
+        trainable = {name for name, _ in self._trainable()}
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name in trainable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's checkpoint, and let this run's learning rate and weight decay win over the saved."""
+        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        own = {name: tuple(parameter.shape) for name, parameter in self._trainable()}
+        if differing := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
+            lines = (f"{name}: {saved.get(name, 'missing')} saved, {own.get(name, 'none')} here" for name in differing)
+            raise InputError(
+                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ("
+                f"{'; '.join([*lines][:3])}): give model.pretrained and model.lora as it was trained with"
+            )
+        trained = checkpoint.get("hyper_parameters", {})
+        alpha, own_alpha = trained.get("lora", {}).get("alpha"), self.hparams.lora["alpha"]
+        if alpha not in (None, own_alpha):
+            raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
+        if trained.get("pretrained", self.hparams.pretrained) != self.hparams.pretrained:
+            rank_zero_warn(f"The adapter was trained on {trained['pretrained']}, not on {self.hparams.pretrained}.")
+        for optimizer in checkpoint.get("optimizer_states", []):
+            for group in optimizer["param_groups"]:
+                group["lr"] *= self.hparams.lr / group["initial_lr"]
+                group["initial_lr"] = self.hparams.lr
+                group["weight_decay"] = self.hparams.weight_decay if group["weight_decay"] else 0.0
+        for scheduler in checkpoint.get("lr_schedulers", []):
+            scheduler["base_lrs"] = [self.hparams.lr for _ in scheduler["base_lrs"]]
+
+    # Helpers
+
+    def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def _reduced(self, tensor: Tensor, op: str) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op=op)
+
+    def _gathered(self, value: set[str]) -> list[set[str]]:
+        if self.trainer.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered

@@ -1,0 +1,59 @@
+"""What ``pretrained`` names, and the processor that is loaded from there."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+from transformers import AutoProcessor, ProcessorMixin
+
+from idefics_lit.errors import InputError
+
+
+def resolve(pretrained: str) -> str:
+    """Return what ``from_pretrained`` takes: a Hub id and a folder stay, ``tiny-random`` is built once and kept.
+
+    Args:
+        pretrained: a Hub id, a folder in the Hub's form, or ``tiny-random``, a randomly initialised small Idefics2.
+    """
+    if pretrained != "tiny-random":
+        return pretrained
+    from idefics_lit.tiny import build_tiny
+
+    folder = Path(huggingface_hub.constants.HF_HOME) / "idefics_lit" / "tiny-random"
+    return str(folder if folder.exists() else build_tiny(folder))
+
+
+def load_processor(
+    pretrained: str, *, image_splitting: bool = False, image_size: int | None = None
+) -> ProcessorMixin:
+    """Load Idefics2's processor.
+
+    Args:
+        pretrained: see `resolve`.
+        image_splitting: four quadrants and the page, 320 image tokens in place of 64. The Hub's file turns it on.
+        image_size: scale the longest edge to so many pixels; the processor's own size unless given.
+
+    Raises:
+        InputError: when there is no processor, or the size is more than the model was trained for.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(resolve(pretrained))
+    except Exception as error:
+        raise cannot_load("processor", pretrained, error) from error
+    images = processor.image_processor
+    images.do_image_splitting = image_splitting
+    if image_size is not None:
+        longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
+        if not 0 < image_size <= longest:
+            raise InputError(f"data.image_size {image_size}: choose from 1 to {longest}, what {pretrained} takes")
+        images.size = type(images.size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
+    return processor
+
+
+def cannot_load(what: str, pretrained: str, error: Exception) -> InputError:
+    """Turn what ``from_pretrained`` raises into one line with the cure."""
+    reason: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(
+        f"model.pretrained {pretrained!r}: no {what} can be loaded ({reason}): give a Hub id or a folder in the Hub's "
+        f"form, and check the network"
+    )
