@@ -1,22 +1,48 @@
 """The command line: LightningCLI on `Idefics2Module` and `DocVQADataModule`, and one line for a user's mistake."""
 
+import argparse
+import difflib
+import logging
 import os
 import pickle
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
-from idefics_lit.module import Idefics2Module
 from idefics_lit.outputs import FitTable, PredictionWriter, ProgressBar, SaveConfig
+
+COMMANDS = {
+    "fit": "Train the adapter, validate as often as the config says, keep the best checkpoint.",
+    "validate": "Score a checkpoint, or the model without one, on the validation split.",
+    "test": "Score a checkpoint, or the model without one, on the test split.",
+    "predict": "Answer a split's questions, with or without references: submission.json and predictions.jsonl.",
+}
+TRAINER_OPTIONS = {
+    "accelerator": "cpu, gpu or auto",
+    "devices": "how many, a list of which, or auto",
+    "precision": "16-mixed, bf16-mixed or 32-true",
+    "max_steps": "optimizer steps to train for",
+    "max_epochs": "rounds through the training questions to train for",
+    "accumulate_grad_batches": "batches an optimizer step",
+    "gradient_clip_val": "the largest norm of the gradients",
+    "val_check_interval": "batches, or share of an epoch, between validations",
+    "check_val_every_n_epoch": "null lets val_check_interval count over epochs",
+    "log_every_n_steps": "optimizer steps between logged values",
+    "logger": "where values are logged, false for nowhere",
+    "callbacks": "further callbacks, such as ModelCheckpoint",
+    "default_root_dir": "the output folder where there is no logger",
+}
 
 
 class DocVQACLI(LightningCLI):
@@ -25,7 +51,7 @@ class DocVQACLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and the arguments of each that are no options."""
-        hidden = {"model", "datamodule", "weights_only", "verbose"}
+        hidden = {"model", "datamodule", "ckpt_path", "weights_only", "verbose"}
         return {
             "fit": hidden | {"train_dataloaders", "val_dataloaders"},
             "validate": hidden | {"dataloaders"},
@@ -33,33 +59,53 @@ class DocVQACLI(LightningCLI):
             "predict": hidden | {"dataloaders", "return_predictions"},
         }
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
+        options = {"formatter_class": _Help, "usage": "%(prog)s [--config FILE] [--OPTION VALUE ...]"}
+        super()._add_subcommands(parser, **{name: {**options, "description": COMMANDS[name]} for name in COMMANDS})
+        for command in parser._subcommands_action._choices_actions:  # Lightning's lines are cut off
+            command.help = COMMANDS[command.dest]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Take the processor from where the model comes from."""
+        """Add ``ckpt_path``, take the processor from where the model comes from, and list the Trainer last."""
+        parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to start from; its options are kept")
         parser.link_arguments("model.pretrained", "data.pretrained")
+        # A checkpoint may name the source, so that it isn't required before the checkpoint is read.
+        parser.set_defaults({"data.source": ""})
+        trainer = parser.groups["trainer"]
+        trainer.title = "The Trainer's, most used (--print_config shows all)"
+        parser._action_groups.sort(key=lambda group: group is trainer)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse; with a checkpoint parse again, its hyperparameters as defaults below the config and the flags."""
-        self.config = parser.parse_args(args)
+        self.config = self._parse(parser, args)
         command = self.config.subcommand
-        path = self.config[command].get("ckpt_path")
-        if not path or path in ("best", "last", "hpc"):
-            return
-        checkpoint = _read_checkpoint(path)
-        defaults = {
-            f"{group}.{name}": value
-            for group, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters"))
-            for name, value in checkpoint.get(key, {}).items()
-            if f"{group}.{name}" != "data.pretrained"
-        }
-        self._subcommand_parsers[command].set_defaults(defaults)
-        self.config = parser.parse_args(args)
+        path = self.config[command].ckpt_path
+        if path and path not in ("best", "last", "hpc"):
+            checkpoint = _read_checkpoint(path)
+            remembered = {
+                "model": checkpoint.get("hyper_parameters", {}),
+                "data": checkpoint.get("datamodule_hyper_parameters", {}),
+            }
+            remembered["data"].pop("pretrained", None)  # linked to the model's
+            self._subcommand_parsers[command].set_defaults(_flat(remembered))
+            self.config = self._parse(parser, args)
+
+    def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
+        try:
+            return parser.parse_args(args)
+        except ArgumentError as error:
+            known = {action.dest for command in self._subcommand_parsers.values() for action in command._actions}
+            raise InputError(_explain(str(error), sorted(known))) from error
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters win over the user's flags."""
 
     def before_instantiate_classes(self) -> None:
         """Refuse what can't work before anything is loaded, and let wandb run without an account."""
-        trainer = self.config[self.config.subcommand].trainer
+        options = self.config[self.config.subcommand]
+        if not options.data.source:
+            raise InputError("data.source is missing: give --config FILE, or a folder, Hub id or synthetic")
+        trainer = options.trainer
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
             _allow_wandb_offline()
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
@@ -79,7 +125,46 @@ class DocVQACLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # A checkpoint is data: nothing in it may run code.
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        ckpt_path = self.config_init[subcommand].ckpt_path
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": ckpt_path, "weights_only": True}
+
+
+class _Help(DefaultHelpFormatter):
+    """Help without types, without options that take a part's whole config, and with the Trainer's most used only."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        part, _, name = action.dest.partition(".")
+        hidden = part == "trainer" and name not in TRAINER_OPTIONS or action.dest in ("model", "model.lora", "data")
+        if not hidden:
+            super().add_argument(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = TRAINER_OPTIONS.get(action.dest.removeprefix("trainer."), action.help or "")
+        return text if action.default in (None, "", argparse.SUPPRESS) else f"{text} (default: %(default)s)"
+
+
+def _explain(error: str, options: Sequence[str]) -> str:
+    """Make jsonargparse's message readable: type names without Python around them, and the option that was meant."""
+    error = " ".join(error.split())
+    for pattern, readable in (
+        (r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: ", r"Expected one of \1. Got value: "),
+        (r"<class '([\w.]+)'>|typing\.(?=Literal)", r"\1"),
+        (r'Parser key "([\w.]+)"', r"\1"),
+    ):
+        error = re.sub(pattern, readable, error)
+    if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", error):
+        close = difflib.get_close_matches(unknown[1], options, n=1)
+        error = f"no option {unknown[1]}" + "".join(f", did you mean {option}?" for option in close)
+    return error
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested values by their dotted path, ``columns`` excepted, which is one value."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and name != "columns"
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def _allow_wandb_offline() -> None:
@@ -101,6 +186,18 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def _hide_noise() -> None:
+    """Silence what libraries say about themselves and no user of this program can act on."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\). is deprecated")
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not re.match("Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False", record.getMessage())
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -113,6 +210,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
+    _hide_noise()
+    from idefics_lit.module import Idefics2Module  # bitsandbytes talks when it is imported
+
     try:
         DocVQACLI(
             Idefics2Module,
@@ -131,9 +231,13 @@ def main(args: Sequence[str] | None = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"description": "Fine-tune Idefics2 on document questions.", "exit_on_error": False},
+            parser_kwargs={
+                "prog": Path(sys.argv[0]).name if "idefics-lit" in sys.argv[0] else "python -m idefics_lit",
+                "description": "Fine-tune Idefics2 on document questions.",
+                "exit_on_error": False,
+            },
         )
-    except (InputError, MisconfigurationException, ArgumentError) as error:
+    except (InputError, MisconfigurationException) as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

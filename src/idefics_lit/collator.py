@@ -52,6 +52,7 @@ class Idefics2Collator:
         self.max_length = max_length
         self.seed = seed
         tokenizer = processor.tokenizer
+        self.special_tokens = list(tokenizer.get_added_vocab())
         self.image_token_ids = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Idefics2Collator:
         images = [{"type": "image"} for _ in example.images]
         question = example.question.strip()
         for text in (question, answer or ""):
-            if any(token in text for token in self.processor.tokenizer.all_special_tokens):
+            if any(token in text for token in self.special_tokens):
                 raise InputError(f"{_name(example)}: {text!r} holds one of the model's special tokens: reword it")
         if self.prompt_style == "recipe":
             content = [_text_part("Answer briefly."), *images, _text_part(question)]
@@ -132,11 +133,10 @@ class Idefics2Collator:
         return str(text).strip()
 
     def _process(self, examples: Sequence[Example], texts: list[str]) -> dict[str, Tensor]:
-        images = [[image.convert("RGB") for image in example.images] for example in examples]
         try:
             return self.processor(
                 text=texts,
-                images=images,
+                images=[example.images for example in examples],
                 padding=True,
                 padding_side="right" if self.train else "left",
                 return_tensors="pt",

@@ -13,6 +13,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 
 from idefics_lit.errors import InputError
 
@@ -89,8 +90,8 @@ class ANLS(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    question_ids: Tensor
-    scores: Tensor
+    question_ids: list[Tensor]
+    scores: list[Tensor]
 
     def __init__(
         self, *, threshold: float = 0.5, inclusive: bool = True, strip_period: bool = False, **kwargs: Any
@@ -101,8 +102,15 @@ class ANLS(Metric):
             "inclusive": inclusive,
             "strip_period": strip_period,
         }
-        self.add_state("question_ids", torch.empty(0, dtype=torch.int64), dist_reduce_fx="cat")
-        self.add_state("scores", torch.empty(0, dtype=torch.float64), dist_reduce_fx="cat")
+        self.add_state("question_ids", [], dist_reduce_fx="cat")
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        super().reset()
+        # A rank that scores nothing takes part in the gathering all the same, with the right types.
+        self._append([], [])
 
     def update(
         self,
@@ -127,17 +135,19 @@ class ANLS(Metric):
             anls(pred, references, question_id=question_id, **self.options)
             for pred, references, question_id in zip(preds, target, ids, strict=True)
         ]
-        hashes = [_hash(question_id) for question_id in ids]
-        self.question_ids = torch.cat([self.question_ids, torch.tensor(hashes, dtype=torch.int64).to(self.device)])
-        self.scores = torch.cat([self.scores, torch.tensor(scores, dtype=torch.float64).to(self.device)])
+        self._append([_hash(question_id) for question_id in ids], scores)
 
     def compute(self) -> Tensor:
         """Return the mean score as a 0-d tensor; NaN when nothing was scored."""
-        ids, order = self.question_ids.sort(stable=True)
+        ids, order = dim_zero_cat(self.question_ids).sort(stable=True)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[1:] = ids[1:] != ids[:-1]
         # Sorted, so that the sum doesn't depend on how questions were spread over ranks.
-        return self.scores[order][first].sort().values.mean()
+        return dim_zero_cat(self.scores)[order][first].sort().values.mean()
+
+    def _append(self, ids: list[int], scores: list[float]) -> None:
+        self.question_ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        self.scores.append(torch.tensor(scores, dtype=torch.float64, device=self.device))
 
 
 def _hash(question_id: int | str) -> int:

@@ -79,7 +79,6 @@ class Idefics2Module(LightningModule):
         # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
         self.save_hyperparameters()
-        self.strict_loading = False
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.records: list[dict[str, Any]] = []
@@ -287,16 +286,24 @@ class Idefics2Module(LightningModule):
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if name in trainable}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint, and let this run's learning rate and weight decay win over the saved."""
-        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load the trained weights, all of them.
+
+        Raises:
+            InputError: with the first names that differ, when they are another adapter's.
+        """
+        saved = {name: tuple(value.shape) for name, value in state_dict.items()}
         own = {name: tuple(parameter.shape) for name, parameter in self._trainable()}
         if differing := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
-            lines = (f"{name}: {saved.get(name, 'missing')} saved, {own.get(name, 'none')} here" for name in differing)
+            first = (f"{name}: {saved.get(name, 'none')} saved, {own.get(name, 'none')} here" for name in differing[:3])
             raise InputError(
-                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ("
-                f"{'; '.join([*lines][:3])}): give model.pretrained and model.lora as it was trained with"
+                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): give "
+                f"model.pretrained and model.lora as it was trained with"
             )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another scale of the adapter, and let this run's learning rate and weight decay win over the saved."""
         trained = checkpoint.get("hyper_parameters", {})
         alpha, own_alpha = trained.get("lora", {}).get("alpha"), self.hparams.lora["alpha"]
         if alpha not in (None, own_alpha):

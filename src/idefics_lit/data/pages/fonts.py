@@ -1,0 +1,77 @@
+"""Typefaces that Python packages ship, so that a page looks the same on every machine.
+
+DejaVu and STIX come with matplotlib (only its files are used: it is never imported). Aileron comes with Pillow and is
+held out: no page of ``font="known"`` shows it.
+"""
+
+import importlib.util
+import random
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ImageFont
+
+from idefics_lit.errors import InputError
+
+REGULAR = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "DejaVuSans-Oblique", "DejaVuSerif-Italic")
+BOLD = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "STIXGeneralBol")
+UNSEEN = "Aileron"
+
+
+class Font(NamedTuple):
+    """A typeface at a size in pixels."""
+
+    face: str
+    size: int
+
+    def width(self, text: str) -> float:
+        """Length of ``text`` in pixels."""
+        return load(self).getlength(text)
+
+    def at(self, size: int) -> "Font":
+        """The same typeface at another size."""
+        return Font(self.face, size)
+
+
+class Style(NamedTuple):
+    """The fonts of one page: values and sentences, labels, headings."""
+
+    body: Font
+    label: Font
+    heading: Font
+
+
+def pick_style(rng: random.Random, font: str, smallest: int, largest: int) -> Style:
+    """Draw the fonts of a page, with the body's size from ``smallest`` to ``largest`` pixels."""
+    size = rng.randint(smallest, largest)
+    if font == "unseen":
+        body = label = heading = UNSEEN
+    else:
+        body, bold = rng.choice(REGULAR + REGULAR + BOLD), rng.choice(BOLD)
+        label = rng.choice((body, body, bold))
+        heading = rng.choice((label, bold, bold))
+    return Style(Font(body, size), Font(label, size), Font(heading, min(size + rng.randint(1, 6), 20)))
+
+
+@cache
+def load(font: Font) -> ImageFont.FreeTypeFont:
+    """Open a font with the basic layout engine: the other one is not on every machine and sets type differently."""
+    basic = ImageFont.Layout.BASIC
+    if font.face == UNSEEN:
+        return ImageFont.load_default(font.size).font_variant(layout_engine=basic)  # type: ignore[union-attr]
+    return ImageFont.truetype(str(_folder() / f"{font.face}.ttf"), font.size, layout_engine=basic)
+
+
+@cache
+def advances(font: Font) -> dict[str, float]:
+    """Width in pixels of each printable ASCII character."""
+    return {chr(code): font.width(chr(code)) for code in range(32, 127)}
+
+
+@cache
+def _folder() -> Path:
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("synthetic pages are set in the fonts that matplotlib ships: pip install matplotlib")
+    return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"

@@ -1,0 +1,51 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from idefics_lit.tiny import build_tiny
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A randomly initialised small Idefics2 in the Hub's form."""
+    return str(build_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def hub_files(tmp_path_factory):
+    """Idefics2-8b's small files in the Hub's own form, with the tokeniser's model."""
+    import shutil
+
+    import mistral_common
+
+    folder = tmp_path_factory.mktemp("idefics2-8b")
+    shutil.copytree(DATA / "idefics2-8b-files", folder, dirs_exist_ok=True)
+    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    shutil.copy(model, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture
+def docvqa():
+    """Real pages in the official DocVQA form: 24 training and 5 validation questions."""
+    return DATA / "docvqa-public-domain"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Type a command as a user would, in a folder of its own; returns that folder."""
+    from idefics_lit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        main([str(arg) for arg in args])
+        return tmp_path
+
+    return run

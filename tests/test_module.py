@@ -1,0 +1,214 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from lightning import Callback, Trainer
+from PIL import Image
+from torch.utils.data import DataLoader, SequentialSampler
+
+from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.example import Example
+from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.errors import InputError
+from idefics_lit.model import LoRA
+from idefics_lit.module import Idefics2Module
+from idefics_lit.pretrained import load_processor
+
+CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
+       "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return load_processor(tiny, image_size=112)  # a small page, for speed
+
+
+@pytest.fixture(scope="module")
+def examples():
+    pages = SyntheticPages("train", 12)
+    examples = [pages[i] for i in range(32)]
+    for example in examples:
+        example.answers = example.answers[:1]
+    return examples
+
+
+def module(tiny, **kwargs):
+    torch.manual_seed(0)
+    kwargs.setdefault("lora", LoRA(dropout=0.0))
+    return Idefics2Module(tiny, **kwargs)
+
+
+def gradients(module, batch):
+    module.zero_grad()
+    loss, tokens = module.loss(batch)
+    (loss / tokens).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step > len(self.values):
+            self.values.append(trainer.callback_metrics["train/loss"].item())
+
+
+def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path):
+    """30 optimizer steps of 2 x 8 examples in float32, the same order, labels and schedule."""
+    steps, data = 30, [examples[i % len(examples)] for i in range(30 * 16)]
+    collator = Idefics2Collator(processor, train=True)
+    ours = module(tiny, quantization="none", lr=1e-3, warmup_steps=5)
+    losses = Losses()
+    trainer = Trainer(**CPU, max_steps=steps, accumulate_grad_batches=8, gradient_clip_val=1.0, callbacks=[losses])
+    trainer.fit(ours, DataLoader(data, batch_size=2, collate_fn=collator))
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    theirs = module(tiny, quantization="none")
+    theirs.configure_model()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        warmup_steps=5,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+    )
+    reference = InOrder(theirs.model, arguments, train_dataset=data, data_collator=collator)
+    reference.train()
+    expected = [entry["loss"] for entry in reference.state.log_history if "loss" in entry]
+    assert len(losses.values) == len(expected) == steps
+    assert losses.values == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0]
+
+
+def test_gradients_before_and_after_a_validation_are_equal_in_nf4(tiny, processor, examples):
+    ours = module(tiny)
+    ours.configure_model()
+    batch = Idefics2Collator(processor, train=True)(examples[:4])
+    before = gradients(ours, batch)
+    Trainer(**CPU).validate(
+        ours, DataLoader(examples[:4], batch_size=2, collate_fn=Idefics2Collator(processor, train=False)), verbose=False
+    )
+    after = gradients(ours.train(), batch)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(gradient.any() for name, gradient in before.items() if "lora_B" in name)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, processor, examples):
+    batch = Idefics2Collator(processor, train=True)(examples[:2])
+    results = {}
+    for checkpointing in (False, True):
+        ours = module(tiny, gradient_checkpointing=checkpointing)
+        ours.configure_model()
+        calls, vision = [], []
+        base = ours.model.get_base_model().model
+        base.text_model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        base.vision_model.register_forward_hook(lambda m, i, out, v=vision: v.append(out[0].requires_grad))
+        results[checkpointing] = gradients(ours, batch)
+        assert len(calls) == (2 if checkpointing else 1)
+        assert vision == [False]  # the frozen tower stays out of autograd
+    assert results[True].keys() == results[False].keys()
+    assert all(torch.allclose(results[True][n], results[False][n], atol=1e-7) for n in results[True])
+
+
+def test_predictions_depend_on_neither_batch_size_nor_neighbours(tiny, processor, examples):
+    ours = module(tiny, quantization="none", max_new_tokens=6)
+    with torch.random.fork_rng():
+        ours.configure_model()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)  # a random model says one thing to everybody
+    ours.eval()
+    mixed = [Example(e.question_id, e.question, e.images, e.answers) for e in examples[:8]]
+    mixed[3].images = [Image.new("L", (90, 112), 200)]  # another shape: its neighbours are padded
+    collator = Idefics2Collator(processor, train=False)
+
+    def predict(size, examples):
+        batches = Trainer(**CPU).predict(ours, DataLoader(examples, batch_size=size, collate_fn=collator))
+        return {record["question_id"]: record["prediction"] for batch in batches for record in batch}
+
+    one_by_one = predict(1, mixed)
+    assert len(set(one_by_one.values())) > 1
+    assert predict(8, mixed) == predict(3, mixed[::-1]) == one_by_one
+
+
+def test_weight_decay_spares_vectors_and_the_schedule_steps(tiny, processor, examples):
+    ours = module(tiny, lr=1e-3, warmup_steps=2)
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(trainer.callback_metrics["lr"].item())
+
+    loader = DataLoader(examples[:8], batch_size=2, collate_fn=Idefics2Collator(processor, train=True))
+    Trainer(**CPU, max_steps=4, callbacks=[Rates()]).fit(ours, loader)
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+
+
+def fit(folder, tiny, *args):
+    """A fit of the module's own data in a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "idefics_lit", "fit", "--model.pretrained", tiny, "--data.source", "synthetic"]
+    command += ["--data.limit_train", "8", "--data.limit_val", "5", "--data.image_size", "112", "--data.num_workers", "0"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.lr", "1e-2"]
+    command += ["--model.warmup_steps", "0", "--model.max_new_tokens", "4", "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run([*command, *args], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(next((folder / "lightning_logs").rglob("*step=4.ckpt")), weights_only=True)
+
+
+def test_two_processes_train_the_same_adapter_as_one(tmp_path, tiny):
+    """The mean is over the answer tokens of both ranks, and a question that a sampler repeats counts once."""
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    options = ["--model.lora.dropout", "0", "--model.quantization", "none", "--trainer.max_steps", "4"]
+    two = fit(tmp_path / "two", tiny, *options, "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2",
+              "--trainer.devices", "2", "--trainer.strategy", "ddp")  # fmt: skip
+    one = fit(tmp_path / "one", tiny, *options, "--data.batch_size", "4")
+    for name, value in one["state_dict"].items():
+        assert torch.allclose(value, two["state_dict"][name], atol=1e-5), name
+
+
+def test_a_checkpoint_holds_adapter_and_moments_alone(tmp_path, tiny):
+    checkpoint = fit(tmp_path, tiny, "--trainer.max_steps", "4", "--data.batch_size", "2")
+    path = next(tmp_path.rglob("*.ckpt"))
+    adapter = sum(v.numel() * v.element_size() for v in checkpoint["state_dict"].values())
+    assert path.stat().st_size == pytest.approx(3 * adapter, rel=0.05)
+
+
+def test_load_from_checkpoint(tmp_path, tiny, processor, examples):
+    ours = module(tiny)
+    trainer = Trainer(**CPU, max_steps=2)
+    trainer.fit(ours, DataLoader(examples[:4], batch_size=2, collate_fn=Idefics2Collator(processor, train=True)))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Idefics2Module.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    batch = Idefics2Collator(processor, train=False)(examples[:2])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batch), ours.eval()(batch))
+
+
+def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):
+    ours = module(tiny)
+    ours.configure_model()
+    for lora, message in ((LoRA(r=4), "weights differ"), (LoRA(alpha=16), "alpha 8, this run has 16")):
+        other = module(tiny, lora=lora)
+        other.configure_model()
+        with pytest.raises(InputError, match=message):
+            other.on_load_checkpoint({"hyper_parameters": dict(ours.hparams)})
+            other.load_state_dict(ours.state_dict())

@@ -1,0 +1,226 @@
+"""Rendered pages with their tasks: drawn by worker processes while training runs, held on the device, cut into batches.
+
+Workers write into shared memory, a block of pages at a time; `PageStore.grow` copies finished blocks.
+"""
+
+import math
+import mmap
+import multiprocessing
+import os
+import random
+from collections import deque
+from multiprocessing.pool import AsyncResult, Pool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tasks import QUESTIONS, READINGS, SLOT, question_tasks, reading_tasks
+from torch import Tensor
+
+from idefics_lit.data.pages import FAMILIES, Page, render_page
+from idefics_lit.tiny import LATENTS, PAGE_HEIGHT, PAGE_WIDTH, PATCH
+
+TRAINED_FAMILIES = FAMILIES[:3]
+SHARES = (0.45, 0.25, 0.3)  # of the families among the training pages
+FIRST_TRAINING_SEED = 1_000_000_000  # every smaller seed is held out
+
+GLYPHS = 384  # kept per page
+BLOCK = 256
+SHIFT = 6  # augmentation: at most so many pixels in x and y
+NOISE = 8.0  # and at most so many grey levels of noise
+
+ROWS, COLUMNS = PAGE_HEIGHT // PATCH, PAGE_WIDTH // PATCH
+SIDE = math.isqrt(LATENTS)  # latents stand for a grid of SIDE x SIDE parts of the page
+CELLS = 3  # cells of a patch, side by side, each with room for one character
+
+FIELDS = {
+    "image": ((PAGE_HEIGHT, PAGE_WIDTH), np.uint8),
+    "glyph_xy": ((GLYPHS, 2), np.int16),
+    "glyph_class": ((GLYPHS,), np.uint8),
+    "ids": ((QUESTIONS + READINGS, SLOT), np.int16),
+    "start": ((QUESTIONS + READINGS,), np.uint8),
+    "length": ((QUESTIONS + READINGS,), np.uint8),
+    "glyph": ((QUESTIONS + READINGS, SLOT), np.int16),
+    "questions": ((), np.uint8),
+    "readings": ((), np.uint8),
+}
+PAGE_BYTES = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in FIELDS.values())
+
+
+class Batch(NamedTuple):
+    """What a training step needs, for B pages with Q tasks of S tokens each; -100 where there is no target."""
+
+    image: Tensor  # B, height, width, in [-1, 1]
+    ids: Tensor  # B, Q, S
+    target: Tensor  # B, Q, S: the next id, for the answers' characters and the end
+    cells: Tensor  # B, patches * CELLS: class of the character in each cell of the page, 0 for none
+    row: Tensor  # B, Q, S: where the next character of the answer stands: row of patches,
+    column: Tensor  # B, Q, S: column of cells,
+    latent: Tensor  # B, Q, S: latent
+
+
+def fill(arrays: dict[str, np.ndarray], index: int, page: Page) -> None:
+    """Write a page and its tasks to a row of the arrays.
+
+    Raises:
+        ValueError: the page has no question or no line that fits.
+    """
+    rng = random.Random(page.seed)
+    questions, readings = question_tasks(page, rng), reading_tasks(page, rng)
+    if not questions or not readings:
+        raise ValueError(f"page {page.family} {page.seed} has no task that fits")
+    arrays["image"][index] = np.asarray(page.image)
+    for i, (char, x, y) in enumerate(page.glyphs[:GLYPHS]):
+        arrays["glyph_xy"][index, i] = round(x), round(y)
+        arrays["glyph_class"][index, i] = ord(char) - 32 if 32 < ord(char) < 127 else 0
+    arrays["questions"][index], arrays["readings"][index] = len(questions), len(readings)
+    arrays["glyph"][index] = -1
+    for first, tasks in ((0, questions), (QUESTIONS, readings)):
+        for i, task in enumerate(tasks, start=first):
+            end = task.start + len(task.glyphs)
+            arrays["ids"][index, i, : len(task.ids)] = task.ids
+            arrays["start"][index, i], arrays["length"][index, i] = task.start, len(task.ids)
+            arrays["glyph"][index, i, task.start : end] = [g if g < GLYPHS else -1 for g in task.glyphs]
+
+
+def shared_arrays(pages: int) -> dict[str, np.ndarray]:
+    """Arrays of `FIELDS` for so many pages in memory that forked processes share; untouched parts cost nothing."""
+    arrays = {}
+    for name, (shape, dtype) in FIELDS.items():
+        size = pages * math.prod(shape) * np.dtype(dtype).itemsize
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        arrays[name] = np.frombuffer(memory, dtype=dtype).reshape(pages, *shape)
+    return arrays
+
+
+_arrays: dict[str, np.ndarray] = {}  # in each worker: the store's
+
+
+def start_pool(arrays: dict[str, np.ndarray]) -> Pool:
+    """Start a worker for each core; to be called before anything touches the GPU."""
+    return multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _start_worker, (arrays,))
+
+
+def _start_worker(arrays: dict[str, np.ndarray]) -> None:
+    os.nice(10)  # the process that feeds the GPU goes first
+    _arrays.update(arrays)
+
+
+def _fill_block(block: int) -> None:
+    """Render a block of training pages; a page that can't be had is made from another seed."""
+    for index in range(block * BLOCK, (block + 1) * BLOCK):
+        for attempt in range(20):
+            seed = FIRST_TRAINING_SEED + index + attempt * 100_000_000
+            family = random.Random(seed).choices(TRAINED_FAMILIES, SHARES)[0]
+            try:
+                fill(_arrays, index, render_page(family, seed))
+                break
+            except Exception:
+                if attempt == 19:
+                    raise
+
+
+class PageStore:
+    """Pages on the device, growing while workers render.
+
+    Args:
+        pages: as many as there is to be room for.
+        device: where they are held.
+    """
+
+    def __init__(self, pages: int, device: torch.device) -> None:
+        """See the class."""
+        self.device, self.size = device, 0
+        self.on_device = {
+            name: torch.empty(pages, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+            for name, (shape, dtype) in FIELDS.items()
+        }
+        self._waiting: deque[tuple[int, AsyncResult[None]]] = deque()
+
+    @classmethod
+    def of(cls, pages: list[Page], device: torch.device) -> "PageStore":
+        """A store of these pages."""
+        arrays = {name: np.zeros((len(pages), *shape), dtype) for name, (shape, dtype) in FIELDS.items()}
+        for index, page in enumerate(pages):
+            fill(arrays, index, page)
+        store = cls(len(pages), device)
+        store._add(arrays)
+        return store
+
+    def render(self, pool: Pool) -> None:
+        """Begin to render as many pages as there is room for."""
+        blocks = len(self.on_device["image"]) // BLOCK
+        self._waiting.extend((i, pool.apply_async(_fill_block, (i,))) for i in range(blocks))
+
+    def grow(self, arrays: dict[str, np.ndarray], most: int = 2) -> None:
+        """Take over the blocks that have been finished since, ``most`` at a time, so that no step waits for long."""
+        while most and self._waiting and self._waiting[0][1].ready():
+            block, result = self._waiting.popleft()
+            try:
+                result.get()
+            except Exception as error:  # a page less matters little, a run lost matters much
+                print(f"WARNING: pages {block * BLOCK} and on were not rendered: {error!r}", flush=True)
+                continue
+            self._add({name: array[block * BLOCK : (block + 1) * BLOCK] for name, array in arrays.items()})
+            most -= 1
+
+    def _add(self, arrays: dict[str, np.ndarray]) -> None:
+        last = self.size + len(arrays["image"])
+        for name, array in arrays.items():
+            self.on_device[name][self.size : last].copy_(torch.from_numpy(array))
+        self.size = last
+
+    def training_batch(self, pages: int, slots: int, reading: float) -> Batch:
+        """Random pages with random tasks, a share ``reading`` of them reading tasks, augmented."""
+        rows = torch.randint(self.size, (pages,), device=self.device)
+        offset = torch.arange(slots, device=self.device)
+
+        def pick(count: Tensor) -> Tensor:
+            start = torch.rand(pages, 1, device=self.device) * count[:, None]
+            return (start.long() + offset) % count[:, None]
+
+        questions, readings = (pick(self.on_device[name][rows].long()) for name in ("questions", "readings"))
+        reads = torch.rand(pages, slots, device=self.device) < reading
+        return self.batch(rows, torch.where(reads, QUESTIONS + readings, questions), augment=True)
+
+    def batch(self, rows: Tensor, tasks: Tensor, augment: bool = False) -> Batch:
+        """Pages ``rows`` (B) with their tasks ``tasks`` (B, Q)."""
+        on_device, device, count = self.on_device, self.device, len(rows)
+        image, xy = on_device["image"][rows], on_device["glyph_xy"][rows].long()
+        if augment:
+            shift = torch.randint(-SHIFT, SHIFT + 1, (count, 1, 2), device=device)
+            x = (torch.arange(PAGE_WIDTH, device=device) - shift[..., 0]).clamp(0, PAGE_WIDTH - 1)
+            y = (torch.arange(PAGE_HEIGHT, device=device) - shift[..., 1]).clamp(0, PAGE_HEIGHT - 1)
+            image = image[torch.arange(count, device=device)[:, None, None], y[:, :, None], x[:, None, :]].float()
+            level = NOISE * torch.rand(count, 1, 1, device=device) ** 2
+            light = 1 - 0.15 * torch.rand(count, 1, 1, device=device)
+            image = ((image + level * torch.randn_like(image)) * light).clamp(0, 255)
+            xy = xy + shift
+        x, y = xy.unbind(-1)
+        row, column = y // PATCH, x * CELLS // PATCH
+        inside = (x >= 0) & (x < PAGE_WIDTH) & (y >= 0) & (y < PAGE_HEIGHT)
+        classes = on_device["glyph_class"][rows].long()
+        nowhere = ROWS * COLUMNS * CELLS
+        cells = torch.zeros(count, nowhere + 1, dtype=torch.long, device=device)
+        cells.scatter_(1, torch.where(inside & (classes > 0), row * COLUMNS * CELLS + column, nowhere), classes)
+
+        pages = rows[:, None]
+        ids = on_device["ids"][pages, tasks].long()
+        start, length = (on_device[name][pages, tasks].long()[..., None] for name in ("start", "length"))
+        place = torch.arange(1, SLOT + 1, device=device)
+        target = torch.where((place >= start) & (place < length), _next(ids, 0), -100)
+        glyph = _next(on_device["glyph"][pages, tasks].long(), -1)
+
+        def at_glyph(value: Tensor) -> Tensor:
+            found = value.gather(1, glyph.clamp_min(0).flatten(1)).view_as(glyph)
+            known = (glyph >= 0) & inside.gather(1, glyph.clamp_min(0).flatten(1)).view_as(glyph)
+            return torch.where(known, found, -100)
+
+        latent = (y // PATCH) * SIDE // ROWS * SIDE + (x // PATCH) * SIDE // COLUMNS
+        places = at_glyph(row), at_glyph(column), at_glyph(latent)
+        return Batch(image.float() / 127.5 - 1, ids, target, cells[:, :-1], *places)
+
+
+def _next(values: Tensor, last: int) -> Tensor:
+    """Each place's successor."""
+    return torch.cat([values[..., 1:], torch.full_like(values[..., :1], last)], dim=-1)
