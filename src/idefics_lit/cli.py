@@ -28,6 +28,7 @@ COMMANDS = {
     "test": "Score a checkpoint, or the model without one, on the test split.",
     "predict": "Answer a split's questions, with or without references: submission.json and predictions.jsonl.",
 }
+PARTS = {"model", "model.lora", "data", "data.pretrained"}
 TRAINER_OPTIONS = {
     "accelerator": "cpu, gpu or auto",
     "devices": "how many, a list of which, or auto",
@@ -60,8 +61,9 @@ class DocVQACLI(LightningCLI):
         }
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
-        options = {"formatter_class": _Help, "usage": "%(prog)s [--config FILE] [--OPTION VALUE ...]"}
-        super()._add_subcommands(parser, **{name: {**options, "description": COMMANDS[name]} for name in COMMANDS})
+        usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
+        super()._add_subcommands(parser, **{c: {"description": COMMANDS[c], "usage": usage} for c in COMMANDS})
+        assert parser._subcommands_action is not None
         for command in parser._subcommands_action._choices_actions:  # Lightning's lines are cut off
             command.help = COMMANDS[command.dest]
 
@@ -71,9 +73,10 @@ class DocVQACLI(LightningCLI):
         parser.link_arguments("model.pretrained", "data.pretrained")
         # A checkpoint may name the source, so that it isn't required before the checkpoint is read.
         parser.set_defaults({"data.source": ""})
+        assert parser.groups is not None
         trainer = parser.groups["trainer"]
         trainer.title = "The Trainer's, most used (--print_config shows all)"
-        parser._action_groups.sort(key=lambda group: group is trainer)
+        parser._action_groups = sorted(parser._action_groups, key=lambda group: group is trainer)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse; with a checkpoint parse again, its hyperparameters as defaults below the config and the flags."""
@@ -108,6 +111,8 @@ class DocVQACLI(LightningCLI):
         trainer = options.trainer
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
             _allow_wandb_offline()
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
         if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
@@ -134,8 +139,8 @@ class _Help(DefaultHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         part, _, name = action.dest.partition(".")
-        hidden = part == "trainer" and name not in TRAINER_OPTIONS or action.dest in ("model", "model.lora", "data")
-        if not hidden:
+        listed = name in TRAINER_OPTIONS if part == "trainer" else action.dest not in PARTS
+        if listed:
             super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -176,7 +181,7 @@ def _allow_wandb_offline() -> None:
 
 def _read_checkpoint(path: str) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["state_dict"]
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
@@ -186,8 +191,11 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _hide_noise() -> None:
+def _hide_noise(*, training: bool) -> None:
     """Silence what libraries say about themselves and no user of this program can act on."""
+    if not training:  # which callbacks a checkpoint remembers matters to a resumed fit only
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\). is deprecated")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
@@ -210,7 +218,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
-    _hide_noise()
+    _hide_noise(training="fit" in args)
     from idefics_lit.module import Idefics2Module  # bitsandbytes talks when it is imported
 
     try:
@@ -221,7 +229,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [ProgressBar(), PredictionWriter(), FitTable()],
+                "callbacks": [PredictionWriter(), FitTable()],
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -234,6 +242,7 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_kwargs={
                 "prog": Path(sys.argv[0]).name if "idefics-lit" in sys.argv[0] else "python -m idefics_lit",
                 "description": "Fine-tune Idefics2 on document questions.",
+                "formatter_class": _Help,
                 "exit_on_error": False,
             },
         )

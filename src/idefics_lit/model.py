@@ -5,8 +5,9 @@ float32 and drags the frozen vision tower into autograd); LoRA weights are float
 bitsandbytes' inference kernels, which have no gradient and never let go of a layer, stay off.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import bitsandbytes
 import torch
@@ -105,5 +106,8 @@ def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
     )
     try:
         return get_peft_model(base, config)
+    except re.error as error:
+        pattern = lora.target_modules
+        raise InputError(f"model.lora.target_modules {pattern!r} is no regular expression: {error}") from error
     except Exception as error:
         raise InputError(f"model.lora: {error}") from error

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from forward import PackedReader
@@ -20,8 +20,8 @@ class HeldOut(NamedTuple):
 
     name: str
     families: tuple[str, ...]
-    words: str
-    font: str
+    words: Literal["known", "unseen"]
+    font: Literal["known", "unseen"]
 
 
 class Score(NamedTuple):

@@ -13,13 +13,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.hub import HubDocVQA, load_splits
+from idefics_lit.data.hub import HubDocVQA, is_saved, load_splits
 from idefics_lit.data.official import OfficialDocVQA, find_official_splits
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
 SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
+LEAST = {
+    **dict.fromkeys(("limit_train", "limit_val", "limit_test", "batch_size", "eval_batch_size", "max_length"), 1),
+    "num_workers": 0,
+}
 
 
 class DocVQADataModule(LightningDataModule):
@@ -86,6 +90,11 @@ class DocVQADataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        for name, least in LEAST.items():
+            if (value := self.hparams[name]) is not None and value < least:
+                raise InputError(f"data.{name} {value}: must be {least} or more")
+        if not 0 < held_out < 1:
+            raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
         self.examples: dict[str, Examples] = {}
         self._splits: dict[str, Callable[[], Examples]] | None = None
 
@@ -176,10 +185,7 @@ class DocVQADataModule(LightningDataModule):
                 split: lambda split=split, pages=pages: SyntheticPages(split, pages, options.seed, **given)
                 for split, pages in SYNTHETIC_PAGES.items()
             }
-        path = Path(options.source)
-        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        if path.is_file() or (any(path.glob("*.json")) and not saved):
-            files = find_official_splits(path)
+        if not is_saved(options.source) and (files := find_official_splits(Path(options.source))):
             return {split: lambda file=file: OfficialDocVQA(file) for split, file in files.items()}
         datasets = load_splits(options.source, options.subset)
         return {

@@ -53,3 +53,9 @@ class Examples(Dataset[Example]):
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
         raise NotImplementedError
+
+
+def as_texts(value: object) -> list[str]:
+    """Return a column of texts as a list: none, one or several may be stored."""
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    return [str(text) for text in texts if text not in (None, "")]

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.example import Example, Examples, as_texts
 from idefics_lit.errors import InputError
 
 # What each part of an example is called in nielsr/docvqa_1200_examples, lmms-lab/DocVQA, HuggingFaceM4/DocumentVQA and
@@ -20,6 +20,11 @@ COLUMNS = {
 }
 
 
+def is_saved(source: str) -> bool:
+    """Tell whether it is a folder that ``save_to_disk`` wrote."""
+    return any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def load_splits(source: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
     """Return the splits of a Hub data set or of a local folder: a saved data set, parquet, images with metadata.
 
@@ -31,11 +36,7 @@ def load_splits(source: str, subset: str | None = None) -> dict[str, datasets.Da
         InputError: when `datasets` can't read it.
     """
     try:
-        folder = Path(source)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(source)
-        else:
-            loaded = datasets.load_dataset(source, subset)
+        loaded = datasets.load_from_disk(source) if is_saved(source) else datasets.load_dataset(source, subset)
     except Exception as error:
         kind = "folder" if Path(source).exists() else "file or folder here, nor a data set that the Hub has,"
         raise InputError(f"data.source {source!r} is no {kind} that can be read: {error}") from error
@@ -67,7 +68,7 @@ class HubDocVQA(Examples):
         self.columns = _match_columns(dataset.column_names, columns or {}, name)
         self.dataset = dataset.select_columns(sorted(set(self.columns.values())))
         answers = self.columns.get("answers")
-        self.answers = [_as_list(a) for a in dataset[answers]] if answers else [[]] * len(dataset)
+        self.answers = [as_texts(a) for a in dataset[answers]] if answers else [[]] * len(dataset)
         # The official ids of a page, where they were kept; else every row counts as a page of its own.
         if {"ucsf_document_id", "ucsf_document_page_no"} <= set(dataset.column_names):
             pages = zip(dataset["ucsf_document_id"], dataset["ucsf_document_page_no"], strict=True)
@@ -90,15 +91,16 @@ class HubDocVQA(Examples):
             if self.language not in question:
                 raise InputError(f"{self.where(index)}: no {self.language!r} in {sorted(question)}: see data.language")
             question = question[self.language]
-        for part, value in (("question", question), ("image", row.get("image"))):
-            if not value:
-                raise InputError(f"{self.where(index)}: no {part} in column {self.columns[part]!r}")
+        row["question"] = question
+        for part in ("question_id", "question", "image"):
+            if part in self.columns and row.get(part) in (None, "", []):
+                raise InputError(f"{self.where(index)}: no {part} in column {self.columns[part]!r}: drop the row")
         return Example(
             question_id=row.get("question_id", index),
             question=str(question),
-            images=_as_list(row["image"]),
+            images=row["image"] if isinstance(row["image"], list) else [row["image"]],
             answers=list(self.answers[index]),
-            question_types=_as_list(row.get("question_types")),
+            question_types=as_texts(row.get("question_types")),
             where=self.where(index),
         )
 
@@ -126,9 +128,3 @@ def _match_columns(names: Sequence[str], given: Mapping[str, str], where: str) -
                 f"{where}: no column for {part} among {', '.join(names)}: name it, --data.columns '{{{part}: COLUMN}}'"
             )
     return columns
-
-
-def _as_list(value: Any) -> list[Any]:  # noqa: ANN401
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

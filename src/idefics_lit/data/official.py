@@ -6,12 +6,12 @@ from typing import Any
 
 from PIL import Image
 
-from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.example import Example, Examples, as_texts
 from idefics_lit.errors import InputError
 
 
 def find_official_splits(source: Path) -> dict[str, Path]:
-    """Return the JSON file of each split (``train``, ``val``, ``test``).
+    """Return the JSON file of each split (``train``, ``val``, ``test``); none when there is no JSON.
 
     Args:
         source: a folder that holds files such as ``train_v1.0_withQT.json``, or one such file.
@@ -21,6 +21,8 @@ def find_official_splits(source: Path) -> dict[str, Path]:
     """
     splits: dict[str, Path] = {}
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
+        if file.name == "dataset_infos.json":  # the Hub's, about data of another form
+            continue
         # Official archives tell the split by the file's name; a file under another name says it inside.
         name = next((split for split in ("train", "val", "test") if file.name.startswith(split)), None)
         name = name or str(_read(file).get("dataset_split", file.stem))
@@ -53,8 +55,8 @@ class OfficialDocVQA(Examples):
                     raise InputError(f"{self.where(index)}: no {key!r}: add it or drop the row")
             if row["image"] not in found:
                 found[row["image"]] = self._locate(index)
-        self.page_ids = [str(found[row["image"]]) for row in self.rows]
-        self.answers = [row.get("answers") or [] for row in self.rows]
+        self.page_ids: list[str] = [str(found[row["image"]]) for row in self.rows]
+        self.answers = [as_texts(row.get("answers")) for row in self.rows]
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -73,7 +75,7 @@ class OfficialDocVQA(Examples):
             question=str(row["question"]),
             images=[image],
             answers=list(self.answers[index]),
-            question_types=list(row.get("question_types") or []),
+            question_types=as_texts(row.get("question_types")),
             where=self.where(index),
         )
 

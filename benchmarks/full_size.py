@@ -1,0 +1,300 @@
+"""The shipped config on a full-size Idefics2 with random weights, beside transformers' Trainer, in one run.
+
+    python benchmarks/full_size.py --tokenizer tokenizer.model --results benchmarks/results/full_size.json
+
+Needs one GPU with 24 GB, 40 GB of disk, and Mistral-7B-v0.1's tokenizer.model (mistral-common ships it as
+``tokenizer.model.v1``). It builds the 8.4B model and 80 pages of 1706 x 2198 px, then runs the recipe in transformers'
+Trainer and ``python -m idefics_lit`` as a user types it: fit, resume, validate, predict. ``--tiny`` tries all of it on
+a CPU with a small model.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WARM_UP = 4  # steps that aren't counted
+
+
+class StepTimes(Callback):
+    """Write the seconds, the loss and the memory of every optimizer step to the file that $STEP_TIMES names."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.validations: list[float] = []
+        self.last = self.now()
+
+    def now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.first_step, self.last = trainer.global_step, self.now()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.first_step + len(self.steps):
+            return
+        now = self.now()
+        step = {"seconds": now - self.last, "loss": float(trainer.callback_metrics["train/loss"])}
+        if torch.cuda.is_available():
+            step["allocated_gib"] = torch.cuda.memory_allocated() / 2**30
+            step["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.steps.append(step)
+        self.last = now
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.started = self.now()
+
+    def on_validation_end(self, *_: Any) -> None:
+        # A validation between two steps doesn't count as a step's time.
+        self.validations.append(self.now() - self.started)
+        self.last = self.now()
+
+    def on_fit_end(self, *_: Any) -> None:
+        Path(os.environ["STEP_TIMES"]).write_text(
+            json.dumps({"steps": self.steps, "validation_s": self.validations})
+        )
+
+
+def build_model(folder: Path, tokenizer: Path) -> None:
+    """Write the full-size model with random float16 weights, in the Hub's form."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    shutil.copytree(REPOSITORY / "tests" / "data" / "idefics2-8b-files", folder)
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+    model.save_pretrained(folder)
+
+
+def build_data(folder: Path, size: tuple[int, int]) -> None:
+    """Write 320 training questions on 80 pages and 32 test questions on 8, in the official form."""
+    from PIL import Image
+
+    from idefics_lit.data.synthetic import SyntheticPages, write_docvqa
+
+    for split, pages, questions in (("train", 80, 320), ("test", 8, 32)):
+        file = write_docvqa(SyntheticPages(split, pages), folder)
+        content = json.loads(file.read_text())
+        content["data"] = content["data"][:questions]
+        assert len(content["data"]) == questions
+        file.write_text(json.dumps(content))
+    for page in (folder / "documents").iterdir():
+        Image.open(page).resize(size, Image.Resampling.BICUBIC).save(page)
+
+
+def run_trainer(options: argparse.Namespace) -> None:
+    """Train with the recipe as the article writes it, in transformers' Trainer; print the figures as JSON."""
+    import random
+
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    cuda = torch.cuda.is_available()
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.model,
+        quantization_config=quantization if cuda else None,
+        dtype=torch.float16 if cuda else torch.float32,
+        device_map={"": 0} if cuda else None,
+    )
+    targets = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
+    lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=targets)
+    model = get_peft_model(model, lora)
+    processor = AutoProcessor.from_pretrained(options.model)
+    processor.image_processor.do_image_splitting = False
+    folder = Path(options.data)
+    rows = json.loads((folder / "train_v1.0_withQT.json").read_text())["data"]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts, images = [], []
+        for row in rows:
+            user = [{"type": "text", "text": "Answer briefly."}, {"type": "image"}]
+            user.append({"type": "text", "text": row["question"]})
+            answer = [{"type": "text", "text": random.choice(row["answers"])}]
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+            texts.append(processor.apply_chat_template(messages, add_generation_prompt=False).strip())
+            images.append([Image.open(folder / row["image"]).convert("RGB")])
+        batch = processor(text=texts, images=images, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].clone()
+        labels[labels == processor.tokenizer.pad_token_id] = -100
+        batch["labels"] = labels
+        return batch
+
+    times: list[float] = []
+
+    class Times(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    arguments = transformers.TrainingArguments(
+        output_dir=options.work,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=16 // options.batch,
+        dataloader_num_workers=options.workers,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        warmup_steps=75,
+        fp16=cuda,
+        use_cpu=not cuda,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[Times()])
+    trainer.train()
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    Path(os.environ["STEP_TIMES"]).write_text(
+        json.dumps({"steps": [{"seconds": s} for s in [0.0, *seconds]], "peak_gib": peak})
+    )
+
+
+def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
+    """Run a command to its end; return its step times, examples/s, memory and, where it failed, its last words."""
+    file, log = work / f"{name}.steps.json", work / f"{name}.log"
+    environment = {**os.environ, "STEP_TIMES": str(file), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
+    )
+    started = time.perf_counter()
+    with log.open("w") as out:
+        done = subprocess.run(command, cwd=work, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    result: dict[str, Any] = {"command": " ".join(command), "wall_s": round(time.perf_counter() - started, 1)}
+    text = log.read_text()
+    result["warnings"] = sorted({line for line in text.splitlines() if "warn" in line.lower()})
+    if done.returncode:
+        result["failed"] = text[-3000:]
+    if file.exists():
+        measured = json.loads(file.read_text())
+        steps = measured["steps"]
+        counted = [step["seconds"] for step in steps[WARM_UP:]]
+        if counted:
+            result["examples_per_s"] = round(16 * len(counted) / sum(counted), 2)
+        peaks = [step["peak_gib"] for step in steps if "peak_gib" in step]
+        result["peak_gib"] = max(peaks) if peaks else measured.get("peak_gib")
+        result["allocated_gib"] = [round(step["allocated_gib"], 3) for step in steps if "allocated_gib" in step]
+        result["losses"] = [round(step["loss"], 4) for step in steps if "loss" in step]
+        result["step_s"] = [round(step["seconds"], 3) for step in steps]
+        result["validation_s"] = measured.get("validation_s")
+    print(json.dumps({name: {k: v for k, v in result.items() if k != "command"}}), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_full_size"))
+    parser.add_argument("--tiny", action="store_true")
+    for name in ("model", "data"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("batch", "workers", "steps"):
+        parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.model:  # the child process that is measured
+        run_trainer(options)
+        return
+
+    work = options.work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    model, data = work / "model", work / "data"
+    started = time.perf_counter()
+    if options.tiny:
+        from idefics_lit.tiny import build_tiny
+
+        build_tiny(model)
+    else:
+        build_model(model, options.tokenizer)
+        torch.cuda.empty_cache()
+    print(f"model built and saved in {time.perf_counter() - started:.0f} s", flush=True)
+    build_data(data, (448, 336) if options.tiny else (1706, 2198))
+
+    def trainer(batch: int, workers: int, steps: int) -> list[str]:
+        arguments = ["--model", model, "--data", data, "--work", work, "--batch", batch, "--workers", workers]
+        return [sys.executable, __file__, *map(str, arguments), "--steps", str(steps)]
+
+    def ours(command: str, *arguments: object) -> list[str]:
+        config = ["--config", REPOSITORY / "configs" / "docvqa.yaml"]
+        changed = ["--model.pretrained", model, "--data.source", data]
+        if options.tiny:
+            changed += ["--trainer.precision", "32-true", "--data.image_size", "112"]
+        return [sys.executable, "-m", "idefics_lit", command, *map(str, [*config, *changed, *arguments])]
+
+    # 20 steps of 8 batches, then a validation, and a checkpoint with it.
+    fit = ["--trainer.max_steps", 20, "--trainer.val_check_interval", 160, "--trainer.callbacks+=full_size.StepTimes"]
+    one_batch = ["--config", REPOSITORY / "configs" / "bf16.yaml", "--trainer.precision"]
+    one_batch += ["32-true" if options.tiny else "16-mixed", "--trainer.max_steps", 20]
+    one_batch += ["--trainer.val_check_interval", 20, "--trainer.callbacks+=full_size.StepTimes"]
+    results = {
+        "trainer, batch 2 x 8, no workers": measure("trainer_2x8", trainer(2, 0, 10), work),
+        "trainer, batch 2 x 8, 12 workers": measure("trainer_2x8_12", trainer(2, 12, 20), work),
+        "ours, batch 2 x 8": measure("fit", ours("fit", *fit), work),
+    }
+    checkpoint = next((work / "lightning_logs").rglob("last.ckpt"))
+    size = checkpoint.stat().st_size
+    adapter = sum(v.numel() * v.element_size() for v in torch.load(checkpoint, weights_only=True)["state_dict"].values())
+    resume = ["--ckpt_path", checkpoint, "--trainer.max_steps", 25, "--trainer.val_check_interval", 40]
+    results["resume, 5 steps"] = measure(
+        "resume", ours("fit", *resume, "--trainer.callbacks+=full_size.StepTimes"), work
+    )
+    results["validate"] = measure("validate", ours("validate", "--ckpt_path", checkpoint), work)
+    results["predict"] = measure("predict", ours("predict", "--ckpt_path", checkpoint), work)
+    results["trainer, batch 16 x 1, 12 workers"] = measure("trainer_16x1_12", trainer(16, 12, 20), work)
+    results["ours, batch 16 x 1"] = measure("fit_16x1", ours("fit", *one_batch), work)
+    report = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "lightning")},
+        "checkpoint_bytes": size,
+        "adapter_and_moments_bytes": 3 * adapter,
+        "contenders": results,
+    }
+    if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK").replace(str(REPOSITORY), "."))
+    print(f"\n{report['device']}, {report['versions']}")
+    print(f"checkpoint {size} bytes, adapter and two moments {3 * adapter}")
+    print(f"{'':36} examples/s  peak GiB")
+    for name, result in results.items():
+        speed, peak = result.get("examples_per_s", ""), result.get("peak_gib")
+        print(f"{name:36} {speed!s:>10}  {f'{peak:.1f}' if peak else ''}  {'FAILED' if 'failed' in result else ''}")
+    for name in ("fit", "validate"):
+        print(f"\n--- the screen of {name}\n" + (work / f"{name}.log").read_text()[-4000:])
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Data sets that `datasets` reads, in the published column forms."""
+
+import io
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from idefics_lit.data.hub import HubDocVQA, load_splits
+from idefics_lit.errors import InputError
+
+IMAGE = Image.new("L", (40, 30), 255)
+IMAGE.save(PNG := io.BytesIO(), "PNG")
+PAGE = {"bytes": PNG.getvalue(), "path": None}
+OFFICIAL = {"docId": 1, "ucsf_document_id": "abcd0123", "ucsf_document_page_no": "4"}
+FORMS = {
+    "nielsr": {
+        "id": "train_0",
+        "image": PAGE,
+        "query": {"de": "Was?", "en": "What?", "es": "¿Qué?", "fr": "Quoi ?", "it": "Cosa?"},
+        "answers": ["a", "b"],
+        "words": ["a"],
+        "bounding_boxes": [[0.0, 0.1, 0.2, 0.3]],
+        "answer": None,
+    },
+    "lmms-lab": {
+        "questionId": "337",
+        "question": "What?",
+        "question_types": ["handwritten", "form"],
+        "image": PAGE,
+        **OFFICIAL,
+        "answers": ["a", "b"],
+        "data_split": "val",
+    },
+    "HuggingFaceM4": {
+        "questionId": 337,
+        "question": "What?",
+        "question_types": ["handwritten", "form"],
+        "image": PAGE,
+        **OFFICIAL,
+        "answers": ["a", "b"],
+    },
+    "own": {"id": 5, "query": "What?", "images": [PAGE, PAGE], "answer": "a"},
+}
+
+
+def make(row, rows=1, **changes):
+    """Make a data set of equal rows; ``changes`` are made to the last one."""
+    one = {**row, **changes}
+    made = datasets.Dataset.from_list([row] * (rows - 1) + [one])
+    feature = datasets.Image() if "image" in row else datasets.List(datasets.Image())
+    return made.cast_column("image" if "image" in row else "images", feature)
+
+
+@pytest.mark.parametrize(
+    ("form", "question_id", "question_types", "page_id"),
+    [
+        ("nielsr", "train_0", [], "0"),
+        ("lmms-lab", "337", ["handwritten", "form"], "abcd0123 page 4"),
+        ("HuggingFaceM4", 337, ["handwritten", "form"], "abcd0123 page 4"),
+    ],
+)
+def test_published_forms_are_recognised(form, question_id, question_types, page_id):
+    rows = HubDocVQA(make(FORMS[form]), "set train")
+    example = rows[0]
+    assert (example.question_id, example.question, example.answers) == (question_id, "What?", ["a", "b"])
+    assert example.question_types == question_types
+    assert [image.mode for image in example.images] == ["L"]
+    assert rows.page_ids == [page_id]
+    assert example.where == "set train, row 0"
+
+
+def test_takes_the_question_in_another_language():
+    assert HubDocVQA(make(FORMS["nielsr"]), "set", language="fr")[0].question == "Quoi ?"
+    with pytest.raises(InputError, match=r"set, row 0: no 'nl' in \['de', 'en', 'es', 'fr', 'it'\]: see data.language"):
+        HubDocVQA(make(FORMS["nielsr"]), "set", language="nl")[0]
+
+
+def test_a_question_may_have_several_pages_and_one_answer():
+    example = HubDocVQA(make(FORMS["own"]), "set")[0]
+    assert (len(example.images), example.answers) == (2, ["a"])
+
+
+def test_a_test_split_has_no_answers():
+    rows = HubDocVQA(make(FORMS["lmms-lab"], answers=None), "set")
+    assert (rows.answers, rows[0].answers) == ([[]], [])
+
+
+def test_named_columns_win():
+    columns = {"question": "ask", "image": "scan", "question_id": "number", "answers": "reply"}
+    names = {"query": "ask", "image": "scan", "id": "number", "answers": "reply"}
+    rows = HubDocVQA(make(FORMS["nielsr"]).rename_columns(names), "set", columns)
+    assert (rows[0].question, rows[0].question_id, rows[0].answers) == ("What?", "train_0", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": "nope"}, "set has no column 'nope' for question; it has"),
+        ({"quesiton": "query"}, "data.columns names 'quesiton', but an example's parts are question_id, question"),
+    ],
+)
+def test_a_wrong_mapping_is_refused(columns, message):
+    with pytest.raises(InputError, match=message):
+        HubDocVQA(make(FORMS["nielsr"]), "set", columns)
+
+
+@pytest.mark.parametrize("column", ["query", "image"])
+def test_a_missing_column_is_named_with_its_cure(column):
+    with pytest.raises(InputError, match=r"set: no column for (question|image) among .* --data.columns"):
+        HubDocVQA(make(FORMS["nielsr"]).remove_columns(column), "set")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questionId": None}, "set, row 1: no question_id in column 'questionId'"),
+        ({"question": None}, "set, row 1: no question in column 'question'"),
+        ({"question": ""}, "set, row 1: no question in column 'question'"),
+        ({"image": None}, "set, row 1: no image in column 'image'"),
+    ],
+)
+def test_an_incomplete_row_is_named(changes, message):
+    rows = HubDocVQA(make(FORMS["lmms-lab"], 2, **changes), "set")
+    assert rows[0].question == "What?"
+    with pytest.raises(InputError, match=message):
+        rows[1]
+
+
+def test_opening_decodes_no_page_and_a_broken_one_is_named():
+    broken = make(FORMS["own"] | {"images": [{"bytes": b"no image", "path": None}]}, 2)
+    rows = HubDocVQA(broken, "set")
+    assert len(rows) == 2
+    with pytest.raises(InputError, match="set, row 1: the row can't be read: cannot identify image"):
+        rows[1]
+
+
+def save_to_disk(folder):
+    made = make(FORMS["HuggingFaceM4"], 2)
+    datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(str(folder))
+    return {"train": 2, "validation": 2}
+
+
+def save_one_to_disk(folder):
+    make(FORMS["HuggingFaceM4"], 2).save_to_disk(str(folder))
+    return {"train": 2}
+
+
+def save_parquet(folder):
+    folder.mkdir()
+    made = make(FORMS["lmms-lab"], 3)
+    made.to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    made.to_parquet(str(folder / "validation-00000-of-00001.parquet"))
+    (folder / "dataset_infos.json").write_text("{}")
+    return {"train": 3, "validation": 3}
+
+
+def save_jsonl_images(folder):
+    rows = [{"file_name": f"{i}.png", "id": i, "question": "What?", "answers": ["a"]} for i in range(2)]
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            IMAGE.save(folder / split / row["file_name"])
+    return {"train": 2, "validation": 2}
+
+
+def save_csv_images(folder):
+    folder.mkdir()
+    (folder / "metadata.csv").write_text("file_name,id,question,answer\n0.png,0,What?,a\n")
+    IMAGE.save(folder / "0.png")
+    return {"train": 1}
+
+
+@pytest.mark.parametrize("save", [save_to_disk, save_one_to_disk, save_parquet, save_jsonl_images, save_csv_images])
+def test_local_folders_are_read(tmp_path, save):
+    lengths = save(tmp_path / "set")
+    splits = load_splits(str(tmp_path / "set"))
+    assert {split: len(rows) for split, rows in splits.items()} == lengths
+    example = HubDocVQA(splits["train"], "set")[0]
+    assert (example.question, example.images[0].size) == ("What?", (40, 30))
+    assert example.answers[0] == "a"
+
+
+def test_an_unreadable_source_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"data.source 'me/no-such-set' is no file or folder here, nor"):
+        load_splits("me/no-such-set")
+    with pytest.raises(InputError, match=r"is no folder that can be read"):
+        load_splits(str(tmp_path))

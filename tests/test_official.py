@@ -1,0 +1,122 @@
+"""DocVQA's official form."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.official import OfficialDocVQA, find_official_splits
+from idefics_lit.errors import InputError
+from idefics_lit.pretrained import load_processor
+
+
+def write(folder, name="train_v1.0_withQT.json", rows=1, page=None, pages="documents", **changes):
+    """Write an official JSON with its page; ``changes`` are made to every row, None drops a key."""
+    (folder / pages).mkdir(parents=True, exist_ok=True)
+    (page or Image.new("RGB", (40, 30), "white")).save(folder / pages / "p.png")
+    row = {"questionId": 7, "question": "What?", "image": "documents/p.png", "answers": ["a", "b"], **changes}
+    row = {key: value for key, value in row.items() if value is not None}
+    data = [{**row, "questionId": row["questionId"] + i} if "questionId" in row else row for i in range(rows)]
+    (folder / name).write_text(json.dumps({"dataset_split": "train", "data": data}))
+    return folder / name
+
+
+def test_reads_a_folder(docvqa):
+    splits = find_official_splits(docvqa)
+    train, val = OfficialDocVQA(splits["train"]), OfficialDocVQA(splits["val"])
+    assert (len(train), len(val)) == (24, 5)
+    example = train[0]
+    assert (example.question_id, example.question) == (60042, "What is the OMB number of the form?")
+    assert example.answers == ["4040-0004"]
+    assert example.question_types == []
+    assert "train.json, row 0 (questionId 60042, image documents/sf424_p2.png)" in example.where
+    assert len(set(train.page_ids)) < len(train)
+    assert not set(train.page_ids) & set(val.page_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("train_v1.0_withQT.json", "train"), ("val_v1.0.json", "val"), ("test_v1.0.json", "test"), ("mine.json", "train")],
+)
+def test_the_name_or_the_content_tells_the_split(tmp_path, name, split):
+    file = write(tmp_path, name)
+    assert find_official_splits(tmp_path) == find_official_splits(file) == {split: file}
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    write(tmp_path, "train_a.json")
+    write(tmp_path, "mine.json")
+    with pytest.raises(InputError, match=r"mine.json and train_a.json both hold split 'train'"):
+        find_official_splits(tmp_path)
+
+
+def test_reads_newer_archives(tmp_path):
+    file = write(tmp_path, pages="spdocvqa_images", question_types=["form"])
+    example = OfficialDocVQA(file)[0]
+    assert example.images[0].size == (40, 30)
+    assert example.question_types == ["form"]
+
+
+def test_a_test_split_has_no_answers(tmp_path):
+    assert OfficialDocVQA(write(tmp_path, answers=None))[0].answers == []
+
+
+def test_a_single_answer_is_not_spelled_out(tmp_path):
+    assert OfficialDocVQA(write(tmp_path, answers="abc"))[0].answers == ["abc"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_every_kind_of_image_is_collated(tmp_path, tiny, mode):
+    file = write(tmp_path, page=Image.new(mode, (40, 30)))
+    batch = Idefics2Collator(load_processor(tiny), train=True)([OfficialDocVQA(file)[0]])
+    assert batch["pixel_values"].shape[:3] == (1, 1, 3)
+
+
+def test_opening_decodes_no_page(tmp_path, monkeypatch):
+    file = write(tmp_path, rows=3)
+    monkeypatch.setattr(Image, "open", lambda *args: pytest.fail("a page was opened"))
+    assert len(OfficialDocVQA(file)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questionId": None}, "row 0 .*no 'questionId'"),
+        ({"question": ""}, r"row 0 \(questionId 7, .*no 'question'"),
+        ({"image": None}, "row 0 .*no 'image'"),
+        ({"image": "documents/q.png"}, "row 0 .*image documents/q.png.*missing"),
+        ({"image": "../outside.png"}, "row 0 .*lies outside"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, changes, message):
+    file = write(tmp_path / "data", **changes)
+    shutil.copy(tmp_path / "data" / "documents" / "p.png", tmp_path / "outside.png")
+    with pytest.raises(InputError, match=message):
+        OfficialDocVQA(file)
+
+
+def test_a_broken_page_is_named_when_it_is_asked_for(tmp_path):
+    file = write(tmp_path, rows=2)
+    page = tmp_path / "documents" / "p.png"
+    page.write_bytes(page.read_bytes()[:60])
+    rows = OfficialDocVQA(file)
+    with pytest.raises(InputError, match=r"row 1 \(questionId 8, image documents/p.png\): the image can't be read"):
+        rows[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": [{"questionId": 1, "que', "not a readable JSON file"),
+        ('[{"questionId": 1}]', "not of the official DocVQA form"),
+        ('{"data": {"questions": []}}', "not of the official DocVQA form"),
+        ('{"data": ["a question"]}', "row 0: not a JSON object"),
+    ],
+)
+def test_a_bad_json_is_named(tmp_path, text, message):
+    file = tmp_path / "train.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"train.json.*{message}"):
+        OfficialDocVQA(file)
