@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ class StepTimes(Callback):
         self.last = self.now()
 
     def on_fit_end(self, *_: Any) -> None:
-        Path(os.environ["STEP_TIMES"]).write_text(
-            json.dumps({"steps": self.steps, "validation_s": self.validations})
-        )
+        Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": self.steps, "validation_s": self.validations}))
 
 
 def build_model(folder: Path, tokenizer: Path) -> None:
@@ -93,8 +92,12 @@ def build_data(folder: Path, size: tuple[int, int]) -> None:
         content["data"] = content["data"][:questions]
         assert len(content["data"]) == questions
         file.write_text(json.dumps(content))
-    for page in (folder / "documents").iterdir():
+
+    def enlarge(page: Path) -> None:
         Image.open(page).resize(size, Image.Resampling.BICUBIC).save(page)
+
+    with ThreadPool() as pool:
+        pool.map(enlarge, list((folder / "documents").iterdir()))
 
 
 def run_trainer(options: argparse.Namespace) -> None:
@@ -256,19 +259,21 @@ def main() -> None:
     one_batch += ["--trainer.val_check_interval", 20, "--trainer.callbacks+=full_size.StepTimes"]
     results = {
         "trainer, batch 2 x 8, no workers": measure("trainer_2x8", trainer(2, 0, 10), work),
-        "trainer, batch 2 x 8, 12 workers": measure("trainer_2x8_12", trainer(2, 12, 20), work),
+        "trainer, batch 2 x 8, 12 workers": measure("trainer_2x8_12", trainer(2, 12, 14), work),
         "ours, batch 2 x 8": measure("fit", ours("fit", *fit), work),
     }
     checkpoint = next((work / "lightning_logs").rglob("last.ckpt"))
     size = checkpoint.stat().st_size
-    adapter = sum(v.numel() * v.element_size() for v in torch.load(checkpoint, weights_only=True)["state_dict"].values())
+    adapter = sum(
+        v.numel() * v.element_size() for v in torch.load(checkpoint, weights_only=True)["state_dict"].values()
+    )
     resume = ["--ckpt_path", checkpoint, "--trainer.max_steps", 25, "--trainer.val_check_interval", 40]
     results["resume, 5 steps"] = measure(
         "resume", ours("fit", *resume, "--trainer.callbacks+=full_size.StepTimes"), work
     )
     results["validate"] = measure("validate", ours("validate", "--ckpt_path", checkpoint), work)
     results["predict"] = measure("predict", ours("predict", "--ckpt_path", checkpoint), work)
-    results["trainer, batch 16 x 1, 12 workers"] = measure("trainer_16x1_12", trainer(16, 12, 20), work)
+    results["trainer, batch 16 x 1, 12 workers"] = measure("trainer_16x1_12", trainer(16, 12, 16), work)
     results["ours, batch 16 x 1"] = measure("fit_16x1", ours("fit", *one_batch), work)
     report = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -279,7 +284,9 @@ def main() -> None:
     }
     if options.results:
         options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK").replace(str(REPOSITORY), "."))
+        options.results.write_text(
+            json.dumps(report, indent=1).replace(str(work), "WORK").replace(str(REPOSITORY), ".")
+        )
     print(f"\n{report['device']}, {report['versions']}")
     print(f"checkpoint {size} bytes, adapter and two moments {3 * adapter}")
     print(f"{'':36} examples/s  peak GiB")

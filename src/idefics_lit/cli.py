@@ -112,7 +112,7 @@ class DocVQACLI(LightningCLI):
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
             _allow_wandb_offline()
         if trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(ProgressBar())
+            self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
         if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
@@ -175,8 +175,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _allow_wandb_offline() -> None:
     import wandb  # only where it is used: its import takes a second
 
-    if not wandb.api.api_key:
+    if not wandb.login(prompt=False, verify=False):
         os.environ.setdefault("WANDB_MODE", "offline")
+        wandb.teardown()  # it has read the environment already
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:

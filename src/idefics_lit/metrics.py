@@ -94,7 +94,12 @@ class ANLS(Metric):
     scores: list[Tensor]
 
     def __init__(
-        self, *, threshold: float = 0.5, inclusive: bool = True, strip_period: bool = False, **kwargs: Any
+        self,
+        *,
+        threshold: float = 0.5,
+        inclusive: bool = True,
+        strip_period: bool = False,
+        **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**kwargs)
         self.options: dict[str, Any] = {

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -76,6 +76,11 @@ class Idefics2Module(LightningModule):
         strip_period: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, least in (("warmup_steps", warmup_steps, 0), ("max_new_tokens", max_new_tokens, 1)):
+            if value < least:
+                raise InputError(f"model.{name} {value}: give {least} or more")
+        if lr <= 0:
+            raise InputError(f"model.lr {lr}: give a learning rate above 0")
         # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
         self.save_hyperparameters()
@@ -94,7 +99,9 @@ class Idefics2Module(LightningModule):
             device = trainer.strategy.root_device
         else:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = str(trainer.precision) if trainer is not None else "bf16-mixed" if device.type == "cuda" else "32-true"
+        precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+        if trainer is not None:
+            precision = str(trainer.precision)
         if precision not in DTYPES:
             raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
         self.processor = load_processor(options.pretrained)
@@ -115,16 +122,16 @@ class Idefics2Module(LightningModule):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits (B, T, V) of a batch of `Idefics2Collator`."""
-        limit = self.model.config.text_config.max_position_embeddings
-        if batch["input_ids"].shape[1] > limit:
-            raise InputError(f"a batch of {batch['input_ids'].shape[1]} tokens: the model takes {limit}")
+        self._check_length(batch["input_ids"].shape[1])
         inputs = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
         return self.model(**{key: batch[key] for key in inputs}, use_cache=False).logits
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
         logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
         return loss, (labels != IGNORED_LABEL).sum()
 
     # Training
@@ -168,7 +175,7 @@ class Idefics2Module(LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and the schedule, stepped with it."""
@@ -216,6 +223,7 @@ class Idefics2Module(LightningModule):
             ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
         )
         prompts = batch["prompt_input_ids"]
+        self._check_length(prompts.shape[1] + self.hparams.max_new_tokens)
         ids = self.model.generate(
             input_ids=prompts,
             attention_mask=batch["prompt_attention_mask"],
@@ -297,8 +305,8 @@ class Idefics2Module(LightningModule):
         if differing := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
             first = (f"{name}: {saved.get(name, 'none')} saved, {own.get(name, 'none')} here" for name in differing[:3])
             raise InputError(
-                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): give "
-                f"model.pretrained and model.lora as it was trained with"
+                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): "
+                f"give model.pretrained and model.lora as it was trained with"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -319,6 +327,14 @@ class Idefics2Module(LightningModule):
             scheduler["base_lrs"] = [self.hparams.lr for _ in scheduler["base_lrs"]]
 
     # Helpers
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        if tokens > limit:
+            raise InputError(
+                f"a batch of {tokens} tokens, but {self.hparams.pretrained} takes {limit}: "
+                f"lower data.max_length, which names the question that is too long"
+            )
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)

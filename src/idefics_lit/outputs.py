@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -31,7 +31,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit":
             folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+            self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -66,7 +66,21 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar without the run's number, and without the number of epochs where steps end the run."""
+    """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Return the batches of this epoch; Lightning takes the optimizer steps that are left for batches."""
+        trainer = self.trainer
+        if trainer.max_steps < 0:
+            return trainer.num_training_batches
+        left = (trainer.max_steps - self._step_at_epoch_start) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, left)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the epoch starts."""
+        self._step_at_epoch_start = trainer.global_step
+        super().on_train_epoch_start(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the bar shows."""
@@ -80,11 +94,11 @@ class ProgressBar(RichProgressBar):
 class FitTable(Callback):
     """Print what a fit came to: the last scores, the best checkpoint, the run's folder."""
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table on rank 0."""
-        if not trainer.is_global_zero:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table on rank 0, after the progress bar has gone."""
+        if stage != "fit" or not trainer.is_global_zero:
             return
-        table = Table("result", "value")
+        table = Table("result", Column("value", overflow="fold"))
         for name, value in sorted(trainer.callback_metrics.items()):
             if name.startswith(("train/loss", "val/")):
                 table.add_row(name, f"{float(value):.4f}")

@@ -23,9 +23,7 @@ def resolve(pretrained: str) -> str:
     return str(folder if folder.exists() else build_tiny(folder))
 
 
-def load_processor(
-    pretrained: str, *, image_splitting: bool = False, image_size: int | None = None
-) -> ProcessorMixin:
+def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:
     """Load Idefics2's processor.
 
     Args:
