@@ -74,13 +74,9 @@ class ProgressBar(RichProgressBar):
         trainer = self.trainer
         if trainer.max_steps < 0:
             return trainer.num_training_batches
-        left = (trainer.max_steps - self._step_at_epoch_start) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, left)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the epoch starts."""
-        self._step_at_epoch_start = trainer.global_step
-        super().on_train_epoch_start(trainer, pl_module)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, done + left)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the bar shows."""

@@ -1,0 +1,44 @@
+"""Every shipped config runs, on a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = {  # the files, and the batches of an optimizer step
+    "docvqa": (["docvqa.yaml"], 8),
+    "bf16": (["docvqa.yaml", "bf16.yaml"], 1),
+    "image_splitting": (["docvqa.yaml", "image_splitting.yaml"], 8),
+    "quickstart": (["quickstart.yaml"], 2),
+}
+
+
+def test_no_config_is_left_out():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    files, batches = RUNS[name]
+    # What a CPU, a small model and two minutes ask for; the rest is the config's own.
+    changed = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.val_split", "val", "--data.num_workers", 0]
+    changed += ["--data.image_size", 112, "--data.limit_train", 16, "--trainer.val_check_interval", batches]
+    changed += ["--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
+    changed += ["--model.max_new_tokens", 2]
+    if name in ("docvqa", "image_splitting"):  # a CPU has no 16-mixed
+        changed += ["--trainer.precision", "32-true"]
+    configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
+    folder = run("fit", *configs, *changed)
+    assert {path.name for path in folder.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
+    assert saved["data"]["image_splitting"] == (name == "image_splitting")
+    assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "bf16" else "32-true")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_says_how_it_is_run(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# python -m idefics_lit fit --config configs/")
+    assert f"configs/{path.name}" in lines[0]

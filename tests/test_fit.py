@@ -1,0 +1,85 @@
+"""Fit, resume, validate and predict as a user types them, on real pages."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+
+def flags(tiny, source, *more):
+    flags = ["--model.pretrained", tiny, "--data.source", source, "--data.image_size", 112, "--data.num_workers", 0]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.max_new_tokens", 4]
+    return [*flags, "--model.lr", "1e-2", "--model.warmup_steps", 0, *more]
+
+
+def scores(folder, column="val/anls"):
+    """The logged values of a column in every run of the folder, newest last."""
+    files = sorted(folder.glob("lightning_logs/*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
+    return [float(row[column]) for file in files for row in csv.DictReader(file.open()) if row.get(column)]
+
+
+def steps(tiny, source, *more):
+    """Two epochs of two steps of two batches, a checkpoint each."""
+    more = ["--data.limit_train", 8, "--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 2, *more]
+    callback = "--trainer.callbacks"
+    more += [f"{callback}+=ModelCheckpoint", f"{callback}.save_top_k", -1, f"{callback}.every_n_train_steps", 2]
+    return flags(tiny, source, *more)
+
+
+def test_validate_repeats_the_fits_last_score_and_predict_answers_every_question_once(run, tiny, docvqa, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "documents").symlink_to(docvqa / "documents")
+    questions = json.loads((docvqa / "val.json").read_text())
+    for name in ("train.json", "val.json"):
+        (data / name).write_text((docvqa / name).read_text())
+    slow = ["--model.lr", "1e-5"]  # a model that hasn't learned to be silent
+    folder = run("fit", *steps(tiny, docvqa, *slow))
+    checkpoint = next(folder.glob("lightning_logs/version_0/checkpoints/*step=4.ckpt"))
+    run("predict", *flags(tiny, docvqa), "--ckpt_path", checkpoint)
+
+    submission = json.loads(next(folder.rglob("submission.json")).read_text())
+    ids = [question["questionId"] for question in questions["data"]]
+    assert [answer["questionId"] for answer in submission] == ids
+    records = [json.loads(line) for line in next(folder.rglob("predictions.jsonl")).open()]
+    assert [record["prediction"] for record in records] == [answer["answer"] for answer in submission]
+    assert [record["references"] for record in records] == [question["answers"] for question in questions["data"]]
+
+    # Make two of the five answers right, so that there is a score to repeat.
+    for question, record in list(zip(questions["data"], records, strict=True))[:2]:
+        assert record["prediction"]
+        question["answers"] = ["something else", record["prediction"].upper()]
+        question["question_types"] = ["form"]
+    (data / "val.json").write_text(json.dumps(questions))
+    run("fit", *steps(tiny, data, *slow))
+    assert scores(folder)[-1] == pytest.approx(0.4, abs=1e-6)
+    run("validate", *flags(tiny, data), "--ckpt_path", checkpoint)
+    assert scores(folder)[-1] == pytest.approx(scores(folder)[-2], abs=1e-6)
+    assert scores(folder, "val/loss")[-1] == pytest.approx(scores(folder, "val/loss")[-2], abs=1e-6)
+    assert scores(folder, "val/anls/form")[-1] == pytest.approx(1)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run, tiny, docvqa):
+    folder = run("fit", *steps(tiny, docvqa))
+    first = folder / "lightning_logs" / "version_0" / "checkpoints"
+    run("fit", *steps(tiny, docvqa), "--ckpt_path", next(first.glob("*step=2.ckpt")))
+    second = folder / "lightning_logs" / "version_1" / "checkpoints"
+    whole, resumed = (torch.load(next(f.glob("*step=4.ckpt")), weights_only=True) for f in (first, second))
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    states = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, resumed))
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(s.values() for s in states), strict=True))
+    middle = torch.load(next(first.glob("*step=2.ckpt")), weights_only=True)
+    assert not all(torch.equal(value, middle["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
+def test_a_resumed_run_takes_the_learning_rate_it_is_given(run, tiny, docvqa):
+    folder = run("fit", *steps(tiny, docvqa, "--trainer.log_every_n_steps", 1))
+    checkpoint = next(folder.rglob("*step=2.ckpt"))
+    run("fit", *steps(tiny, docvqa, "--trainer.log_every_n_steps", 1), "--model.lr", "1e-3", "--ckpt_path", checkpoint)
+    assert scores(folder, "lr") == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3, 5e-4, 2.5e-4])
+
+
+def test_without_a_checkpoint_the_base_model_is_scored(run, tiny, docvqa):
+    folder = run("validate", *flags(tiny, docvqa))
+    assert len(scores(folder)) == 1
