@@ -9,6 +9,7 @@ a CPU with a small model.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -173,7 +174,7 @@ def run_trainer(options: argparse.Namespace) -> None:
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[Times()])
     trainer.train()
-    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(times)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     Path(os.environ["STEP_TIMES"]).write_text(
         json.dumps({"steps": [{"seconds": s} for s in [0.0, *seconds]], "peak_gib": peak})

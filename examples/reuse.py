@@ -1,6 +1,6 @@
 """Use the module, the collator and the metric in a Lightning project of your own, with data of your own.
 
-    python examples/reuse.py [PRETRAINED]
+python examples/reuse.py [PRETRAINED]
 """
 
 import sys

@@ -163,7 +163,7 @@ def test_a_bad_page_met_by_a_worker(fit_fails, folder):
 
 def test_a_question_longer_than_the_model_takes(fit_fails, folder):
     args = ("--data.source", folder(question="a" * 4100), "--data.max_length", "9999")
-    match(r"4\d\d\d tokens.* the model takes 4096", fit_fails(*args))
+    match(r"4\d\d\d tokens, but .* takes 4096", fit_fails(*args))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,10 @@ def test_idefics_prompt(processor):
     batch = Idefics2Collator(processor, train=True, prompt_style="idefics")([Example(1, "Why?", [PAGE], ["So"])])
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert text.startswith("<s> User:<fake_token_around_image><image>")
-    assert text.endswith("<image><fake_token_around_image> Why?\nGive a very brief answer.<end_of_utterance> \nAssistant: So<end_of_utterance>")
+    assert text.endswith(
+        "<image><fake_token_around_image> Why?\nGive a very brief answer.<end_of_utterance> \n"
+        "Assistant: So<end_of_utterance>"
+    )
 
 
 def test_image_splitting(hub_files):
@@ -78,7 +81,9 @@ def test_labels_token_by_token_in_a_batch(small):
 
 
 def test_training_on_the_prompt_leaves_out_padding_and_image_tokens(small):
-    batch = Idefics2Collator(small, train=True, train_on_prompt=True)([example("Who?", "Ann"), example("Who is it?", "B")])
+    batch = Idefics2Collator(small, train=True, train_on_prompt=True)(
+        [example("Who?", "Ann"), example("Who is it?", "B")]
+    )
     images = torch.isin(batch["input_ids"], torch.tensor([small.image_token_id, 3]))
     assert (batch["labels"][images] == -100).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -86,7 +91,9 @@ def test_training_on_the_prompt_leaves_out_padding_and_image_tokens(small):
 
 
 def test_several_pages_a_question(small):
-    batch = Idefics2Collator(small, train=True)([example("Who?", "Ann", images=3), example("Who?", "Bob", question_id=2)])
+    batch = Idefics2Collator(small, train=True)(
+        [example("Who?", "Ann", images=3), example("Who?", "Bob", question_id=2)]
+    )
     assert (batch["input_ids"] == small.image_token_id).sum(dim=1).tolist() == [192, 64]
     assert batch["pixel_values"].shape[:2] == (2, 3)
 
@@ -122,7 +129,10 @@ def test_evaluation_keeps_all_references_and_does_without(small):
     "bad, message",
     [
         (example("Who?", where="row 3"), "row 3: no answer"),
-        (example("Who <image>?", "a", where="row 3"), "row 3: 'Who <image>\\?' holds one of the model's special tokens"),
+        (
+            example("Who <image>?", "a", where="row 3"),
+            "row 3: 'Who <image>\\?' holds one of the model's special tokens",
+        ),
         (example("Who?", "a</s>", where="row 3"), "special tokens"),
         (example("Who? " * 500, "a", where="row 3"), "row 3: .* tokens are more than 2048"),
     ],

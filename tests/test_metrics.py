@@ -73,7 +73,15 @@ def test_each_question_id_counts_once():
     assert metric.compute() == pytest.approx(2 / 3)
 
 
-QUESTIONS = [("paris", "paris"), ("rom", "rome"), ("x", "berlin"), ("oslo", "oslo"), ("", "y"), ("ab", "ac"), ("b", "b")]
+QUESTIONS = [
+    ("paris", "paris"),
+    ("rom", "rome"),
+    ("x", "berlin"),
+    ("oslo", "oslo"),
+    ("", "y"),
+    ("ab", "ac"),
+    ("b", "b"),
+]
 
 
 def _score_a_share(rank, folder):

@@ -165,9 +165,18 @@ def test_weight_decay_spares_vectors_and_the_schedule_steps(tiny, processor, exa
 def fit(folder, tiny, *args):
     """A fit of the module's own data in a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "idefics_lit", "fit", "--model.pretrained", tiny, "--data.source", "synthetic"]
-    command += ["--data.limit_train", "8", "--data.limit_val", "5", "--data.image_size", "112", "--data.num_workers", "0"]
+    command += [
+        "--data.limit_train",
+        "8",
+        "--data.limit_val",
+        "5",
+        "--data.image_size",
+        "112",
+        "--data.num_workers",
+        "0",
+    ]
     command += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.lr", "1e-2"]
-    command += ["--model.warmup_steps", "0", "--model.max_new_tokens", "4", "--trainer.enable_progress_bar", "false"]
+    command += ["--model.warmup_steps", "0", "--model.max_new_tokens", "4", "--model.lora.r", "32", "--trainer.enable_progress_bar", "false"]
     done = subprocess.run([*command, *args], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(next((folder / "lightning_logs").rglob("*step=4.ckpt")), weights_only=True)

@@ -126,7 +126,7 @@ class Idefics2Collator:
             content = [_text_part("Answer briefly."), *images, _text_part(question)]
         else:
             content = [*images, _text_part(f"{question}\nGive a very brief answer.")]
-        messages = [{"role": "user", "content": content}]
+        messages: list[Any] = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [_text_part(answer.strip())]})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
@@ -79,7 +79,7 @@ def load_model(
         raise cannot_load("model", pretrained, error) from error
     if device.type == "cpu":
         for layer in base.modules():
-            if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            if isinstance(layer, Linear4bit):
                 # The first evaluation would repack the weight for a kernel without autograd, for good.
                 layer.support_avx512bf16_for_cpu = False
     model = add_lora(base, lora)

@@ -61,6 +61,8 @@ class Idefics2Module(LightningModule):
             bf16-mixed and 32-true, or a checkpoint belongs to another adapter.
     """
 
+    hparams: Any  # the arguments below, by name
+
     def __init__(
         self,
         pretrained: str = "HuggingFaceM4/idefics2-8b",
@@ -288,7 +290,7 @@ class Idefics2Module(LightningModule):
 
     # Checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """Return the trained weights alone: the 4-bit base is the Hub's and stays out of checkpoints."""
         trainable = {name for name, _ in self._trainable()}
         state = super().state_dict(*args, **kwargs)

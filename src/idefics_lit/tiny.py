@@ -6,6 +6,7 @@ look after one of the 4 x 3 patches under a latent.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,8 +25,13 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>"
 PAD, BOS, EOS, FAKE, IMAGE, END_OF_UTTERANCE = range(len(SPECIAL_TOKENS))  # their ids
 VOCABULARY = 264  # special tokens, 256 bytes, two spare
 
-VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
-TEXT = {
+VISION: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+}
+TEXT: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 448,
     "num_hidden_layers": 4,
@@ -33,7 +39,7 @@ TEXT = {
     "num_key_value_heads": 4,
     "head_dim": 32,
 }
-RESAMPLER = {
+RESAMPLER: dict[str, Any] = {
     "hidden_size": 256,
     "resampler_depth": 2,
     "resampler_n_heads": 12,
@@ -53,7 +59,7 @@ CHAT_TEMPLATE = (
 
 def tiny_config() -> Idefics2Config:
     """The architecture: Idefics2's, with small sizes."""
-    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    ids: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return Idefics2Config(
         text_config={
             "model_type": "mistral",
@@ -139,6 +145,6 @@ def build_tiny(folder: str | Path, seed: int = 0) -> Path:
 
 def save_tiny(model: Idefics2ForConditionalGeneration, folder: str | Path) -> Path:
     """Write the weights in float16 (the model itself is converted), the configuration and the processor."""
-    model.to("cpu", torch.float16).save_pretrained(folder)
+    model.to("cpu", torch.float16).save_pretrained(folder)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(folder)
     return Path(folder)

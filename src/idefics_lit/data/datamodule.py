@@ -2,8 +2,8 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch.utils.data
@@ -13,13 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.hub import HubDocVQA, is_saved, load_splits
-from idefics_lit.data.official import OfficialDocVQA, find_official_splits
-from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.data.source import find_splits
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
-SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
 LEAST = {
     **dict.fromkeys(("limit_train", "limit_val", "limit_test", "batch_size", "eval_batch_size", "max_length"), 1),
     "num_workers": 0,
@@ -62,6 +59,8 @@ class DocVQADataModule(LightningDataModule):
         InputError: when the source, a split or a row is wrong; see the classes in `idefics_lit.data`.
     """
 
+    hparams: Any  # the arguments below, by name
+
     def __init__(
         self,
         source: str,
@@ -96,7 +95,6 @@ class DocVQADataModule(LightningDataModule):
         if not 0 < held_out < 1:
             raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
         self.examples: dict[str, Examples] = {}
-        self._splits: dict[str, Callable[[], Examples]] | None = None
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs and load the processor."""
@@ -169,31 +167,11 @@ class DocVQADataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    @property
+    @cached_property
     def splits(self) -> dict[str, Callable[[], Examples]]:
         """How to open each split that the source has."""
-        if self._splits is None:
-            self._splits = self._find_splits()
-        return self._splits
-
-    def _find_splits(self) -> dict[str, Callable[[], Examples]]:
         options = self.hparams
-        name, _, families = options.source.partition(":")
-        if name == "synthetic":
-            given = {"families": families.split(",")} if families else {}
-            return {
-                split: lambda split=split, pages=pages: SyntheticPages(split, pages, options.seed, **given)
-                for split, pages in SYNTHETIC_PAGES.items()
-            }
-        if not is_saved(options.source) and (files := find_official_splits(Path(options.source))):
-            return {split: lambda file=file: OfficialDocVQA(file) for split, file in files.items()}
-        datasets = load_splits(options.source, options.subset)
-        return {
-            split: lambda split=split, rows=rows: HubDocVQA(
-                rows, f"{options.source} {split}", options.columns, options.language
-            )
-            for split, rows in datasets.items()
-        }
+        return find_splits(options.source, options.subset, options.columns, options.language, options.seed)
 
     def _named(self, split: str) -> Examples:
         if split not in self.splits:
@@ -228,9 +206,9 @@ class DocVQADataModule(LightningDataModule):
         names = [self.hparams.val_split] if self.hparams.val_split else ["validation", "val"]
         return next((name for name in names if name in self.splits), self.hparams.val_split)
 
-    def _held_out(self, examples: Examples) -> set[str]:
+    def _held_out(self, examples: Examples) -> set[Hashable]:
         """Choose pages, not questions: a page that was trained on says nothing about new ones."""
-        pages = sorted(set(examples.page_ids))
+        pages = list(dict.fromkeys(examples.page_ids))
         count = max(1, round(self.hparams.held_out * len(pages)))
         if count >= len(pages):
             raise InputError(

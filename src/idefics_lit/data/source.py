@@ -1,0 +1,34 @@
+"""What ``data.source`` names: the splits that it has, and how each is opened."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from idefics_lit.data.example import Examples
+from idefics_lit.data.hub import HubDocVQA, is_saved, load_splits
+from idefics_lit.data.official import OfficialDocVQA, find_official_splits
+from idefics_lit.data.synthetic import SyntheticPages
+
+SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
+
+
+def find_splits(
+    source: str, subset: str | None, columns: Mapping[str, str] | None, language: str, seed: int
+) -> dict[str, Callable[[], Examples]]:
+    """Return how to open each split; see `DocVQADataModule` for the arguments.
+
+    Raises:
+        InputError: when the source can't be read.
+    """
+    name, _, families = source.partition(":")
+    if name == "synthetic":
+        chosen = {"families": families.split(",")} if families else {}
+        return {
+            split: partial(SyntheticPages, split, pages, seed, **chosen) for split, pages in SYNTHETIC_PAGES.items()
+        }
+    if not is_saved(source) and (files := find_official_splits(Path(source))):
+        return {split: partial(OfficialDocVQA, file) for split, file in files.items()}
+    return {
+        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language)
+        for split, rows in load_splits(source, subset).items()
+    }
