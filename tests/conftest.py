@@ -5,6 +5,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Small models: threads cost more than they bring, and on a busy machine far more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from idefics_lit.tiny import build_tiny
 

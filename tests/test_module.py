@@ -56,6 +56,7 @@ class Losses(Callback):
             self.values.append(trainer.callback_metrics["train/loss"].item())
 
 
+@pytest.mark.slow
 def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path):
     """30 optimizer steps of 2 x 8 examples in float32, the same order, labels and schedule."""
     steps, data = 30, [examples[i % len(examples)] for i in range(30 * 16)]
@@ -164,29 +165,22 @@ def test_weight_decay_spares_vectors_and_the_schedule_steps(tiny, processor, exa
 
 def fit(folder, tiny, *args):
     """A fit of the module's own data in a process of its own, as a user starts it."""
-    command = [sys.executable, "-m", "idefics_lit", "fit", "--model.pretrained", tiny, "--data.source", "synthetic"]
-    command += [
-        "--data.limit_train",
-        "8",
-        "--data.limit_val",
-        "5",
-        "--data.image_size",
-        "112",
-        "--data.num_workers",
-        "0",
-    ]
-    command += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.lr", "1e-2"]
-    command += ["--model.warmup_steps", "0", "--model.max_new_tokens", "4", "--model.lora.r", "32", "--trainer.enable_progress_bar", "false"]
+    command = f"""{sys.executable} -m idefics_lit fit --model.pretrained {tiny} --data.source synthetic
+        --data.limit_train 8 --data.limit_val 5 --data.image_size 112 --data.num_workers 0
+        --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4 --model.lora.r 32
+        --trainer.max_steps 4 --trainer.accelerator cpu --trainer.precision 32-true
+        --trainer.enable_progress_bar false""".split()
     done = subprocess.run([*command, *args], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(next((folder / "lightning_logs").rglob("*step=4.ckpt")), weights_only=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(tmp_path, tiny):
     """The mean is over the answer tokens of both ranks, and a question that a sampler repeats counts once."""
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    options = ["--model.lora.dropout", "0", "--model.quantization", "none", "--trainer.max_steps", "4"]
+    options = ["--model.lora.dropout", "0", "--model.quantization", "none"]
     two = fit(tmp_path / "two", tiny, *options, "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2",
               "--trainer.devices", "2", "--trainer.strategy", "ddp")  # fmt: skip
     one = fit(tmp_path / "one", tiny, *options, "--data.batch_size", "4")
@@ -195,7 +189,7 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path, tiny):
 
 
 def test_a_checkpoint_holds_adapter_and_moments_alone(tmp_path, tiny):
-    checkpoint = fit(tmp_path, tiny, "--trainer.max_steps", "4", "--data.batch_size", "2")
+    checkpoint = fit(tmp_path, tiny, "--data.batch_size", "2")
     path = next(tmp_path.rglob("*.ckpt"))
     adapter = sum(v.numel() * v.element_size() for v in checkpoint["state_dict"].values())
     assert path.stat().st_size == pytest.approx(3 * adapter, rel=0.05)

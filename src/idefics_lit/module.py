@@ -16,13 +16,15 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
 from idefics_lit.collator import IGNORED_LABEL
 from idefics_lit.errors import InputError
+from idefics_lit.generation import generate_answers
 from idefics_lit.metrics import ANLS, anls
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.pretrained import load_processor
@@ -220,26 +222,8 @@ class Idefics2Module(LightningModule):
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts."""
-        tokenizer = self.processor.tokenizer
-        fake, image, end = tokenizer.convert_tokens_to_ids(
-            ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-        )
-        prompts = batch["prompt_input_ids"]
-        self._check_length(prompts.shape[1] + self.hparams.max_new_tokens)
-        ids = self.model.generate(
-            input_ids=prompts,
-            attention_mask=batch["prompt_attention_mask"],
-            pixel_values=batch["pixel_values"],
-            pixel_attention_mask=batch["pixel_attention_mask"],
-            max_new_tokens=self.hparams.max_new_tokens,
-            do_sample=False,
-            # Explicit: generation that takes them from the model's files has been seen to go on past the answer.
-            eos_token_id=[tokenizer.eos_token_id, end],
-            bad_words_ids=[[fake], [image]],
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
+        return generate_answers(self.model, self.processor, batch, self.hparams.max_new_tokens)
 
     def _answer(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         strip_period = self.hparams.strip_period
@@ -302,31 +286,13 @@ class Idefics2Module(LightningModule):
         Raises:
             InputError: with the first names that differ, when they are another adapter's.
         """
-        saved = {name: tuple(value.shape) for name, value in state_dict.items()}
-        own = {name: tuple(parameter.shape) for name, parameter in self._trainable()}
-        if differing := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
-            first = (f"{name}: {saved.get(name, 'none')} saved, {own.get(name, 'none')} here" for name in differing[:3])
-            raise InputError(
-                f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): "
-                f"give model.pretrained and model.lora as it was trained with"
-            )
+        check_weights(state_dict, dict(self._trainable()))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another scale of the adapter, and let this run's learning rate and weight decay win over the saved."""
-        trained = checkpoint.get("hyper_parameters", {})
-        alpha, own_alpha = trained.get("lora", {}).get("alpha"), self.hparams.lora["alpha"]
-        if alpha not in (None, own_alpha):
-            raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
-        if trained.get("pretrained", self.hparams.pretrained) != self.hparams.pretrained:
-            rank_zero_warn(f"The adapter was trained on {trained['pretrained']}, not on {self.hparams.pretrained}.")
-        for optimizer in checkpoint.get("optimizer_states", []):
-            for group in optimizer["param_groups"]:
-                group["lr"] *= self.hparams.lr / group["initial_lr"]
-                group["initial_lr"] = self.hparams.lr
-                group["weight_decay"] = self.hparams.weight_decay if group["weight_decay"] else 0.0
-        for scheduler in checkpoint.get("lr_schedulers", []):
-            scheduler["base_lrs"] = [self.hparams.lr for _ in scheduler["base_lrs"]]
+        check_hyperparameters(checkpoint.get("hyper_parameters", {}), self.hparams)
+        set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers
 

@@ -1,0 +1,52 @@
+"""What the README says can be typed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+SHELL = "\n".join(code for language, code in BLOCKS if language == "bash").replace("\\\n", " ")
+COMMANDS = [line for line in SHELL.splitlines() if re.match(r"python -m idefics_lit (fit|validate|test|predict)", line)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command, monkeypatch, capsys):
+    from idefics_lit.cli import main
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[3:], "--print_config"])
+    assert stop.value.code == 0
+    assert "trainer:" in capsys.readouterr().out
+
+
+def test_the_python_code_runs(tmp_path):
+    code = "\n".join(code for language, code in BLOCKS if language == "python")
+    assert "Idefics2Module" in code
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_reuse_runs(tmp_path, tiny):
+    example = ROOT / "examples" / "reuse.py"
+    assert len(example.read_text().splitlines()) <= 41
+    done = subprocess.run([sys.executable, example, tiny], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"ANLS \d\.\d{3}", done.stdout)
+
+
+def test_every_file_that_is_named_is_there():
+    for path in re.findall(r"(?:configs|docs|examples|benchmarks|tools|tests)/[\w./-]+\.\w+", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_tree_is_the_packages():
+    modules = {path.name for path in (ROOT / "src" / "idefics_lit").rglob("*.py") if path.parent.name != "pages"}
+    tree = next(code for language, code in BLOCKS if language == "text")
+    assert modules - {"__init__.py", "__main__.py"} <= set(re.findall(r"\w+\.py", tree))
