@@ -198,7 +198,7 @@ def _hide_noise(*, training: bool) -> None:
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\). is deprecated")
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")
+    warnings.filterwarnings("ignore", message=r".*gradient_checkpointing(_enable)?. is deprecated")
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 

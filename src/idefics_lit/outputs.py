@@ -74,7 +74,8 @@ class ProgressBar(RichProgressBar):
         trainer = self.trainer
         if trainer.max_steps < 0:
             return trainer.num_training_batches
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        # At an epoch's start the last epoch's batches still stand there.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % max(int(trainer.num_training_batches), 1)
         left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         return min(trainer.num_training_batches, done + left)
 
