@@ -33,7 +33,7 @@ class Scale(NamedTuple):
     generate_batch: int = 150
     log_seconds: float = 20
     save_seconds: float = 120
-    reserve_seconds: float = 100  # for saving and the table
+    reserve_seconds: float = 60  # for saving and the table
 
 
 class Schedule(NamedTuple):
@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
         """The reading tasks and the helpers make way for the questions."""
         rate = PEAK_RATE * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
         reading = max(0.6 - 1.1 * progress, 0.1)
-        return cls(rate, reading, max(1 - progress / 0.75, 0), 0.1 * max(1 - progress / 0.25, 0))
+        return cls(rate, reading, max(1 - progress / 0.75, 0.0), 0.1 * max(1 - progress / 0.25, 0.0))
 
 
 class Trainer:
