@@ -29,7 +29,6 @@ processor = load_processor(pretrained)
 train = DataLoader(examples, batch_size=2, collate_fn=Idefics2Collator(processor, train=True))
 val = DataLoader(examples, batch_size=4, collate_fn=Idefics2Collator(processor, train=False))
 
-# Your Trainer.
 module = Idefics2Module(pretrained, lora=LoRA(r=4), lr=1e-3, warmup_steps=0, max_new_tokens=8)
 trainer = Trainer(max_steps=2, precision="32-true", accelerator="cpu", logger=False, enable_checkpointing=False)
 trainer.fit(module, train, val)
