@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from idefics_lit.data.datamodule import DocVQADataModule
-from idefics_lit.errors import InputError
+from idefics_lit.errors import InputError, first_line
 from idefics_lit.outputs import FitTable, PredictionWriter, ProgressBar, SaveConfig
 
 COMMANDS = {
@@ -187,7 +187,7 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"ckpt_path {path}: not a checkpoint of this program, or a damaged one ({reason})") from error
     return checkpoint
 

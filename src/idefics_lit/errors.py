@@ -10,3 +10,8 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         # An exception raised in a loader's worker arrives as the text of its whole traceback: the last line is ours.
         super().__init__(" ".join(message.rsplit("InputError: ", 1)[-1].split()))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

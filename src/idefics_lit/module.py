@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +22,7 @@ from transformers import get_scheduler
 
 from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
 from idefics_lit.collator import IGNORED_LABEL
+from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
 from idefics_lit.generation import generate_answers
 from idefics_lit.metrics import ANLS, anls
@@ -100,12 +100,11 @@ class Idefics2Module(LightningModule):
         options = self.hparams
         trainer = self._trainer
         if trainer is not None:
-            device = trainer.strategy.root_device
+            device, precision = trainer.strategy.root_device, str(trainer.precision)
+        elif torch.cuda.is_available():
+            device, precision = torch.device("cuda"), "bf16-mixed"
         else:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = "bf16-mixed" if device.type == "cuda" else "32-true"
-        if trainer is not None:
-            precision = str(trainer.precision)
+            device, precision = torch.device("cpu"), "32-true"
         if precision not in DTYPES:
             raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
         self.processor = load_processor(options.pretrained)
@@ -258,7 +257,7 @@ class Idefics2Module(LightningModule):
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
         # Every rank must score the same types, whether or not it saw them.
         types = {question_type for record in records for question_type in record["question_types"]}
-        for question_type in sorted(set().union(*self._gathered(types))):
+        for question_type in sorted(set().union(*gather_objects(self.trainer, types))):
             of_type = [record for record in records if question_type in record["question_types"]]
             self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
 
@@ -309,10 +308,3 @@ class Idefics2Module(LightningModule):
 
     def _reduced(self, tensor: Tensor, op: str) -> Tensor:
         return self.trainer.strategy.reduce(tensor, reduce_op=op)
-
-    def _gathered(self, value: set[str]) -> list[set[str]]:
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
 from rich.table import Column, Table
+
+from idefics_lit.distributed import gather_objects
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -49,11 +50,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Gather all ranks' predictions and write them on rank 0."""
         records = [record for batch in predictions for record in batch]
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, records)
-            records = [record for rank in gathered for record in rank]
-        unique = {record["question_id"]: record for record in records}
+        unique = {record["question_id"]: record for rank in gather_objects(trainer, records) for record in rank}
         if trainer.is_global_zero:
             folder = run_folder(trainer)
             answers = [

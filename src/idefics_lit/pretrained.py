@@ -1,12 +1,11 @@
 """What ``pretrained`` names, and the processor that is loaded from there."""
 
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 from transformers import AutoProcessor, ProcessorMixin
 
-from idefics_lit.errors import InputError
+from idefics_lit.errors import InputError, first_line
 
 
 def resolve(pretrained: str) -> str:
@@ -50,8 +49,7 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
 
 def cannot_load(what: str, pretrained: str, error: Exception) -> InputError:
     """Turn what ``from_pretrained`` raises into one line with the cure."""
-    reason: Any = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(
-        f"model.pretrained {pretrained!r}: no {what} can be loaded ({reason}): give a Hub id or a folder in the Hub's "
-        f"form, and check the network"
+        f"model.pretrained {pretrained!r}: no {what} can be loaded ({first_line(error)}): give a Hub id or a folder in "
+        f"the Hub's form, and check the network"
     )

@@ -95,6 +95,7 @@ class DocVQADataModule(LightningDataModule):
         if not 0 < held_out < 1:
             raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
         self.examples: dict[str, Examples] = {}
+        self._opened: dict[str, Examples] = {}
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs and load the processor."""
@@ -179,10 +180,11 @@ class DocVQADataModule(LightningDataModule):
                 f"data.source {self.hparams.source}: no split {split!r}, it has {', '.join(self.splits)}: "
                 f"choose with --data.train_split, val_split, test_split or predict_split"
             )
-        examples = self.splits[split]()
-        if not len(examples):
+        if split not in self._opened:  # held-out pages take the training split a second time
+            self._opened[split] = self.splits[split]()
+        if not len(self._opened[split]):
             raise InputError(f"data.source {self.hparams.source}: split {split!r} is empty")
-        return examples
+        return self._opened[split]
 
     def _train(self) -> Examples:
         examples = self._named(self.hparams.train_split or "train")
