@@ -16,7 +16,7 @@ from idefics_lit.model import LoRA
 from idefics_lit.module import Idefics2Module
 from idefics_lit.pretrained import load_processor
 
-pretrained = sys.argv[1] if len(sys.argv) > 1 else "tiny-random"  # or HuggingFaceM4/idefics2-8b
+pretrained = sys.argv[1] if len(sys.argv) > 1 else "tiny"  # or HuggingFaceM4/idefics2-8b
 
 # Your data: anything that a DataLoader takes and that yields Examples.
 examples = []

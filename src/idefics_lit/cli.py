@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.outputs import FitTable, PredictionWriter, ProgressBar, SaveConfig
+from idefics_lit.outputs import PredictionWriter, ProgressBar, Results, SaveConfig
 
 COMMANDS = {
     "fit": "Train the adapter, validate as often as the config says, keep the best checkpoint.",
@@ -230,7 +230,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [PredictionWriter(), FitTable()],
+                "callbacks": [PredictionWriter(), Results()],
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",

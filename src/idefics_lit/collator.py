@@ -1,9 +1,10 @@
 """From examples to a batch of Idefics2: chat template, processor, labels.
 
 What is special here: only the answer and its closing ``<end_of_utterance>`` are trained on, the prompt's length is
-taken from the tokeniser and not guessed, padding is masked by the attention mask, and nothing is ever truncated.
+taken from the tokeniser and not guessed, padding is masked by the attention mask, nothing is ever truncated, and
+questions on one page share a row, see `idefics_lit.packing`.
 
-Shapes: B batch, T tokens, N images an example, C channels, H and W pixels.
+Shapes: B questions, R rows, T tokens, N images a row, C channels, H and W pixels.
 """
 
 import random
@@ -11,13 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
 from idefics_lit.errors import InputError
+from idefics_lit.packing import IGNORED_LABEL, Piece, Row, pack
 
-IGNORED_LABEL = -100
 PromptStyle = Literal["recipe", "idefics"]
 
 
@@ -26,12 +26,13 @@ class Idefics2Collator:
 
     Args:
         processor: Idefics2's. Whether it splits images and to what size it scales them is its own setting.
-        train: right padding and one answer drawn at random at each visit; otherwise left padding, the first answer,
-            and the prompts apart for ``generate``.
+        train: one answer drawn at random at each visit; otherwise the first answer, and the prompts apart for
+            ``generate``.
         prompt_style: ``recipe`` is "Answer briefly.", image, question; ``idefics`` is image, question, "Give a very
             brief answer.", the prompt that the model's authors evaluate with.
-        train_on_prompt: keep the prompt's text as labels too; padding and image tokens never are.
-        max_length: the longest sequence, in tokens, that is accepted.
+        train_on_prompt: keep the prompt's text as labels too, and each question in a row of its own; padding and
+            image tokens never are labels.
+        max_length: the longest question, with its page and answer, that is accepted, in tokens.
         seed: with the epoch and the question's id it decides which answer is drawn.
     """
 
@@ -53,19 +54,20 @@ class Idefics2Collator:
         self.seed = seed
         tokenizer = processor.tokenizer
         self.special_tokens = list(tokenizer.get_added_vocab())
-        self.image_token_ids = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
+        self.image_token_ids: list[int] = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Collate.
 
         Args:
-            examples: B of them.
+            examples: B of them; those with the same ``page_id`` share a row.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` (B, T) of prompt and answer; ``pixel_values`` (B, N, C, H, W)
-            float32; ``pixel_attention_mask`` (B, N, H, W) bool. Without ``train`` also ``prompt_input_ids`` and
-            ``prompt_attention_mask`` (B, T'), and the lists ``question_ids``, ``questions``, ``references`` and
-            ``question_types``; an example without answers has no labels there.
+            What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
+            are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W) float32; ``pixel_attention_mask``
+            (R, N, H, W) bool. Without ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'),
+            left-padded, ``prompt_rows`` (B), the row of each prompt's page, and the lists ``question_ids``,
+            ``questions``, ``references`` and ``question_types``; an example without answers has no labels there.
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
@@ -74,37 +76,69 @@ class Idefics2Collator:
         answers = [self._answer(example) for example in examples]
         prompts = [self._text(example, None) for example in examples]
         texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
-        tokenize = self.processor.tokenizer
-        # The template is an exact prefix: the answer is what the whole text has more than its prompt.
-        answer_lengths = [
-            len(whole) - len(prompt)
-            for whole, prompt in zip(tokenize(texts).input_ids, tokenize(prompts).input_ids, strict=True)
+        members = self._members(examples)
+        images = self._process([examples[row[0]] for row in members], [prompts[row[0]] for row in members])
+        pages = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
+        # Behind an image the tokeniser starts anew: what follows doesn't depend on how often its token is repeated.
+        asked, whole = (
+            [self._split(ids)[1] for ids in self.processor.tokenizer(some).input_ids] for some in (prompts, texts)
+        )
+        rows = [
+            Row(
+                Piece(page, self._labels(page, 0 if self.train_on_prompt else len(page))),
+                [
+                    # The template is an exact prefix: the answer is what the whole text has more than its prompt.
+                    Piece(whole[i], self._labels(whole[i], 0 if self.train_on_prompt else len(asked[i])))
+                    for i in row
+                ],
+            )
+            for page, row in zip(pages, members, strict=True)
         ]
-        batch = self._process(examples, texts)
-        input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-        for example, length in zip(examples, attention_mask.sum(dim=1).tolist(), strict=True):
+        row_of = {i: number for number, row in enumerate(members) for i in row}
+        for i, example in enumerate(examples):
+            length = len(pages[row_of[i]]) + len(whole[i])
             if length > self.max_length:
                 raise InputError(
                     f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
                     f"raise data.max_length"
                 )
-        labels = self._labels(input_ids, attention_mask, answer_lengths)
         collated: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "pixel_values": batch["pixel_values"],
-            "pixel_attention_mask": batch["pixel_attention_mask"].bool(),
+            **pack(rows, self.processor.tokenizer.pad_token_id),
+            "pixel_values": images["pixel_values"],
+            "pixel_attention_mask": images["pixel_attention_mask"].bool(),
         }
         if not self.train:
-            collated["prompt_input_ids"], collated["prompt_attention_mask"] = self._prompts(
-                input_ids, attention_mask, answer_lengths
+            padded = self.processor.tokenizer.pad(
+                {"input_ids": [pages[row_of[i]] + ids for i, ids in enumerate(asked)]},
+                padding_side="left",
+                return_tensors="pt",
             )
+            collated["prompt_input_ids"] = padded["input_ids"]
+            collated["prompt_attention_mask"] = padded["attention_mask"]
+            collated["prompt_rows"] = torch.tensor([row_of[i] for i in range(len(examples))])
             collated["question_ids"] = [example.question_id for example in examples]
             collated["questions"] = [example.question for example in examples]
             collated["references"] = [example.answers for example in examples]
             collated["question_types"] = [example.question_types for example in examples]
         return collated
+
+    def _members(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Group the examples' numbers by row."""
+        rows: dict[Any, list[int]] = {}
+        for i, example in enumerate(examples):
+            # What follows a page is another text for each question: a page can't be trained to foretell them all.
+            alone = example.page_id is None or self.train_on_prompt
+            rows.setdefault((alone, i if alone else example.page_id), []).append(i)
+        return list(rows.values())
+
+    def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Cut behind the last image token."""
+        end = max((i for i, token in enumerate(ids, start=1) if token in self.image_token_ids), default=0)
+        return ids[:end], ids[end:]
+
+    def _labels(self, ids: list[int], ignored: int) -> list[int]:
+        """The labels of a piece: none for the first ``ignored`` tokens, none for image tokens."""
+        return [IGNORED_LABEL if i < ignored or token in self.image_token_ids else token for i, token in enumerate(ids)]
 
     def _answer(self, example: Example) -> str | None:
         if not self.train:
@@ -132,39 +166,18 @@ class Idefics2Collator:
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
         return str(text).strip()
 
-    def _process(self, examples: Sequence[Example], texts: list[str]) -> dict[str, Tensor]:
+    def _process(self, examples: Sequence[Example], texts: list[str]) -> BatchFeature:
         try:
             return self.processor(
                 text=texts,
                 images=[example.images for example in examples],
                 padding=True,
-                padding_side="right" if self.train else "left",
+                padding_side="right",
                 return_tensors="pt",
             )
         except Exception as error:
             names = ", ".join(_name(example) for example in examples)
             raise InputError(f"the processor refuses the batch of {names}: {error}") from error
-
-    def _labels(self, input_ids: Tensor, attention_mask: Tensor, answer_lengths: list[int]) -> Tensor:
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
-        labels[torch.isin(input_ids, torch.tensor(self.image_token_ids))] = IGNORED_LABEL
-        if not self.train_on_prompt:
-            # The answer stands last among the tokens that count.
-            position = attention_mask.cumsum(dim=1)
-            prompt_length = position[:, -1:] - torch.tensor(answer_lengths)[:, None]
-            labels[position <= prompt_length] = IGNORED_LABEL
-        return labels
-
-    def _prompts(self, input_ids: Tensor, attention_mask: Tensor, answer_lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Cut the answers off left-padded sequences and pad what is left of them again."""
-        prompts = [
-            ids[mask.bool()][: int(mask.sum()) - length]
-            for ids, mask, length in zip(input_ids, attention_mask, answer_lengths, strict=True)
-        ]
-        padded = self.processor.tokenizer.pad(
-            {"input_ids": [prompt.tolist() for prompt in prompts]}, padding_side="left", return_tensors="pt"
-        )
-        return padded["input_ids"], padded["attention_mask"]
 
 
 def _text_part(text: str) -> dict[str, str]:

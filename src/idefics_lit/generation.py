@@ -1,14 +1,21 @@
 """Greedy answers to a batch's prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import ProcessorMixin
+
+from idefics_lit.forward import embed
 
 
 def generate_answers(
-    model: PeftModel, processor: ProcessorMixin, batch: Mapping[str, Any], max_new_tokens: int
+    model: PeftModel,
+    processor: ProcessorMixin,
+    batch: Mapping[str, Any],
+    pages: Sequence[Tensor],
+    max_new_tokens: int,
 ) -> list[str]:
     """Generate greedily until ``<end_of_utterance>``.
 
@@ -16,7 +23,8 @@ def generate_answers(
         model: in eval mode.
         processor: the model's.
         batch: `Idefics2Collator`'s for evaluation: ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T),
-            left-padded, and the pages' ``pixel_values`` and ``pixel_attention_mask``.
+            left-padded, and ``prompt_rows`` (B).
+        pages: what `idefics_lit.forward.see` saw of each row's page.
         max_new_tokens: the longest answer.
 
     Returns:
@@ -24,12 +32,9 @@ def generate_answers(
     """
     tokenizer = processor.tokenizer
     fake, image, end = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>", "<end_of_utterance>"])
-    prompts = batch["prompt_input_ids"]
     ids = model.generate(
-        input_ids=prompts,
+        inputs_embeds=embed(model, batch["prompt_input_ids"], [pages[row] for row in batch["prompt_rows"].tolist()]),
         attention_mask=batch["prompt_attention_mask"],
-        pixel_values=batch["pixel_values"],
-        pixel_attention_mask=batch["pixel_attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=False,
         # Explicit: generation that takes them from the model's files has been seen to go on past the answer.
@@ -37,5 +42,5 @@ def generate_answers(
         bad_words_ids=[[fake], [image]],
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]

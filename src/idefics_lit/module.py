@@ -8,7 +8,7 @@ What is special here:
 - dropout is a function of seed, rank, epoch and batch, so that a resumed run repeats it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +21,13 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
-from idefics_lit.collator import IGNORED_LABEL
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
+from idefics_lit.forward import logits, read, see
 from idefics_lit.generation import generate_answers
 from idefics_lit.metrics import ANLS, anls
 from idefics_lit.model import LoRA, Quantization, load_model
+from idefics_lit.packing import IGNORED_LABEL
 from idefics_lit.pretrained import load_processor
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
@@ -47,7 +48,7 @@ class Idefics2Module(LightningModule):
     question type in the data; the same under ``test/``. Batches are `Idefics2Collator`'s.
 
     Args:
-        pretrained: a Hub id or a folder in the Hub's form; "tiny-random" is a small model for trying things.
+        pretrained: a Hub id or a folder in the Hub's form; "tiny" is the small one that comes with the package.
         quantization: "nf4" (4-bit base, double quantization) or "none".
         lora: the adapter.
         lr: AdamW's learning rate, reached after the warm-up.
@@ -64,6 +65,8 @@ class Idefics2Module(LightningModule):
     """
 
     hparams: Any  # the arguments below, by name
+    records: list[dict[str, Any]]
+    """What `predict_step` returns, for the questions of this rank's last validation or test."""
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class Idefics2Module(LightningModule):
         self.save_hyperparameters()
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
-        self.records: list[dict[str, Any]] = []
+        self.records = []
         self._step: _Step | None = None
 
     def configure_model(self) -> None:
@@ -124,18 +127,28 @@ class Idefics2Module(LightningModule):
             )
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the logits (B, T, V) of a batch of `Idefics2Collator`."""
-        self._check_length(batch["input_ids"].shape[1])
-        inputs = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
-        return self.model(**{key: batch[key] for key in inputs}, use_cache=False).logits
+        """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
+        return logits(self.model, read(self.model, batch, self.see(batch)))
 
-    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
-        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
-        return loss, (labels != IGNORED_LABEL).sum()
+    def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Return what the text model reads of each row's page, (image tokens, width)."""
+        return see(self.model, batch["pixel_values"], batch["pixel_attention_mask"])
+
+    def loss(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
+
+        Args:
+            batch: `Idefics2Collator`'s.
+            pages: `see` of the batch, if it is known already.
+        """
+        if "position_ids" not in batch:  # a shared row may be longer than any of its questions
+            self._check_length(batch["input_ids"].shape[1])
+        hidden = read(self.model, batch, self.see(batch) if pages is None else pages)
+        labels = batch["labels"][:, 1:]
+        labelled = labels != IGNORED_LABEL
+        # Most tokens have no label: their logits would be the largest tensor of the step.
+        scores = logits(self.model, hidden[:, :-1][labelled])
+        return F.cross_entropy(scores.float(), labels[labelled], reduction="sum"), labelled.sum()
 
     # Training
 
@@ -207,6 +220,14 @@ class Idefics2Module(LightningModule):
         """Add a batch's loss and generated answers to the test's."""
         self._evaluate(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation's records."""
+        self.records = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation's records."""
+        self.records = []
+
     def on_validation_epoch_end(self) -> None:
         """Log what the validation comes to."""
         self._log_scores("val")
@@ -217,14 +238,15 @@ class Idefics2Module(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Return a record a question: its id, text, prediction, references and, where there are any, score."""
-        return self._answer(batch)
+        return self._answer(batch, self.see(batch))
 
-    def generate(self, batch: Mapping[str, Any]) -> list[str]:
-        """Return the B greedy answers to a batch's prompts."""
+    def generate(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> list[str]:
+        """Return the B greedy answers to a batch's prompts; ``pages`` as in `loss`."""
         self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
-        return generate_answers(self.model, self.processor, batch, self.hparams.max_new_tokens)
+        pages = self.see(batch) if pages is None else pages
+        return generate_answers(self.model, self.processor, batch, pages, self.hparams.max_new_tokens)
 
-    def _answer(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _answer(self, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> list[dict[str, Any]]:
         strip_period = self.hparams.strip_period
         return [
             {
@@ -238,7 +260,7 @@ class Idefics2Module(LightningModule):
             for question_id, question, prediction, references, question_types in zip(
                 batch["question_ids"],
                 batch["questions"],
-                self.generate(batch),
+                self.generate(batch, pages),
                 batch["references"],
                 batch["question_types"],
                 strict=True,
@@ -246,12 +268,13 @@ class Idefics2Module(LightningModule):
         ]
 
     def _evaluate(self, batch: Mapping[str, Any]) -> None:
-        loss, tokens = self.loss(batch)
+        pages = self.see(batch)
+        loss, tokens = self.loss(batch, pages)
         self.eval_loss.update(loss / tokens, weight=tokens)
-        self.records += self._answer(batch)
+        self.records += self._answer(batch, pages)
 
     def _log_scores(self, stage: str) -> None:
-        records, self.records = self.records, []
+        records = self.records
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)

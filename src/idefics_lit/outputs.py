@@ -1,8 +1,8 @@
-"""What a run leaves behind: its config, its predictions, and the table at the end of a fit."""
+"""What a run leaves behind: its config, its answers, and the tables at the end of a fit."""
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from idefics_lit.distributed import gather_objects
@@ -49,17 +50,17 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Gather all ranks' predictions and write them on rank 0."""
-        records = [record for batch in predictions for record in batch]
-        unique = {record["question_id"]: record for rank in gather_objects(trainer, records) for record in rank}
+        records = _unique(trainer, [record for batch in predictions for record in batch])
         if trainer.is_global_zero:
             folder = run_folder(trainer)
             answers = [
-                {"questionId": _as_int(question_id), "answer": record["prediction"]}
-                for question_id, record in unique.items()
+                {"questionId": _as_int(record["question_id"]), "answer": record["prediction"]} for record in records
             ]
             _write(folder / "submission.json", [json.dumps(answers, ensure_ascii=False)])
-            _write(folder / "predictions.jsonl", (json.dumps(r, ensure_ascii=False) for r in unique.values()))
-            Console().print(f"{len(unique)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}")
+            _write_records(folder / "predictions.jsonl", records)
+            Console().print(
+                f"{len(records)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}"
+            )
 
 
 class ProgressBar(RichProgressBar):
@@ -85,23 +86,94 @@ class ProgressBar(RichProgressBar):
         return description if (self.trainer.max_epochs or -1) > 0 else f"Epoch {current_epoch}"
 
 
-class FitTable(Callback):
-    """Print what a fit came to: the last scores, the best checkpoint, the run's folder."""
+class Results(Callback):
+    """Write an evaluation's answers to ``val_predictions.jsonl`` or ``test_predictions.jsonl``; sum up a fit.
+
+    The lines are `PredictionWriter`'s. In a fit the file holds the last validation's answers; where the sanity check
+    went through the whole validation set, what is printed compares it with the last validation.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Any]] = []
+        self.after: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a fit's answers, write them unless they are the sanity check's."""
+        records = _unique(trainer, pl_module.records)  # type: ignore[arg-type]
+        if trainer.sanity_checking:
+            self.before = records
+            return
+        self.after = records
+        if trainer.is_global_zero:
+            _write_records(run_folder(trainer) / "val_predictions.jsonl", records)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the answers."""
+        records = _unique(trainer, pl_module.records)  # type: ignore[arg-type]
+        if trainer.is_global_zero:
+            _write_records(run_folder(trainer) / "test_predictions.jsonl", records)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the table on rank 0, after the progress bar has gone."""
+        """Print a fit's scores, three examples and where things lie, on rank 0, after the progress bar has gone."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        table = Table("result", Column("value", overflow="fold"))
-        for name, value in sorted(trainer.callback_metrics.items()):
-            if name.startswith(("train/loss", "val/")):
-                table.add_row(name, f"{float(value):.4f}")
+        console = Console()
+        if self.after:
+            before = {record["question_id"]: record for record in self.before}
+            if before.keys() != {record["question_id"] for record in self.after}:
+                before = {}
+            console.print(_scores(before, self.after))
+            console.print(_examples(before, self.after))
+        console.print(self._places(trainer))
+
+    def _places(self, trainer: Trainer) -> Table:
+        folder = run_folder(trainer)
+        places = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None)
+        places.add_row("run", str(folder))
         best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None) is not None), None)
         if best is not None:
-            table.add_row(f"best {best.monitor}", f"{float(best.best_model_score):.4f}")  # type: ignore[attr-defined]
-            table.add_row("best checkpoint", best.best_model_path)  # type: ignore[attr-defined]
-        table.add_row("run", str(run_folder(trainer)))
-        Console().print(table)
+            score = f"({best.monitor} {float(best.best_model_score):.4f})"  # type: ignore[attr-defined]
+            places.add_row("best checkpoint", f"{best.best_model_path} {score}")  # type: ignore[attr-defined]
+        if self.after:
+            places.add_row("answers", str(folder / "val_predictions.jsonl"))
+        for name in ("train/loss", "val/loss"):
+            if name in trainer.callback_metrics:
+                places.add_row(name, f"{float(trainer.callback_metrics[name]):.4f}")
+        return places
+
+
+def _scores(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
+    """ANLS in all and by type of question."""
+    table = Table("ANLS", *(["before"] if before else []), "after", "questions")
+
+    def add(name: str, records: Sequence[dict[str, Any]]) -> None:
+        scores = [[before[record["question_id"]]["score"] for record in records]] if before else []
+        scores.append([record["score"] for record in records])
+        table.add_row(name, *(f"{sum(some) / len(some):.3f}" for some in scores), str(len(records)))
+
+    add("all", after)
+    for kind in sorted({kind for record in after for kind in record["question_types"]}):
+        add(kind, [record for record in after if kind in record["question_types"]])
+    return table
+
+
+def _examples(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
+    """Three questions from all over the set."""
+    table = Table("question", "expected", *(["before"] if before else []), "after")
+    for record in after[:: max(-(-len(after) // 3), 1)]:
+        answers = [before[record["question_id"]]["prediction"]] if before else []
+        table.add_row(*map(escape, (record["question"], record["references"][0], *answers, record["prediction"])))
+    return table
+
+
+def _unique(trainer: Trainer, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gather all ranks' records, each question once."""
+    ranks = gather_objects(trainer, records)
+    return list({record["question_id"]: record for rank in ranks for record in rank}.values())
+
+
+def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    _write(path, (json.dumps(record, ensure_ascii=False) for record in records))
 
 
 def _as_int(question_id: int | str) -> int | str:

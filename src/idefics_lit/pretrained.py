@@ -2,24 +2,19 @@
 
 from pathlib import Path
 
-import huggingface_hub.constants
 from transformers import AutoProcessor, ProcessorMixin
 
 from idefics_lit.errors import InputError, first_line
 
 
 def resolve(pretrained: str) -> str:
-    """Return what ``from_pretrained`` takes: a Hub id and a folder stay, ``tiny-random`` is built once and kept.
+    """Return what ``from_pretrained`` takes.
 
     Args:
-        pretrained: a Hub id, a folder in the Hub's form, or ``tiny-random``, a randomly initialised small Idefics2.
+        pretrained: a Hub id; a folder in the Hub's form; or ``tiny``, the small Idefics2 that comes with the package
+            and reads the pages that the package draws.
     """
-    if pretrained != "tiny-random":
-        return pretrained
-    from idefics_lit.tiny import build_tiny
-
-    folder = Path(huggingface_hub.constants.HF_HOME) / "idefics_lit" / "tiny-random"
-    return str(folder if folder.exists() else build_tiny(folder))
+    return str(Path(__file__).parent / "reader") if pretrained == "tiny" else pretrained
 
 
 def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:

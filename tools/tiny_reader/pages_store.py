@@ -1,6 +1,7 @@
 """Rendered pages with their tasks: drawn by worker processes while training runs, held on the device, cut into batches.
 
-Workers write into shared memory, a block of pages at a time; `PageStore.grow` copies finished blocks.
+Workers write into shared memory, a block of pages at a time; `PageStore.grow` copies finished blocks to the device, in
+place of the oldest ones when there is no more room.
 """
 
 import math
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scatter import SCATTER
 from tasks import QUESTIONS, READINGS, SLOT, question_tasks, reading_tasks
 from torch import Tensor
 
@@ -21,13 +24,16 @@ from idefics_lit.data.pages import FAMILIES, Page, render_page
 from idefics_lit.tiny import LATENTS, PAGE_HEIGHT, PAGE_WIDTH, PATCH
 
 TRAINED_FAMILIES = FAMILIES[:3]
-SHARES = (0.45, 0.25, 0.3)  # of the families among the training pages
+SHARES = (0.3, 0.32, 0.2, 0.18)  # of the families and of `SCATTER` among the training pages
 FIRST_TRAINING_SEED = 1_000_000_000  # every smaller seed is held out
 
 GLYPHS = 384  # kept per page
 BLOCK = 256
-SHIFT = 6  # augmentation: at most so many pixels in x and y
-NOISE = 8.0  # and at most so many grey levels of noise
+BLOCKS = 96  # in shared memory
+
+# Augmentation: at most so many pixels in x and y, down to such a size, at most so many grey levels of noise, strokes
+# at most so much bolder or thinner (1: by a pixel on each side).
+SHIFT, SHRINK, NOISE, BOLDER, THINNER = 6, 0.87, 8.0, 0.5, 0.35
 
 ROWS, COLUMNS = PAGE_HEIGHT // PATCH, PAGE_WIDTH // PATCH
 SIDE = math.isqrt(LATENTS)  # latents stand for a grid of SIDE x SIDE parts of the page
@@ -83,12 +89,12 @@ def fill(arrays: dict[str, np.ndarray], index: int, page: Page) -> None:
             arrays["glyph"][index, i, task.start : end] = [g if g < GLYPHS else -1 for g in task.glyphs]
 
 
-def shared_arrays(pages: int) -> dict[str, np.ndarray]:
-    """Arrays of `FIELDS` for so many pages in memory that forked processes share; untouched parts cost nothing."""
+def shared_arrays(pages: int = BLOCKS * BLOCK) -> dict[str, np.ndarray]:
+    """Arrays of `FIELDS` for so many pages in memory that forked processes share."""
     arrays = {}
     for name, (shape, dtype) in FIELDS.items():
         size = pages * math.prod(shape) * np.dtype(dtype).itemsize
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         arrays[name] = np.frombuffer(memory, dtype=dtype).reshape(pages, *shape)
     return arrays
 
@@ -106,14 +112,14 @@ def _start_worker(arrays: dict[str, np.ndarray]) -> None:
     _arrays.update(arrays)
 
 
-def _fill_block(block: int) -> None:
-    """Render a block of training pages; a page that can't be had is made from another seed."""
-    for index in range(block * BLOCK, (block + 1) * BLOCK):
+def _fill_block(block: int, number: int) -> None:
+    """Render the training pages ``number`` and on to a block; a page that can't be had is made from another seed."""
+    for index in range(BLOCK):
         for attempt in range(20):
-            seed = FIRST_TRAINING_SEED + index + attempt * 100_000_000
-            family = random.Random(seed).choices(TRAINED_FAMILIES, SHARES)[0]
+            seed = FIRST_TRAINING_SEED + number + index + attempt * 100_000_000
+            family = random.Random(seed).choices((*TRAINED_FAMILIES, SCATTER), SHARES)[0]
             try:
-                fill(_arrays, index, render_page(family, seed))
+                fill(_arrays, block * BLOCK + index, render_page(family, seed))
                 break
             except Exception:
                 if attempt == 19:
@@ -130,7 +136,7 @@ class PageStore:
 
     def __init__(self, pages: int, device: torch.device) -> None:
         """See the class."""
-        self.device, self.size = device, 0
+        self.device, self.size, self.rendered = device, 0, 0
         self.on_device = {
             name: torch.empty(pages, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
             for name, (shape, dtype) in FIELDS.items()
@@ -147,28 +153,36 @@ class PageStore:
         store._add(arrays)
         return store
 
-    def render(self, pool: Pool) -> None:
-        """Begin to render as many pages as there is room for."""
-        blocks = len(self.on_device["image"]) // BLOCK
-        self._waiting.extend((i, pool.apply_async(_fill_block, (i,))) for i in range(blocks))
+    def render(self, pool: Pool, arrays: dict[str, np.ndarray]) -> None:
+        """Begin to render, for as long as `grow` is called."""
+        self._pool, self._arrays, self._number = pool, arrays, 0
+        for block in range(len(arrays["image"]) // BLOCK):
+            self._order(block)
 
-    def grow(self, arrays: dict[str, np.ndarray], most: int = 2) -> None:
+    def _order(self, block: int) -> None:
+        self._waiting.append((block, self._pool.apply_async(_fill_block, (block, self._number))))
+        self._number += BLOCK
+
+    def grow(self, most: int = 2) -> None:
         """Take over the blocks that have been finished since, ``most`` at a time, so that no step waits for long."""
         while most and self._waiting and self._waiting[0][1].ready():
             block, result = self._waiting.popleft()
             try:
                 result.get()
             except Exception as error:  # a page less matters little, a run lost matters much
-                print(f"WARNING: pages {block * BLOCK} and on were not rendered: {error!r}", flush=True)
-                continue
-            self._add({name: array[block * BLOCK : (block + 1) * BLOCK] for name, array in arrays.items()})
+                print(f"WARNING: a block of pages was not rendered: {error!r}", flush=True)
+            else:
+                self._add({name: array[block * BLOCK : (block + 1) * BLOCK] for name, array in self._arrays.items()})
+            self._order(block)
             most -= 1
 
     def _add(self, arrays: dict[str, np.ndarray]) -> None:
-        last = self.size + len(arrays["image"])
+        room, count = len(self.on_device["image"]), len(arrays["image"])
+        first = self.rendered % (room // count * count)
         for name, array in arrays.items():
-            self.on_device[name][self.size : last].copy_(torch.from_numpy(array))
-        self.size = last
+            self.on_device[name][first : first + count].copy_(torch.from_numpy(array))
+        self.rendered += count
+        self.size = max(self.size, first + count)
 
     def training_batch(self, pages: int, slots: int, reading: float) -> Batch:
         """Random pages with random tasks, a share ``reading`` of them reading tasks, augmented."""
@@ -188,14 +202,7 @@ class PageStore:
         on_device, device, count = self.on_device, self.device, len(rows)
         image, xy = on_device["image"][rows], on_device["glyph_xy"][rows].long()
         if augment:
-            shift = torch.randint(-SHIFT, SHIFT + 1, (count, 1, 2), device=device)
-            x = (torch.arange(PAGE_WIDTH, device=device) - shift[..., 0]).clamp(0, PAGE_WIDTH - 1)
-            y = (torch.arange(PAGE_HEIGHT, device=device) - shift[..., 1]).clamp(0, PAGE_HEIGHT - 1)
-            image = image[torch.arange(count, device=device)[:, None, None], y[:, :, None], x[:, None, :]].float()
-            level = NOISE * torch.rand(count, 1, 1, device=device) ** 2
-            light = 1 - 0.15 * torch.rand(count, 1, 1, device=device)
-            image = ((image + level * torch.randn_like(image)) * light).clamp(0, 255)
-            xy = xy + shift
+            image, xy = _augment(image, xy)
         x, y = xy.unbind(-1)
         row, column = y // PATCH, x * CELLS // PATCH
         inside = (x >= 0) & (x < PAGE_WIDTH) & (y >= 0) & (y < PAGE_HEIGHT)
@@ -224,3 +231,32 @@ class PageStore:
 def _next(values: Tensor, last: int) -> Tensor:
     """Each place's successor."""
     return torch.cat([values[..., 1:], torch.full_like(values[..., :1], last)], dim=-1)
+
+
+def _augment(image: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages moved, half of them shrunk too, in other light, with noise, some with bolder or thinner strokes."""
+    count, device = len(image), image.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, device=device)
+
+    page = torch.tensor([PAGE_WIDTH - 1, PAGE_HEIGHT - 1], device=device)
+    scale = torch.where(uniform(1) < 0.5, 1.0, 1 - (1 - SHRINK) * uniform(2))
+    # A shrunk page may lie anywhere on the sheet; whole pixels, so that what isn't shrunk stays sharp.
+    shift = ((1 - scale) * page * uniform(2) + SHIFT * (2 * uniform(2) - 1)).round()
+    theta = torch.zeros(count, 2, 3, device=device)
+    # affine_grid counts from -1 to 1 over the corners: new = scale * old + shift, and it wants the way back.
+    theta[:, 0, 0], theta[:, 1, 1] = (1 / scale).unbind(-1)
+    theta[:, :, 2] = 1 / scale - 1 - 2 * shift / (scale * page)
+    grid = F.affine_grid(theta, [count, 1, PAGE_HEIGHT, PAGE_WIDTH], align_corners=True)
+    image = F.grid_sample(image[:, None].float(), grid, padding_mode="border", align_corners=True)
+    xy = (xy * scale[:, None] + shift[:, None]).round().long()
+
+    stroke = uniform(1, 1, 1)
+    amount = uniform(1, 1, 1)
+    bold, thin = -F.max_pool2d(-image, 3, 1, 1), F.max_pool2d(image, 3, 1, 1)
+    image = torch.where(stroke < 0.15, torch.lerp(image, bold, BOLDER * amount), image)
+    image = torch.where(stroke > 0.85, torch.lerp(image, thin, THINNER * amount), image)
+    noise = NOISE * uniform(1, 1, 1) ** 2 * torch.randn_like(image)
+    light = 1 - 0.15 * uniform(1, 1, 1)
+    return ((image + noise) * light).clamp(0, 255)[:, 0], xy

@@ -11,7 +11,7 @@ from idefics_lit.data.pages import Page
 from idefics_lit.tiny import BOS, END_OF_UTTERANCE, FAKE, IMAGE, LATENTS, tiny_processor
 
 QUESTIONS, READINGS = 12, 12  # tasks of each kind kept per page
-SLOT = 88  # tokens of a task, padding included; the few longer ones are left out
+SLOT = 80  # tokens of a task, padding included; the few longer ones are left out
 CHARACTERS = 95  # printable ASCII, 0 for none
 
 

@@ -1,13 +1,14 @@
 """The training loop: a schedule that follows the clock, a line in the log now and then, weights that are never lost."""
 
 import copy
-import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from clock import log
 from evaluate import teacher_forced
 from forward import PackedReader
@@ -19,6 +20,7 @@ from idefics_lit.tiny import save_tiny
 
 PEAK_RATE, WARMUP_STEPS = 1e-3, 300
 WEIGHT_DECAY = 0.02
+ROUNDED = 0.2  # last share of the time, in which the weights are seen as NF4 makes them
 
 
 class Scale(NamedTuple):
@@ -27,13 +29,13 @@ class Scale(NamedTuple):
     pages: int = 280_000
     first_pages: int = 8192  # rendered before training begins
     batch: int = 128  # pages,
-    slots: int = 5  # each with so many tasks
+    slots: int = 6  # each with so many tasks
     checked: int = 86  # held-out pages of each family for the log,
     held_out: int = 300  # and of each family in each set of the table
     generate_batch: int = 150
     log_seconds: float = 20
     save_seconds: float = 120
-    reserve_seconds: float = 60  # for saving and the table
+    reserve_seconds: float = 45  # for saving and the table
 
 
 class Schedule(NamedTuple):
@@ -47,8 +49,8 @@ class Schedule(NamedTuple):
     @classmethod
     def at(cls, progress: float, step: int) -> "Schedule":
         """The reading tasks and the helpers make way for the questions."""
-        rate = PEAK_RATE * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
-        reading = max(0.6 - 1.1 * progress, 0.1)
+        rate = PEAK_RATE * min(1, (step + 1) / WARMUP_STEPS) * (1 - progress)
+        reading = max(0.6 - 1.1 * progress, 0.12)
         return cls(rate, reading, max(1 - progress / 0.75, 0.0), 0.1 * max(1 - progress / 0.25, 0.0))
 
 
@@ -68,12 +70,17 @@ class Trainer:
         torch.manual_seed(0)
         self.loss = TrainingLoss(PackedReader(new_reader(), scale.slots)).to(self.device)
         self.compiled = torch.compile(self.loss, dynamic=False) if self.cuda else self.loss
+        model = self.reader.model
+        self.quantized = [  # by NF4
+            layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not model.lm_head
+        ]
         matrices = [weight for weight in self.loss.parameters() if weight.ndim >= 2]
         vectors = [weight for weight in self.loss.parameters() if weight.ndim < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=self.cuda)
         self.good: dict[str, Tensor] = {}  # the weights when the loss was last seen finite
         self.steps = 0
+        self.seen: Callable[[], AbstractContextManager[None]] = nullcontext  # how the step sees the weights
 
     @property
     def reader(self) -> PackedReader:
@@ -107,17 +114,36 @@ class Trainer:
         return parts
 
     def _backward(self, batch: Batch, weights: list[Tensor]) -> Tensor:
-        with self.autocast():
+        with self.seen(), self.autocast():
             loss, parts = self.compiled(batch, *weights)
-        loss.backward()
+            loss.backward()
         return parts
 
-    def train(self, pages: PageStore, arrays: dict[str, np.ndarray], checked: PageStore, until: float) -> None:
+    @contextmanager
+    @torch.no_grad()
+    def rounded(self) -> Iterator[None]:
+        """Let the weights be what NF4 makes of them; what is learned goes to the ones that are put back."""
+        kept = [weight.clone() for weight in self.quantized]
+        torch._foreach_copy_(self.quantized, self.nf4())
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            torch._foreach_copy_(self.quantized, kept)
+
+    @torch.no_grad()
+    def nf4(self) -> list[Tensor]:
+        """The weights rounded as bitsandbytes does: in blocks of 64, of which every row is a multiple."""
+        blocks = torch.cat([weight.view(-1, 64) for weight in self.quantized])
+        blocks = dequantize_4bit(*quantize_4bit(blocks, blocksize=64, quant_type="nf4"))
+        parts = blocks.split([weight.numel() // 64 for weight in self.quantized])
+        return [part.view_as(weight) for part, weight in zip(parts, self.quantized, strict=True)]
+
+    def train(self, pages: PageStore, checked: PageStore, until: float) -> None:
         """Train until a time of `time.monotonic`.
 
         Args:
-            pages: to train on; still growing,
-            arrays: from these.
+            pages: to train on; still growing.
             checked: held-out pages for the log.
             until: when to stop.
         """
@@ -127,8 +153,10 @@ class Trainer:
         while (now := time.monotonic()) < until:
             if self.steps == 3:
                 begin = now  # compiling is over
-            schedule = Schedule.at(max(now - begin, 0) / max(until - begin, 1), self.steps)
-            pages.grow(arrays)
+            progress = max(now - begin, 0) / max(until - begin, 1)
+            schedule = Schedule.at(progress, self.steps)
+            self.seen = self.rounded if progress > 1 - ROUNDED else nullcontext
+            pages.grow()
             parts += self.step(pages.training_batch(scale.batch, scale.slots, schedule.reading), schedule)
             if self.steps in (1, 3):
                 log(f"step {self.steps}, first loss {parts[0] / self.steps:.3f}")
@@ -136,20 +164,20 @@ class Trainer:
                 pace = (self.steps - logged_step) * scale.batch / (now - logged)
                 self._keep_if_finite(parts)
                 answers, *helpers = (parts / (self.steps - logged_step)).tolist()
-                with self.autocast():
+                with self.seen(), self.autocast():
                     questions, readings = teacher_forced(self.reader, checked, scale.slots, scale.batch)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0
                 log(
                     f"step {self.steps} lr {schedule.rate:.1e} loss {answers:.4f}"
                     f" (patch {helpers[0]:.3f} latent {helpers[1]:.3f} place {helpers[2]:.2f} look {helpers[3]:.2f})"
                     f" | held-out exact: questions {questions:.3f} reading {readings:.3f}"
-                    f" | {pace:.0f} pages/s of {pages.size}, {memory:.0f} GiB"
+                    f" | {pace:.0f} pages/s of {pages.rendered}, {memory:.0f} GiB"
                 )
                 parts, logged, logged_step = torch.zeros_like(parts), time.monotonic(), self.steps
                 if logged - saved > scale.save_seconds and self.good:
                     self.save()
                     saved = logged
-        log(f"trained {self.steps} steps of {scale.batch} pages, {pages.size} different ones")
+        log(f"trained {self.steps} steps of {scale.batch} pages, {pages.rendered} different ones")
 
     def _keep_if_finite(self, parts: Tensor) -> None:
         if torch.isfinite(parts).all():
@@ -160,5 +188,6 @@ class Trainer:
             self.optimizer.state.clear()
 
     def save(self) -> None:
-        """Write the reader as it is; training can go on."""
-        save_tiny(copy.deepcopy(self.reader.model), self.out)
+        """Write the reader as it is seen; training can go on."""
+        with self.seen():
+            save_tiny(copy.deepcopy(self.reader.model), self.out)

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, cycle, islice
 from typing import Any, cast
 
 import torch.utils.data
@@ -18,7 +19,10 @@ from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
 LEAST = {
-    **dict.fromkeys(("limit_train", "limit_val", "limit_test", "batch_size", "eval_batch_size", "max_length"), 1),
+    **dict.fromkeys(
+        ("limit_train", "limit_val", "limit_test", "questions_per_page", "batch_size", "eval_batch_size", "max_length"),
+        1,
+    ),
     "num_workers": 0,
 }
 
@@ -50,6 +54,8 @@ class DocVQADataModule(LightningDataModule):
         image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
         image_size: scale a page's longest edge to so many pixels, unless the processor's own size.
         max_length: refuse sequences longer than so many tokens, by name.
+        questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
+            image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.
         batch_size: examples a training batch, on each device.
         eval_batch_size: examples a batch in validation, test and prediction, batch_size unless given.
         num_workers: loader processes on each device, by the machine's cores unless given.
@@ -82,6 +88,7 @@ class DocVQADataModule(LightningDataModule):
         image_splitting: bool = False,
         image_size: int | None = None,
         max_length: int = 2048,
+        questions_per_page: int = 1,
         batch_size: int = 2,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -121,6 +128,7 @@ class DocVQADataModule(LightningDataModule):
         trainer = self.trainer
         sampler = _Visits(
             self.examples["train"],
+            self.hparams.questions_per_page,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             seed=self.hparams.seed,
@@ -243,7 +251,7 @@ class _Selected(Examples):
     def __getitem__(self, visit: int | tuple[int, int]) -> Example:
         index, epoch = visit if isinstance(visit, tuple) else (visit, None)
         example = self.examples[self.indices[index]]
-        example.epoch = epoch
+        example.epoch, example.page_id = epoch, self.page_ids[index]
         return example
 
     def where(self, index: int) -> str:
@@ -254,7 +262,28 @@ class _Visits(DistributedSampler[Any]):
     """Shuffled questions of a rank, each with its epoch, so that nothing drawn for it depends on a generator's state.
 
     A `DistributedSampler` in single-device runs too: the order is a function of (seed, epoch), which Lightning sets.
+    With several questions a page, so many of a page follow one another.
     """
 
+    def __init__(self, examples: Examples, questions_per_page: int, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(examples, **kwargs)
+        self.page_ids, self.questions_per_page = examples.page_ids, questions_per_page
+
     def __iter__(self) -> Iterator[Any]:
-        return (cast("Any", (index, self.epoch)) for index in super().__iter__())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        groups: list[list[int]] = []
+        open_groups: dict[Hashable, list[int]] = {}
+        for index in torch.randperm(len(self.page_ids), generator=generator).tolist():
+            group = open_groups.get(self.page_ids[index])
+            if group is None or len(group) == self.questions_per_page:
+                group = open_groups[self.page_ids[index]] = []
+                groups.append(group)
+            group.append(index)
+        order = list(islice(cycle(chain.from_iterable(groups)), self.total_size))
+        # Ranks take turns by so many questions as a page has; what is left at the end is cut into equal shares.
+        whole = len(order) - len(order) % (self.questions_per_page * self.num_replicas)
+        runs = [order[i : i + self.questions_per_page] for i in range(0, whole, self.questions_per_page)]
+        share = (len(order) - whole) // self.num_replicas
+        rest = order[whole + self.rank * share :][:share]
+        mine = [*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest]
+        return (cast("Any", (index, self.epoch)) for index in mine)

@@ -20,6 +20,7 @@ class Example:
         where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
+        page_id: the key of its pages; questions with the same one share a row of a batch.
     """
 
     question_id: int | str
@@ -29,6 +30,7 @@ class Example:
     question_types: list[str] = field(default_factory=list)
     where: str = ""
     epoch: int | None = None
+    page_id: Hashable = None
 
 
 class Examples(Dataset[Example]):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ class OfficialDocVQA(Examples):
         """Return a question with its page, decoded."""
         row = self.rows[index]
         try:
-            with Image.open(self.page_ids[index]) as image:
-                image.load()
+            image = _open(self.page_ids[index])
         except Exception as error:
             raise InputError(f"{self.where(index)}: the image can't be read: {error}") from error
         return Example(
@@ -94,6 +94,14 @@ class OfficialDocVQA(Examples):
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
             raise InputError(f"{self.where(index)}: the image lies outside the data's folder {folder}")
         return path
+
+
+@lru_cache(maxsize=4)
+def _open(path: str) -> Image.Image:
+    """Decode a page, and keep it for a while: the questions of a page often come one after the other."""
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ is drawn, then aged as a scanner would.
 
 import random
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from idefics_lit.data.pages.fonts import pick_style
 from idefics_lit.data.pages.form import write_form
@@ -22,32 +22,46 @@ from idefics_lit.data.pages.table import write_table
 from idefics_lit.data.pages.words import Words
 from idefics_lit.errors import InputError
 
-__all__ = ["FAMILIES", "MOST_QUESTIONS", "Page", "Question", "page_questions", "render_page"]
+__all__ = ["FAMILIES", "MOST_QUESTIONS", "Family", "Page", "Question", "page_questions", "render_page"]
 
 MOST_QUESTIONS = 10
 """A page keeps at most so many questions, drawn at random: a large table has more than twice as many."""
 
-# How to write a family, and the smallest and largest body text in pixels.
-_WRITERS: dict[str, tuple[Callable[[Sheet], None], int, int]] = {
-    "form": (write_form, 12, 17),
-    "table": (write_table, 12, 15),
-    "letter": (write_letter, 12, 15),
-    "receipt": (write_receipt, 12, 13),
-    "invoice": (write_invoice, 11, 12),
-    "id_card": (write_id_card, 12, 14),
+
+class Family(NamedTuple):
+    """A kind of document: its name, what writes it on a sheet, the smallest and the largest body text in pixels."""
+
+    name: str
+    write: Callable[[Sheet], None]
+    smallest: int
+    largest: int
+
+
+_FAMILIES = {
+    family.name: family
+    for family in (
+        Family("form", write_form, 12, 17),
+        Family("table", write_table, 12, 15),
+        Family("letter", write_letter, 12, 15),
+        Family("receipt", write_receipt, 12, 13),
+        Family("invoice", write_invoice, 11, 12),
+        Family("id_card", write_id_card, 12, 14),
+    )
 }
 
-FAMILIES: tuple[str, ...] = tuple(_WRITERS)
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """Every family of documents. The shipped reader is trained on the first three; the others are new to it."""
 
 Share = Literal["known", "unseen"]
 
 
-def render_page(family: str, seed: int, *, words: Share = "known", font: Share = "known", scan: bool = True) -> Page:
+def render_page(
+    family: str | Family, seed: int, *, words: Share = "known", font: Share = "known", scan: bool = True
+) -> Page:
     """Render a page; the same arguments give the same page, given the same Pillow and matplotlib.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES`, or a family of your own.
         seed: any number; another one gives another page.
         words: ``unseen`` takes names and things from held-out word lists only.
         font: ``unseen`` sets the page in a held-out typeface.
@@ -56,29 +70,35 @@ def render_page(family: str, seed: int, *, words: Share = "known", font: Share =
     Raises:
         InputError: there is no such family.
     """
+    family = _find(family)
     sheet = _write(family, seed, words, font)
     image, where = sheet.draw(), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     if scan:
-        image, where = age(image, random.Random(f"scan {family} {seed}"), sheet.desk)
+        image, where = age(image, random.Random(f"scan {family.name} {seed}"), sheet.desk)
     rows = sheet.rows()
     lines = [" ".join(text.text for text in row) for row in rows]
     centres = [(char, *move(where, x, y)) for row in rows for text in row for char, x, y in glyphs(text)]
-    return Page(family, seed, image, sheet.questions, lines, centres)
+    return Page(family.name, seed, image, sheet.questions, lines, centres)
 
 
 def page_questions(family: str, seed: int) -> list[Question]:
     """The questions of `render_page` with the same family and seed, without drawing, several times faster."""
-    return _write(family, seed, "known", "known").questions
+    return _write(_find(family), seed, "known", "known").questions
 
 
-def _write(family: str, seed: int, words: Share, font: Share) -> Sheet:
-    if family not in _WRITERS:
+def _find(family: str | Family) -> Family:
+    if isinstance(family, Family):
+        return family
+    if family not in _FAMILIES:
         raise InputError(f"unknown family of pages {family!r}: choose from {', '.join(FAMILIES)}")
-    writer, smallest, largest = _WRITERS[family]
+    return _FAMILIES[family]
+
+
+def _write(family: Family, seed: int, words: Share, font: Share) -> Sheet:
     # A string seeds through SHA-512: the same on every Python, and no two families share a page.
-    rng = random.Random(f"page {family} {seed}")
-    sheet = Sheet(rng, Words(rng, words == "unseen"), pick_style(rng, font, smallest, largest))
-    writer(sheet)
+    rng = random.Random(f"page {family.name} {seed}")
+    sheet = Sheet(rng, Words(rng, words == "unseen"), pick_style(rng, font, family.smallest, family.largest))
+    family.write(sheet)
     rng.shuffle(sheet.questions)
     del sheet.questions[MOST_QUESTIONS:]
     return sheet

@@ -125,10 +125,16 @@ COMPANY_FORMS = _split("""
 MONTHS = _split("January February March April May June July August September October November December")
 HONORIFICS = _split("Mr. Mrs. Dr. Ms.")
 
-# Syllables of invented words; the empty end of a syllable is the most frequent one.
-ONSETS = _split("b c d f g h j k l m n p r s t v w z br cl dr fl gr kr pl st tr th sh ch qu")
-VOWELS = _split("a e i o u a e i o ai ea ou")
-RHYMES = ("",) * 6 + _split("n r s l m t nd rt ck x ng rd st")
+# Syllables of invented words, the frequent parts more than once. Only a word's first syllable may lack an onset.
+ONSETS = _split("""
+    b c d f g h j k l m n p r s t v w z b c d f g h l m n p r s t w bl br ch cl cr dr fl fr gl gr kn kr ph pl pr qu sc
+    sh shr sk sl sm sn sp spr st str sw th thr tr tw wh wr y
+""")
+VOWELS = _split("a e i o u a e i o a e i o u y ai ar au ay ea ee ei er ew ey ia ie io oa oi oo or ou ow ue ur")
+RHYMES = ("",) * 24 + _split("""
+    b by ch ck d ff ft g k l le ll ley lt ly m man mp n nd ng nk ns nt p r rd re rk rn rs rt s sh ss st t tch ter th ton
+    ts tt x
+""")
 
 FORM_TITLES = _split(
     "Application Form|Registration|Purchase Order|Order Form|Statement|Memorandum|Request Form|Work Order|Certificate|"

@@ -57,7 +57,8 @@ class Words:
         syllables = self.rng.choice((2, 2, 2, 3))
         pick, word = self.rng.choice, ""
         for _ in range(syllables):
-            syllable = pick(ONSETS) + pick(VOWELS) + pick(RHYMES)
+            onset = "" if not word and self.rng.random() < 0.15 else pick(ONSETS)
+            syllable = onset + pick(VOWELS) + pick(RHYMES)
             word += syllable if len(word + syllable) <= 11 else ""
         return word.capitalize()
 

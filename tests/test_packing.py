@@ -1,0 +1,139 @@
+"""Questions that share a row have the logits, the loss and the gradients of questions in rows of their own."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import DistributedSampler
+
+from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule, _Visits
+from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.model import LoRA
+from idefics_lit.module import Idefics2Module
+from idefics_lit.pretrained import load_processor
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Three pages with two to four questions each."""
+    pages = SyntheticPages("train", 3)
+    found = [replace(pages[i], page_id=page) for i, page in enumerate(pages.page_ids)]
+    return [e for page in dict.fromkeys(pages.page_ids) for e in [e for e in found if e.page_id == page][:4]]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return load_processor(tiny)
+
+
+def alone(examples):
+    return [replace(example, page_id=None) for example in examples]
+
+
+def module(tiny, **kwargs):
+    torch.manual_seed(0)
+    ours = Idefics2Module(tiny, lora=LoRA(dropout=0.0), **kwargs)
+    ours.configure_model()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return ours.eval()
+
+
+def test_a_row_holds_the_page_once(processor, examples):
+    batch = Idefics2Collator(processor, train=True)(examples)
+    assert len(batch["pixel_values"]) == len({e.page_id for e in examples}) < len(examples)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [64] * 3
+    assert batch["attention_mask"].shape == (3, 1, *batch["input_ids"].shape[1:] * 2)
+
+
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processor, examples, style, quantization):
+    ours = module(tiny, quantization=quantization)
+    collate = Idefics2Collator(processor, train=True, prompt_style=style)
+    for example in examples:
+        example.answers = example.answers[:1]
+    results = []
+    for batch in (collate(examples), collate(alone(examples))):
+        ours.zero_grad()
+        loss, tokens = ours.loss(batch)
+        loss.backward()
+        with torch.no_grad():
+            logits = ours(batch)[:, :-1][batch["labels"][:, 1:] != -100]
+        gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+        results.append((logits, loss.item() / tokens.item(), tokens, gradients))
+    (packed, packed_loss, packed_tokens, packed_grads), (plain, plain_loss, plain_tokens, plain_grads) = results
+    assert torch.equal(packed_tokens, plain_tokens)
+    assert torch.allclose(packed, plain, atol=1e-5)
+    assert packed_loss == pytest.approx(plain_loss, abs=1e-6)
+    assert packed_grads.keys() == plain_grads.keys()
+    assert all(torch.allclose(packed_grads[n], plain_grads[n], atol=1e-4) for n in plain_grads)
+
+
+def test_the_loss_is_transformers_own(tiny, processor, examples):
+    """A shared row is a batch that transformers' Idefics2 takes as it is."""
+    ours = module(tiny, quantization="none")
+    for batch in (b := Idefics2Collator(processor, train=True))(examples), b(alone(examples)):
+        theirs = ours.model(**batch, use_cache=False)
+        loss, tokens = ours.loss(batch)
+        assert (loss / tokens).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+        assert torch.allclose(ours(batch), theirs.logits, atol=1e-5)
+
+
+def test_answers_are_generates(tiny, processor, examples):
+    """Pages seen once and embedded give what `generate` gives from the pixels."""
+    ours = module(tiny, quantization="none", max_new_tokens=6)
+    batch = Idefics2Collator(processor, train=False)(examples)
+    expected = []
+    for example in alone(examples):
+        one = Idefics2Collator(processor, train=False)([example])
+        ids = ours.model.generate(
+            input_ids=one["prompt_input_ids"],
+            attention_mask=one["prompt_attention_mask"],
+            pixel_values=one["pixel_values"],
+            pixel_attention_mask=one["pixel_attention_mask"],
+            generation_config=transformers.GenerationConfig(max_new_tokens=6, eos_token_id=[2, 5], pad_token_id=0),
+            bad_words_ids=[[3], [4]],
+        )
+        expected.append(processor.decode(ids[0, one["prompt_input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert len(set(expected)) > 1
+    assert ours.generate(batch) == expected
+
+
+def test_prompts_that_are_trained_on_stay_in_rows_of_their_own(processor, examples):
+    batch = Idefics2Collator(processor, train=True, train_on_prompt=True)(examples)
+    assert len(batch["input_ids"]) == len(examples)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("questions", [1, 3, 4, 100])
+def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(tiny, questions, ranks):
+    data = DocVQADataModule("synthetic", tiny, questions_per_page=questions, limit_train=211, num_workers=0)
+    data.setup("fit")
+
+    def epoch(number):
+        samplers = [
+            _Visits(data.examples["train"], questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(number)
+        return [[index for index, _ in sampler] for sampler in samplers]
+
+    shares = epoch(0)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted({i for share in shares for i in share}) == list(range(211))
+    assert sum(map(len, shares)) == -(-211 // ranks) * ranks
+    assert epoch(0) == shares != epoch(1)
+    pages = [data.examples["train"].page_ids[i] for share in shares for i in share]
+    changes = sum(a != b for a, b in pairwise(pages))
+    count = Counter(data.examples["train"].page_ids)
+    assert changes < 2 * sum(-(-on_page // questions) for on_page in count.values())
+    if questions == 1:  # the order of a plain DistributedSampler
+        plain = [DistributedSampler(range(211), num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        assert [list(sampler) for sampler in plain] == shares

@@ -1,0 +1,84 @@
+"""The reader that comes with the package: as good as its card says, and quick to show which details of a recipe matter.
+
+Each fine-tuning is `configs/quickstart.yaml`, shorter.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning import Trainer, seed_everything
+
+import idefics_lit
+from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.module import Idefics2Module
+
+CARD = Path(idefics_lit.__file__).parent / "reader" / "README.md"
+QUICKSTART = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
+TRAINER = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
+           "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}  # fmt: skip
+STEPS = 100
+
+
+def data(**changed):
+    options = {**QUICKSTART["data"], "limit_val": 64, "num_workers": 0, **changed}
+    return DocVQADataModule(options.pop("source"), "tiny", **options)
+
+
+def fine_tuned(steps=STEPS, **changed):
+    """ANLS and loss on unseen identity cards after so many steps."""
+    seed_everything(0, verbose=False)
+    module = Idefics2Module(**{**QUICKSTART["model"], "warmup_steps": 10})
+    trainer = Trainer(**TRAINER, max_steps=steps, limit_val_batches=0)
+    pages = data(**changed)
+    if steps:
+        trainer.fit(module, pages)
+    scores = Trainer(**TRAINER).validate(module, pages, verbose=False)[0]
+    return scores["val/anls"], scores["val/loss"]
+
+
+@pytest.fixture(scope="module")
+def right():
+    return fine_tuned()
+
+
+@pytest.mark.slow
+def test_it_reads_as_well_as_its_card_says():
+    claimed = float(re.search(r"\| unseen pages \| [\d.]+ \| ([\d.]+) \|", CARD.read_text())[1])
+    module = Idefics2Module("tiny", quantization="none", max_new_tokens=48)
+    scores = Trainer(**TRAINER).validate(module, data(source="synthetic", limit_val=96), verbose=False)[0]
+    assert scores["val/anls"] >= claimed - 0.02
+
+
+def test_it_is_small_and_in_the_hubs_form():
+    files = {path.name: path.stat().st_size for path in CARD.parent.iterdir()}
+    assert sum(files.values()) <= 16e6
+    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "README.md"} <= files.keys()
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in files)
+
+
+@pytest.mark.slow
+def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
+    assert fine_tuned(steps=0)[0] <= 0.2
+    assert right[0] >= fine_tuned(steps=0)[0] + 0.3
+
+
+@pytest.mark.slow
+def test_training_on_the_prompt_too_is_no_better(right):
+    anls, loss = fine_tuned(train_on_prompt=True)
+    print(anls, loss, right)
+
+
+@pytest.mark.slow
+def test_training_on_image_tokens_hurts(right, monkeypatch):
+    """What labels copied from the ids do, where only padding is left out."""
+
+    def labels(self, ids, ignored):
+        return list(ids)
+
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
+    anls, loss = fine_tuned()
+    print(anls, loss, right)
