@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from lightning import Trainer, seed_everything
 
@@ -15,6 +14,7 @@ import idefics_lit
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.module import Idefics2Module
+from idefics_lit.packing import IGNORED_LABEL
 
 CARD = Path(idefics_lit.__file__).parent / "reader" / "README.md"
 QUICKSTART = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
@@ -28,16 +28,15 @@ def data(**changed):
     return DocVQADataModule(options.pop("source"), "tiny", **options)
 
 
-def fine_tuned(steps=STEPS, **changed):
-    """ANLS and loss on unseen identity cards after so many steps."""
+def fine_tuned(steps=STEPS):
+    """ANLS on unseen identity cards after so many steps."""
     seed_everything(0, verbose=False)
     module = Idefics2Module(**{**QUICKSTART["model"], "warmup_steps": 10})
     trainer = Trainer(**TRAINER, max_steps=steps, limit_val_batches=0)
-    pages = data(**changed)
+    pages = data()
     if steps:
         trainer.fit(module, pages)
-    scores = Trainer(**TRAINER).validate(module, pages, verbose=False)[0]
-    return scores["val/anls"], scores["val/loss"]
+    return Trainer(**TRAINER).validate(module, pages, verbose=False)[0]["val/anls"]
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +61,25 @@ def test_it_is_small_and_in_the_hubs_form():
 
 @pytest.mark.slow
 def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
-    assert fine_tuned(steps=0)[0] <= 0.2
-    assert right[0] >= fine_tuned(steps=0)[0] + 0.3
+    before = fine_tuned(steps=0)
+    assert before <= 0.2
+    assert right >= before + 0.3
+
+
+# Labels that are not masked as they should be; rows stay shared, for speed.
 
 
 @pytest.mark.slow
-def test_training_on_the_prompt_too_is_no_better(right):
-    anls, loss = fine_tuned(train_on_prompt=True)
-    print(anls, loss, right)
+def test_training_on_the_prompt_too_hurts(right, monkeypatch):
+    def labels(self, ids, ignored):
+        return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
+
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
+    assert fine_tuned() <= right - 0.1
 
 
 @pytest.mark.slow
 def test_training_on_image_tokens_hurts(right, monkeypatch):
-    """What labels copied from the ids do, where only padding is left out."""
-
-    def labels(self, ids, ignored):
-        return list(ids)
-
-    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
-    anls, loss = fine_tuned()
-    print(anls, loss, right)
+    """What labels come to that are copied from the ids, with padding alone left out."""
+    monkeypatch.setattr(Idefics2Collator, "_labels", lambda self, ids, ignored: list(ids))
+    assert fine_tuned() <= right - 0.1
