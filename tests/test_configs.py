@@ -10,7 +10,7 @@ RUNS = {  # the files, and the batches of an optimizer step
     "docvqa": (["docvqa.yaml"], 8),
     "bf16": (["docvqa.yaml", "bf16.yaml"], 1),
     "image_splitting": (["docvqa.yaml", "image_splitting.yaml"], 8),
-    "quickstart": (["quickstart.yaml"], 2),
+    "quickstart": (["quickstart.yaml"], 1),
 }
 
 

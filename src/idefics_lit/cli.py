@@ -204,7 +204,10 @@ def _hide_noise(*, training: bool) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not re.match("Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False", record.getMessage())
+    return not re.match(
+        "Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_",
+        record.getMessage(),
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
