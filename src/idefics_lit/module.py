@@ -141,26 +141,13 @@ class Idefics2Module(LightningModule):
             batch: `Idefics2Collator`'s.
             pages: `see` of the batch, if it is known already.
         """
+        self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
         hidden = read(self.model, batch, self.see(batch) if pages is None else pages)
         labels = batch["labels"][:, 1:]
         labelled = labels != IGNORED_LABEL
         # Most tokens have no label: their logits would be the largest tensor of the step.
         scores = logits(self.model, hidden[:, :-1][labelled])
         return F.cross_entropy(scores.float(), labels[labelled], reduction="sum"), labelled.sum()
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
-        """Refuse a question that is longer than the model takes, while it costs no wait for the GPU."""
-        # A shared row may be longer than any of its questions.
-        longest = int(batch["position_ids"].max()) + 1 if "position_ids" in batch else batch["input_ids"].shape[1]
-        if "prompt_input_ids" in batch:
-            longest = max(longest, batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
-        limit = self.model.config.text_config.max_position_embeddings
-        if longest > limit:
-            raise InputError(
-                f"a batch of {longest} tokens, but {self.hparams.pretrained} takes {limit}: "
-                f"lower data.max_length, which names the question that is too long"
-            )
-        return batch
 
     # Training
 
@@ -254,6 +241,7 @@ class Idefics2Module(LightningModule):
 
     def generate(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> list[str]:
         """Return the B greedy answers to a batch's prompts; ``pages`` as in `loss`."""
+        self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
         pages = self.see(batch) if pages is None else pages
         return generate_answers(self.model, self.processor, batch, pages, self.hparams.max_new_tokens)
 
@@ -328,6 +316,16 @@ class Idefics2Module(LightningModule):
         set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers
+
+    def _check_length(self, tokens: int, position_ids: Tensor | None = None) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        if tokens > limit and position_ids is not None:  # a shared row may be longer than any of its questions
+            tokens = int(position_ids.max()) + 1
+        if tokens > limit:
+            raise InputError(
+                f"a batch of {tokens} tokens, but {self.hparams.pretrained} takes {limit}: "
+                f"lower data.max_length, which names the question that is too long"
+            )
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
