@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule, _Visits
+from idefics_lit.data.example import Example
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.model import LoRA
 from idefics_lit.module import Idefics2Module
@@ -84,6 +86,23 @@ def test_the_loss_is_transformers_own(tiny, processor, examples):
         loss, tokens = ours.loss(batch)
         assert (loss / tokens).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
         assert torch.allclose(ours(batch), theirs.logits, atol=1e-5)
+
+
+def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, processor):
+    """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
+    ours = module(tiny, quantization="none")
+    shapes = [(448, 336), (336, 448), (448, 400), (420, 448), (448, 336)]
+    pages = [Image.effect_noise(shape, 80) for shape in shapes]
+    batch = Idefics2Collator(processor, train=True)(
+        [
+            Example(1, "Who?", pages[:3], ["Ann"]),
+            Example(2, "When?", pages[3:4], ["Now"]),
+            Example(3, "a", pages[4:], ["b"]),
+        ]
+    )
+    assert len({size for row in batch["image_sizes"] for size in row}) == 4
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(ours(batch)[real], ours.model(**batch).logits[real], atol=1e-5)
 
 
 def test_answers_are_generates(processor, examples):

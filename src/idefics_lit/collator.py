@@ -65,9 +65,10 @@ class Idefics2Collator:
         Returns:
             What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
             are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W) float32; ``pixel_attention_mask``
-            (R, N, H, W) bool. Without ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'),
-            left-padded, ``prompt_rows`` (B), the row of each prompt's page, and the lists ``question_ids``,
-            ``questions``, ``references`` and ``question_types``; an example without answers has no labels there.
+            (R, N, H, W) bool. Besides, ``image_sizes``: height and width in pixels of each row's images. Without
+            ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'), left-padded, ``prompt_rows`` (B),
+            the row of each prompt's page, and the lists ``question_ids``, ``questions``, ``references`` and
+            ``question_types``; an example without answers has no labels there.
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
@@ -102,10 +103,14 @@ class Idefics2Collator:
                     f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
                     f"raise data.max_length"
                 )
+        mask = images["pixel_attention_mask"].bool()
         collated: dict[str, Any] = {
             **pack(rows, self.processor.tokenizer.pad_token_id),
             "pixel_values": images["pixel_values"],
-            "pixel_attention_mask": images["pixel_attention_mask"].bool(),
+            "pixel_attention_mask": mask,
+            "image_sizes": [
+                [(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask
+            ],
         }
         if not self.train:
             padded = self.processor.tokenizer.pad(

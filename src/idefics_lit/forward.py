@@ -1,40 +1,64 @@
-"""Idefics2's forward in its parts: pages are seen once, whatever then reads them.
+"""Idefics2's forward in its parts: pages are looked at once, whatever then reads them.
 
-The parts are transformers' own modules; only their order is here.
+The parts are transformers' own modules; only their order is here. The vision tower and the projection behind it are
+frozen and stay out of autograd. Pages of one shape go through them together, none is padded: padding costs as much as
+pages do, and a mask more than that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+Size = tuple[int, int]
 
-def see(model: PeftModel, pixel_values: Tensor, pixel_attention_mask: Tensor) -> list[Tensor]:
-    """Turn pages into what the text model reads in place of image tokens.
+
+def look(model: PeftModel, images: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+    """Run the vision tower.
 
     Args:
-        model: Idefics2 with an adapter; its vision tower is frozen.
-        pixel_values: (R, N, C, H, W).
-        pixel_attention_mask: (R, N, H, W) bool; an image that is all False is padding.
+        model: Idefics2 with an adapter.
+        images: (I, C, H, W).
+        sizes: height and width of each in pixels; the rest is padding.
 
     Returns:
-        For each of the R rows, (image tokens, width).
+        For each image (its patches, width), in the model's dtype.
     """
-    idefics2 = _base(model).model
-    side = idefics2.config.vision_config.patch_size
-    images, mask = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
-    counts = [pixel_values.shape[1]] * len(pixel_values)
-    if counts[0] > 1:
-        real = mask.flatten(1).any(1)
-        counts = real.view(pixel_values.shape[:2]).sum(1).tolist()
-        images, mask = images[real], mask[real]
-    patches = mask.unfold(1, side, side).unfold(2, side, side).all(-1).all(-1)
+    tower = _base(model).model.vision_model
+    side = tower.config.patch_size
+
+    def run(members: list[int]) -> Tensor:
+        height, width = (length // side for length in sizes[members[0]])
+        pixels = images[members, :, : height * side, : width * side].to(_base(model).dtype)
+        every = torch.ones(len(members), height, width, dtype=torch.bool, device=images.device)
+        hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=every)
+        return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
+
     with torch.no_grad():
-        seen = idefics2.vision_model(pixel_values=images.to(idefics2.dtype), patch_attention_mask=patches)
-    states = idefics2.connector(seen.last_hidden_state, attention_mask=patches.flatten(1))
-    return [row.flatten(0, 1) for row in states.split(counts)]
+        return _by_group([(height // side, width // side) for height, width in sizes], run)
+
+
+def connect(model: PeftModel, features: Sequence[Tensor]) -> list[Tensor]:
+    """Turn each image's patches into the (latents, width) that the text model reads in place of image tokens."""
+    connector = _base(model).model.connector
+
+    def run(members: list[int]) -> Tensor:
+        patches = torch.stack([features[i] for i in members])
+        return connector(patches, attention_mask=torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+
+    return _by_group([len(patches) for patches in features], run)
+
+
+def see(model: PeftModel, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
+    counts = [len(row) for row in batch["image_sizes"]]
+    images = [batch["pixel_values"][row, :count] for row, count in enumerate(counts)]
+    sizes = [size for row in batch["image_sizes"] for size in row]
+    states = connect(model, look(model, torch.cat(images), sizes))
+    ends = [sum(counts[: row + 1]) for row in range(len(counts))]
+    return [torch.cat(states[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
 def embed(model: PeftModel, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
@@ -58,6 +82,15 @@ def read(model: PeftModel, batch: Mapping[str, Any], pages: Sequence[Tensor]) ->
 def logits(model: PeftModel, hidden: Tensor) -> Tensor:
     """Turn hidden states (..., width) into the logits of the next token (..., V)."""
     return _base(model).lm_head(hidden)
+
+
+def _by_group(keys: Sequence[Any], run: Callable[[list[int]], Tensor]) -> list[Tensor]:
+    """Run what has the same key together; return the results in the order of the keys."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    results = {i: result for members in groups.values() for i, result in zip(members, run(members), strict=True)}
+    return [results[i] for i in range(len(keys))]
 
 
 def _base(model: PeftModel) -> Any:  # noqa: ANN401

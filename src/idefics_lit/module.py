@@ -132,7 +132,7 @@ class Idefics2Module(LightningModule):
 
     def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return what the text model reads of each row's page, (image tokens, width)."""
-        return see(self.model, batch["pixel_values"], batch["pixel_attention_mask"])
+        return see(self.model, batch)
 
     def loss(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
