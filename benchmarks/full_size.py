@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def main() -> None:
     results["ours, batch 16 x 1"] = measure("fit_16x1", ours("fit", *one_batch), work)
     report = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "lightning")},
+        "versions": versions(),
         "checkpoint_bytes": size,
         "adapter_and_moments_bytes": 3 * adapter,
         "contenders": results,
@@ -298,10 +299,8 @@ def main() -> None:
         print(f"\n--- the screen of {name}\n" + (work / f"{name}.log").read_text()[-4000:])
 
 
-def _version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version(name)
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "lightning")}
 
 
 if __name__ == "__main__":

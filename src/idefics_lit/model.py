@@ -47,20 +47,24 @@ def load_model(
     pretrained: str,
     *,
     quantization: Quantization,
+    quantize_vision: bool = True,
     lora: LoRA,
     dtype: torch.dtype,
     device: torch.device,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> PeftModel:
     """Load Idefics2 onto a device, in train mode, everything frozen but a new adapter.
 
     Args:
         pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
         quantization: ``nf4`` (4 bits, double quantization, https://arxiv.org/abs/2305.14314) or ``none``.
+        quantize_vision: quantize the vision tower too.
         lora: the adapter.
         dtype: of what isn't quantized, and of the arithmetic.
         device: where to.
         gradient_checkpointing: keep one activation a layer and compute the others again.
+        compiled: compile the layers of vision tower, resampler and text model, each kind once.
 
     Raises:
         InputError: when there is no such model, or ``target_modules`` match none of its layers.
@@ -72,6 +76,7 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head"] if quantize_vision else ["lm_head", "model.vision_model"],
         )
     try:
         base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
@@ -87,6 +92,11 @@ def load_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Its hooks make the input of every sub-model require gradients, the frozen vision tower's too.
         model.disable_input_require_grads()
+    if compiled:
+        idefics2 = base.model
+        for layers in (idefics2.vision_model.encoder, idefics2.connector.perceiver_resampler, idefics2.text_model):
+            for layer in layers.layers:
+                layer.compile()
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
     return model.train()
 
