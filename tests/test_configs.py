@@ -10,6 +10,7 @@ RUNS = {  # the files, and the batches of an optimizer step
     "docvqa": (["docvqa.yaml"], 8),
     "bf16": (["docvqa.yaml", "bf16.yaml"], 1),
     "image_splitting": (["docvqa.yaml", "image_splitting.yaml"], 8),
+    "fast": (["docvqa.yaml", "fast.yaml"], 1),
     "quickstart": (["quickstart.yaml"], 1),
 }
 
@@ -34,7 +35,7 @@ def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
     assert {path.name for path in folder.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
     saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
     assert saved["data"]["image_splitting"] == (name == "image_splitting")
-    assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "bf16" else "32-true")
+    assert saved["trainer"]["precision"] == ("bf16-mixed" if name in ("bf16", "fast") else "32-true")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
