@@ -199,15 +199,23 @@ def _hide_noise(*, training: bool) -> None:
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\). is deprecated")
     warnings.filterwarnings("ignore", message=r".*gradient_checkpointing(_enable)?. is deprecated")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    # With float16 the first steps are skipped until the scale fits.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+    for name in (
+        "bitsandbytes.backends.cpu.ops",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "transformers.processing_utils",
+    ):
+        logging.getLogger(name).addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not re.match(
-        "Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_",
-        record.getMessage(),
+    old = (
+        "Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_|"
+        "You are using a CUDA device .* that has Tensor Cores|Chat templates should be in a 'chat_template.jinja' file"
     )
+    return not re.match(old, record.getMessage())
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ questions on one page share a row, see `idefics_lit.packing`.
 Shapes: B questions, R rows, T tokens, N images a row, C channels, H and W pixels.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class Idefics2Collator:
         self.seed = seed
         tokenizer = processor.tokenizer
         self.special_tokens = list(tokenizer.get_added_vocab())
+        self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids: list[int] = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -65,10 +67,11 @@ class Idefics2Collator:
         Returns:
             What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
             are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W) float32; ``pixel_attention_mask``
-            (R, N, H, W) bool. Besides, ``image_sizes``: height and width in pixels of each row's images. Without
-            ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'), left-padded, ``prompt_rows`` (B),
-            the row of each prompt's page, and the lists ``question_ids``, ``questions``, ``references`` and
-            ``question_types``; an example without answers has no labels there.
+            (R, N, H, W) bool. Besides, of each row's images, ``image_sizes``, height and width in pixels, and
+            ``image_keys``, other ones for other pixels. Without ``train`` also ``prompt_input_ids`` and
+            ``prompt_attention_mask`` (B, T'), left-padded, ``prompt_rows`` (B), the row of each prompt's page, and the
+            lists ``question_ids``, ``questions``, ``references`` and ``question_types``; an example without answers has
+            no labels there.
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
@@ -104,12 +107,15 @@ class Idefics2Collator:
                     f"raise data.max_length"
                 )
         mask = images["pixel_attention_mask"].bool()
+        sizes = [[(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask]
         collated: dict[str, Any] = {
             **pack(rows, self.processor.tokenizer.pad_token_id),
             "pixel_values": images["pixel_values"],
             "pixel_attention_mask": mask,
-            "image_sizes": [
-                [(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask
+            "image_sizes": sizes,
+            "image_keys": [
+                [f"{key} {i}" for i in range(len(of_row))]
+                for of_row, key in zip(sizes, (self._key(examples[row[0]]) for row in members), strict=True)
             ],
         }
         if not self.train:
@@ -135,6 +141,14 @@ class Idefics2Collator:
             alone = example.page_id is None or self.train_on_prompt
             rows.setdefault((alone, i if alone else example.page_id), []).append(i)
         return list(rows.values())
+
+    def _key(self, example: Example) -> str:
+        """What the pixels of an example's images depend on."""
+        digest = hashlib.sha256(self.image_options)
+        for image in example.images:
+            digest.update(f"{image.mode} {image.size} {image.getpalette()}".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Cut behind the last image token."""

@@ -1,8 +1,7 @@
 """Idefics2's forward in its parts: pages are looked at once, whatever then reads them.
 
-The parts are transformers' own modules; only their order is here. The vision tower and the projection behind it are
-frozen and stay out of autograd. Pages of one shape go through them together, none is padded: padding costs as much as
-pages do, and a mask more than that.
+The parts are transformers' own modules; only their order is here. The vision tower stays out of autograd where it is
+frozen. Pages of one shape go through it together, none is padded: padding costs as much as pages do, and a mask more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,32 +11,54 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from idefics_lit.cache import FeatureCache
+
 Size = tuple[int, int]
 
 
-def look(model: PeftModel, images: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+def look(
+    model: PeftModel, images: Tensor, sizes: Sequence[Size], keys: Sequence[str] = (), cache: FeatureCache | None = None
+) -> list[Tensor]:
     """Run the vision tower.
 
     Args:
         model: Idefics2 with an adapter.
         images: (I, C, H, W).
         sizes: height and width of each in pixels; the rest is padding.
+        keys: of each image, for the cache.
+        cache: where features are taken from, and kept; only for a tower that is frozen.
 
     Returns:
         For each image (its patches, width), in the model's dtype.
     """
     tower = _base(model).model.vision_model
     side = tower.config.patch_size
+    found: dict[int, Tensor] = {}
+    if cache is not None:
+        known = {i: features for i, key in enumerate(keys) if (features := cache.get(key)) is not None}
+        found = {i: features.to(images.device, non_blocking=True) for i, features in known.items()}
+    missing = [i for i in range(len(sizes)) if i not in found]
 
     def run(members: list[int]) -> Tensor:
+        members = [missing[i] for i in members]
         height, width = (length // side for length in sizes[members[0]])
         pixels = images[members, :, : height * side, : width * side].to(_base(model).dtype)
         every = torch.ones(len(members), height, width, dtype=torch.bool, device=images.device)
         hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=every)
         return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
 
-    with torch.no_grad():
-        return _by_group([(height // side, width // side) for height, width in sizes], run)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(model)):
+        shapes = [(sizes[i][0] // side, sizes[i][1] // side) for i in missing]
+        seen = dict(zip(missing, _by_group(shapes, run), strict=True))
+    if cache is not None:
+        for i, features in seen.items():
+            cache.put(keys[i], features)
+    return [found[i] if i in found else seen[i] for i in range(len(sizes))]
+
+
+def is_vision_trained(model: PeftModel) -> bool:
+    """Whether the vision tower has an adapter."""
+    return any(parameter.requires_grad for parameter in _base(model).model.vision_model.parameters())
 
 
 def connect(model: PeftModel, features: Sequence[Tensor]) -> list[Tensor]:
@@ -51,12 +72,13 @@ def connect(model: PeftModel, features: Sequence[Tensor]) -> list[Tensor]:
     return _by_group([len(patches) for patches in features], run)
 
 
-def see(model: PeftModel, batch: Mapping[str, Any]) -> list[Tensor]:
+def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None = None) -> list[Tensor]:
     """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
     counts = [len(row) for row in batch["image_sizes"]]
     images = [batch["pixel_values"][row, :count] for row, count in enumerate(counts)]
     sizes = [size for row in batch["image_sizes"] for size in row]
-    states = connect(model, look(model, torch.cat(images), sizes))
+    keys = [key for row in batch["image_keys"] for key in row] if cache else ()
+    states = connect(model, look(model, torch.cat(images), sizes, keys, cache))
     ends = [sum(counts[: row + 1]) for row in range(len(counts))]
     return [torch.cat(states[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
