@@ -83,3 +83,16 @@ def test_a_resumed_run_takes_the_learning_rate_it_is_given(run, tiny, docvqa):
 def test_without_a_checkpoint_the_base_model_is_scored(run, tiny, docvqa):
     folder = run("validate", *flags(tiny, docvqa))
     assert len(scores(folder)) == 1
+
+
+def test_a_fit_ends_with_its_scores_before_and_after(run, tiny, docvqa, capsys):
+    folder = run("fit", *steps(tiny, docvqa, "--trainer.num_sanity_val_steps", -1))
+    screen = capsys.readouterr().out
+    assert "before" in screen and "after" in screen
+    questions = json.loads((docvqa / "val.json").read_text())["data"]
+    answers = [json.loads(line) for line in (folder / "lightning_logs/version_0/val_predictions.jsonl").open()]
+    assert [answer["question_id"] for answer in answers] == [question["questionId"] for question in questions]
+    run("fit", *steps(tiny, docvqa, "--trainer.num_sanity_val_steps", 0))
+    assert "before" not in capsys.readouterr().out
+    run("validate", *flags(tiny, docvqa))
+    assert "5 answers in lightning_logs/version_2/val_predictions.jsonl" in capsys.readouterr().out

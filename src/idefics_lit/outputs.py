@@ -103,21 +103,26 @@ class Results(Callback):
         if trainer.sanity_checking:
             self.before = records
             return
-        self.after = records
-        if trainer.is_global_zero:
-            _write_records(run_folder(trainer) / "val_predictions.jsonl", records)
+        self._keep(trainer, records, "val_predictions.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the answers."""
-        records = _unique(trainer, pl_module.records)  # type: ignore[arg-type]
+        self._keep(trainer, _unique(trainer, pl_module.records), "test_predictions.jsonl")  # type: ignore[arg-type]
+
+    def _keep(self, trainer: Trainer, records: list[dict[str, Any]], name: str) -> None:
+        self.after, self.file = records, run_folder(trainer) / name
         if trainer.is_global_zero:
-            _write_records(run_folder(trainer) / "test_predictions.jsonl", records)
+            _write_records(self.file, records)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print a fit's scores, three examples and where things lie, on rank 0, after the progress bar has gone."""
-        if stage != "fit" or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         console = Console()
+        if stage != "fit":
+            if self.after:
+                console.print(f"{len(self.after)} answers in {self.file}")
+            return
         if self.after:
             before = {record["question_id"]: record for record in self.before}
             if before.keys() != {record["question_id"] for record in self.after}:
@@ -135,7 +140,7 @@ class Results(Callback):
             score = f"({best.monitor} {float(best.best_model_score):.4f})"  # type: ignore[attr-defined]
             places.add_row("best checkpoint", f"{best.best_model_path} {score}")  # type: ignore[attr-defined]
         if self.after:
-            places.add_row("answers", str(folder / "val_predictions.jsonl"))
+            places.add_row("answers", str(self.file))
         for name in ("train/loss", "val/loss"):
             if name in trainer.callback_metrics:
                 places.add_row(name, f"{float(trainer.callback_metrics[name]):.4f}")
