@@ -5,6 +5,7 @@ frozen. Pages of one shape go through it together, none is padded: padding costs
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,23 +34,21 @@ def look(
     """
     tower = _base(model).model.vision_model
     side = tower.config.patch_size
+    grids = [(height // side, width // side) for height, width in sizes]
     found: dict[int, Tensor] = {}
     if cache is not None:
         known = {i: features for i, key in enumerate(keys) if (features := cache.get(key)) is not None}
         found = {i: features.to(images.device, non_blocking=True) for i, features in known.items()}
-    missing = [i for i in range(len(sizes)) if i not in found]
 
     def run(members: list[int]) -> Tensor:
-        members = [missing[i] for i in members]
-        height, width = (length // side for length in sizes[members[0]])
+        height, width = grids[members[0]]
         pixels = images[members, :, : height * side, : width * side].to(_base(model).dtype)
         every = torch.ones(len(members), height, width, dtype=torch.bool, device=images.device)
         hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=every)
         return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(model)):
-        shapes = [(sizes[i][0] // side, sizes[i][1] // side) for i in missing]
-        seen = dict(zip(missing, _by_group(shapes, run), strict=True))
+        seen = _by_group({i: grid for i, grid in enumerate(grids) if i not in found}, run)
     if cache is not None:
         for i, features in seen.items():
             cache.put(keys[i], features)
@@ -69,7 +68,8 @@ def connect(model: PeftModel, features: Sequence[Tensor]) -> list[Tensor]:
         patches = torch.stack([features[i] for i in members])
         return connector(patches, attention_mask=torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
 
-    return _by_group([len(patches) for patches in features], run)
+    states = _by_group({i: len(patches) for i, patches in enumerate(features)}, run)
+    return [states[i] for i in range(len(features))]
 
 
 def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None = None) -> list[Tensor]:
@@ -78,9 +78,8 @@ def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None =
     images = [batch["pixel_values"][row, :count] for row, count in enumerate(counts)]
     sizes = [size for row in batch["image_sizes"] for size in row]
     keys = [key for row in batch["image_keys"] for key in row] if cache else ()
-    states = connect(model, look(model, torch.cat(images), sizes, keys, cache))
-    ends = [sum(counts[: row + 1]) for row in range(len(counts))]
-    return [torch.cat(states[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+    states = iter(connect(model, look(model, torch.cat(images), sizes, keys, cache)))
+    return [torch.cat(list(islice(states, count))) for count in counts]
 
 
 def embed(model: PeftModel, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
@@ -106,13 +105,12 @@ def logits(model: PeftModel, hidden: Tensor) -> Tensor:
     return _base(model).lm_head(hidden)
 
 
-def _by_group(keys: Sequence[Any], run: Callable[[list[int]], Tensor]) -> list[Tensor]:
-    """Run what has the same key together; return the results in the order of the keys."""
+def _by_group(keys: Mapping[int, Any], run: Callable[[list[int]], Tensor]) -> dict[int, Tensor]:
+    """Run what has the same key together; return each one's result."""
     groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
+    for i, key in keys.items():
         groups.setdefault(key, []).append(i)
-    results = {i: result for members in groups.values() for i, result in zip(members, run(members), strict=True)}
-    return [results[i] for i in range(len(keys))]
+    return {i: result for members in groups.values() for i, result in zip(members, run(members), strict=True)}
 
 
 def _base(model: PeftModel) -> Any:  # noqa: ANN401
