@@ -37,15 +37,17 @@ def test_ids_and_labels_of_a_whole_example(processor):
         *[28705, 13, 7226, 11143, 28747],  # \nAssistant:
     ]
     answer = [4398, 28705, 28781, 28725, 28705, 28740, 28774, 28787, 28784, END]  # July 4, 1976<end_of_utterance>
-    assert batch["input_ids"].tolist() == [prompt + answer]
-    assert batch["labels"].tolist() == [[-100] * len(prompt) + answer]
+    padding = -len(prompt + answer) % 16
+    assert batch["input_ids"].tolist() == [prompt + answer + [0] * padding]
+    assert batch["attention_mask"].tolist() == [[1] * len(prompt + answer) + [0] * padding]
+    assert batch["labels"].tolist() == [[-100] * len(prompt) + answer + [-100] * padding]
     assert batch["pixel_values"].shape == (1, 1, 3, 980, 760)
     assert batch["pixel_attention_mask"].all()
 
 
 def test_idefics_prompt(processor):
     batch = Idefics2Collator(processor, train=True, prompt_style="idefics")([Example(1, "Why?", [PAGE], ["So"])])
-    text = processor.tokenizer.decode(batch["input_ids"][0])
+    text = processor.tokenizer.decode(batch["input_ids"][batch["attention_mask"] == 1])
     assert text.startswith("<s> User:<fake_token_around_image><image>")
     assert text.endswith(
         "<image><fake_token_around_image> Why?\nGive a very brief answer.<end_of_utterance> \n"
@@ -74,6 +76,8 @@ def test_labels_token_by_token_in_a_batch(small):
             assert (ids[kept] == labels[kept]).all()
             assert mask[0] == 1
             assert kept.nonzero().max() == mask.nonzero().max()  # the answer stands last
+        labels = batch["labels"]
+        assert torch.equal(labels.flatten()[batch["labelled"] + 1], labels[labels != -100])
     prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     for ids, mask in zip(*prompts, strict=True):
         assert mask[-1] == 1

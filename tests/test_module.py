@@ -123,7 +123,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, processor, 
         base.vision_model.post_layernorm.register_forward_hook(lambda m, i, out, v=vision: v.append(out.requires_grad))
         results[checkpointing] = gradients(ours, batch)
         assert len(calls) == (2 if checkpointing else 1)
-        assert vision == [False]  # the frozen tower stays out of autograd
+        assert not any(vision)  # the frozen tower stays out of autograd
     assert results[True].keys() == results[False].keys()
     assert all(torch.allclose(results[True][n], results[False][n], atol=1e-7) for n in results[True])
 

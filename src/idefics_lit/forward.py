@@ -1,16 +1,17 @@
 """Idefics2's forward in its parts: pages are looked at once, whatever then reads them.
 
 The parts are transformers' own modules; only their order is here. The vision tower stays out of autograd where it is
-frozen. Pages of one shape go through it together, none is padded: padding costs as much as pages do, and a mask more.
+frozen. Pages go through it one by one, unpadded: padding costs as much as pages do, and a mask more. Nothing here waits
+for the device, so that it never waits for us.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from idefics_lit.cache import FeatureCache
 
@@ -35,24 +36,22 @@ def look(
     tower = _base(model).model.vision_model
     side = tower.config.patch_size
     grids = [(height // side, width // side) for height, width in sizes]
-    found: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
     if cache is not None:
         known = {i: features for i, key in enumerate(keys) if (features := cache.get(key)) is not None}
-        found = {i: features.to(images.device, non_blocking=True) for i, features in known.items()}
-
-    def run(members: list[int]) -> Tensor:
-        height, width = grids[members[0]]
-        pixels = images[members, :, : height * side, : width * side].to(_base(model).dtype)
-        every = torch.ones(len(members), height, width, dtype=torch.bool, device=images.device)
-        hidden = tower.embeddings(pixel_values=pixels, patch_attention_mask=every)
-        return tower.post_layernorm(tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
+        seen = {i: features.to(images.device, non_blocking=True) for i, features in known.items()}
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(model)):
-        seen = _by_group({i: grid for i, grid in enumerate(grids) if i not in found}, run)
-    if cache is not None:
-        for i, features in seen.items():
-            cache.put(keys[i], features)
-    return [found[i] if i in found else seen[i] for i in range(len(sizes))]
+        for i, (height, width) in enumerate(grids):
+            if i in seen:
+                continue
+            pixels = images[i, None, :, : height * side, : width * side].to(_base(model).dtype)
+            every = torch.ones(1, height, width, dtype=torch.bool, device=images.device)
+            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixels, every), attention_mask=None).last_hidden_state
+            seen[i] = tower.post_layernorm(hidden)[0]
+            if cache is not None:
+                cache.put(keys[i], seen[i])
+    return [seen[i] for i in range(len(sizes))]
 
 
 def is_vision_trained(model: PeftModel) -> bool:
@@ -60,16 +59,24 @@ def is_vision_trained(model: PeftModel) -> bool:
     return any(parameter.requires_grad for parameter in _base(model).model.vision_model.parameters())
 
 
-def connect(model: PeftModel, features: Sequence[Tensor]) -> list[Tensor]:
-    """Turn each image's patches into the (latents, width) that the text model reads in place of image tokens."""
+def connect(model: PeftModel, features: Sequence[Tensor]) -> Tensor:
+    """Turn each image's patches into what the text model reads in place of image tokens, (I, latents, width)."""
     connector = _base(model).model.connector
-
-    def run(members: list[int]) -> Tensor:
-        patches = torch.stack([features[i] for i in members])
-        return connector(patches, attention_mask=torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
-
-    states = _by_group({i: len(patches) for i, patches in enumerate(features)}, run)
-    return [states[i] for i in range(len(features))]
+    resampler = connector.perceiver_resampler
+    contexts = [connector.modality_projection(patches) for patches in features]
+    context = pad_sequence(contexts, batch_first=True)
+    latents = resampler.latents.expand(len(contexts), -1, -1).clone()
+    if torch.is_grad_enabled():
+        latents.requires_grad_()  # as those of the next layers do: a layer is compiled once
+    # Each latent sees its image's patches, and all latents, which stand behind the patches and their padding.
+    sees = torch.zeros(len(contexts), 1, 1, context.shape[1] + latents.shape[1], dtype=torch.bool)
+    for i, patches in enumerate(contexts):
+        sees[i, ..., : len(patches)] = True
+    sees[..., context.shape[1] :] = True
+    mask = sees.to(context.device, non_blocking=True).expand(-1, -1, latents.shape[1], -1)
+    for layer in resampler.layers:
+        latents = layer(latents, context, attention_mask=mask)
+    return resampler.norm(latents)
 
 
 def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None = None) -> list[Tensor]:
@@ -78,8 +85,8 @@ def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None =
     images = [batch["pixel_values"][row, :count] for row, count in enumerate(counts)]
     sizes = [size for row in batch["image_sizes"] for size in row]
     keys = [key for row in batch["image_keys"] for key in row] if cache else ()
-    states = iter(connect(model, look(model, torch.cat(images), sizes, keys, cache)))
-    return [torch.cat(list(islice(states, count))) for count in counts]
+    states = connect(model, look(model, torch.cat(images), sizes, keys, cache))
+    return [row.flatten(0, 1) for row in states.split(counts)]
 
 
 def embed(model: PeftModel, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
@@ -91,9 +98,11 @@ def embed(model: PeftModel, input_ids: Tensor, pages: Sequence[Tensor]) -> Tenso
 
 def read(model: PeftModel, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> Tensor:
     """Read a batch's rows with their pages; returns the text model's last hidden states (R, T, width)."""
+    mask = batch["attention_mask"]
     outputs = _base(model).model.text_model(
         inputs_embeds=embed(model, batch["input_ids"], pages),
-        attention_mask=batch["attention_mask"],
+        # Padding is at the right: what comes before never sees it, and attention is faster without a mask.
+        attention_mask=mask if mask.ndim == 4 else None,
         position_ids=batch.get("position_ids"),
         use_cache=False,
     )
@@ -103,14 +112,6 @@ def read(model: PeftModel, batch: Mapping[str, Any], pages: Sequence[Tensor]) ->
 def logits(model: PeftModel, hidden: Tensor) -> Tensor:
     """Turn hidden states (..., width) into the logits of the next token (..., V)."""
     return _base(model).lm_head(hidden)
-
-
-def _by_group(keys: Mapping[int, Any], run: Callable[[list[int]], Tensor]) -> dict[int, Tensor]:
-    """Run what has the same key together; return each one's result."""
-    groups: dict[Any, list[int]] = {}
-    for i, key in keys.items():
-        groups.setdefault(key, []).append(i)
-    return {i: result for members in groups.values() for i, result in zip(members, run(members), strict=True)}
 
 
 def _base(model: PeftModel) -> Any:  # noqa: ANN401

@@ -20,6 +20,9 @@ from idefics_lit.pretrained import cannot_load, resolve
 
 Quantization = Literal["nf4", "none"]
 
+# What the Trainer's precision computes in.
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
+
 # The recipe's: the projections of attention in the text model, the modality projection and the resampler, and the head.
 TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
 
@@ -48,6 +51,7 @@ def load_model(
     *,
     quantization: Quantization,
     quantize_vision: bool = True,
+    dequantize: bool = False,
     lora: LoRA,
     dtype: torch.dtype,
     device: torch.device,
@@ -60,6 +64,7 @@ def load_model(
         pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
         quantization: ``nf4`` (4 bits, double quantization, https://arxiv.org/abs/2305.14314) or ``none``.
         quantize_vision: quantize the vision tower too.
+        dequantize: unpack the quantized weights, once instead of at every use.
         lora: the adapter.
         dtype: of what isn't quantized, and of the arithmetic.
         device: where to.
@@ -87,6 +92,8 @@ def load_model(
             if isinstance(layer, Linear4bit):
                 # The first evaluation would repack the weight for a kernel without autograd, for good.
                 layer.support_avx512bf16_for_cpu = False
+    if dequantize and quantization != "none":
+        base = base.dequantize(dtype)
     model = add_lora(base, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +103,7 @@ def load_model(
         idefics2 = base.model
         for layers in (idefics2.vision_model.encoder, idefics2.connector.perceiver_resampler, idefics2.text_model):
             for layer in layers.layers:
-                layer.compile()
+                layer.compile(dynamic=True)
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
     return model.train()
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORED_LABEL = -100
+MULTIPLE = 16  # rows' lengths are a multiple, without which attention with a mask copies its operands
 
 
 class Piece(NamedTuple):
@@ -32,20 +34,29 @@ def pack(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Lay out R rows of T tokens, right-padded.
 
     Returns:
-        ``input_ids`` and ``labels`` (R, T); ``attention_mask`` (R, T), 0 for padding. Where a row has several
+        ``input_ids`` and ``labels`` (R, T); ``attention_mask`` (R, T), 0 for padding; ``labelled`` (L), which of the
+        R x T tokens, counted row by row, have a label to foretell, the one behind them. Where a row has several
         questions, ``attention_mask`` is (R, 1, T, T) instead, True where a token sees another, and ``position_ids``
         (R, T) say where a token would stand in a row of its own.
     """
     columns = [_columns(row) for row in rows]
     ids, labels, positions, parts = (
-        pad_sequence([torch.tensor(column) for column in some], batch_first=True, padding_value=padding)
+        _padded(some, padding)
         for some, padding in zip(zip(*columns, strict=True), (pad_token_id, IGNORED_LABEL, 0, -1), strict=True)
     )
+    # Found here: on a GPU, finding them would wait for it.
+    labelled = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero()[:, 0]
+    common = {"input_ids": ids, "labels": labels, "labelled": labelled}
     if all(len(row.questions) == 1 for row in rows):
-        return {"input_ids": ids, "labels": labels, "attention_mask": (parts >= 0).long()}
+        return {**common, "attention_mask": (parts >= 0).long()}
     before = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     sees = before & ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None]))
-    return {"input_ids": ids, "labels": labels, "attention_mask": sees[:, None], "position_ids": positions}
+    return {**common, "attention_mask": sees[:, None], "position_ids": positions}
+
+
+def _padded(columns: Sequence[list[int]], padding: int) -> Tensor:
+    padded = pad_sequence([torch.tensor(column) for column in columns], batch_first=True, padding_value=padding)
+    return F.pad(padded, (0, -padded.shape[1] % MULTIPLE), value=padding)
 
 
 def _columns(row: Row) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -16,6 +16,7 @@ from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.source import find_splits
 from idefics_lit.errors import InputError
+from idefics_lit.model import DTYPES
 from idefics_lit.pretrained import load_processor
 
 LEAST = {
@@ -161,6 +162,7 @@ class DocVQADataModule(LightningDataModule):
             train_on_prompt=options.train_on_prompt,
             max_length=options.max_length,
             seed=options.seed,
+            pixels=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
         )
         local_world_size = self.trainer.num_devices if self.trainer else 1
         num_workers = options.num_workers
