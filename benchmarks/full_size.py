@@ -24,12 +24,17 @@ from typing import Any
 import torch
 from lightning import Callback
 
+from idefics_lit.model import TARGET_MODULES
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # steps that aren't counted
 
 
 class StepTimes(Callback):
-    """Write the seconds, the loss and the memory of every optimizer step to the file that $STEP_TIMES names."""
+    """Write the seconds, the loss and the memory of every optimizer step to the file that $STEP_TIMES names.
+
+    "wait" are the seconds of it in which no batch was there.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -43,19 +48,25 @@ class StepTimes(Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.first_step, self.last = trainer.global_step, self.now()
+        self.wait, self.ended = 0.0, self.last
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.wait += time.perf_counter() - self.ended
+
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.ended = time.perf_counter()
         if trainer.global_step == self.first_step + len(self.steps):
             return
         now = self.now()
-        step = {"seconds": now - self.last, "loss": float(trainer.callback_metrics["train/loss"])}
+        step = {"seconds": now - self.last, "wait": self.wait, "loss": float(trainer.callback_metrics["train/loss"])}
         if torch.cuda.is_available():
             step["allocated_gib"] = torch.cuda.memory_allocated() / 2**30
             step["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.steps.append(step)
-        self.last = now
+        self.last = self.ended = now
+        self.wait = 0.0
 
     def on_validation_start(self, *_: Any) -> None:
         self.started = self.now()
@@ -124,11 +135,10 @@ def run_trainer(options: argparse.Namespace) -> None:
         dtype=torch.float16 if cuda else torch.float32,
         device_map={"": 0} if cuda else None,
     )
-    targets = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
-    lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=targets)
+    lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
     model = get_peft_model(model, lora)
     processor = AutoProcessor.from_pretrained(options.model)
-    processor.image_processor.do_image_splitting = False
+    processor.image_processor.do_image_splitting = options.image_splitting
     folder = Path(options.data)
     rows = json.loads((folder / "train_v1.0_withQT.json").read_text())["data"]
 
@@ -207,8 +217,10 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
         result["peak_gib"] = max(peaks) if peaks else measured.get("peak_gib")
         result["allocated_gib"] = [round(step["allocated_gib"], 3) for step in steps if "allocated_gib" in step]
         result["losses"] = [round(step["loss"], 4) for step in steps if "loss" in step]
+        result["wait_s"] = [round(step["wait"], 3) for step in steps if "wait" in step]
         result["step_s"] = [round(step["seconds"], 3) for step in steps]
         result["validation_s"] = measured.get("validation_s")
+        result |= {key: measured[key] for key in ("losses", "apart") if key in measured}
     print(json.dumps({name: {k: v for k, v in result.items() if k != "command"}}), flush=True)
     return result
 
@@ -219,6 +231,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_full_size"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--image_splitting", action="store_true", help=argparse.SUPPRESS)
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name in ("batch", "workers", "steps"):
@@ -256,8 +269,7 @@ def main() -> None:
 
     # 20 steps of 8 batches, then a validation, and a checkpoint with it.
     fit = ["--trainer.max_steps", 20, "--trainer.val_check_interval", 160, "--trainer.callbacks+=full_size.StepTimes"]
-    one_batch = ["--config", REPOSITORY / "configs" / "bf16.yaml", "--trainer.precision"]
-    one_batch += ["32-true" if options.tiny else "16-mixed", "--trainer.max_steps", 20]
+    one_batch = ["--data.batch_size", 16, "--trainer.accumulate_grad_batches", 1, "--trainer.max_steps", 20]
     one_batch += ["--trainer.val_check_interval", 20, "--trainer.callbacks+=full_size.StepTimes"]
     results = {
         "trainer, batch 2 x 8, no workers": measure("trainer_2x8", trainer(2, 0, 10), work),

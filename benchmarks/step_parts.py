@@ -11,6 +11,7 @@ import json
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from full_size import build_model, versions
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.example import Example
-from idefics_lit.forward import connect, embed, logits, look
+from idefics_lit.forward import Idefics2Forward
+from idefics_lit.model import LoRA
 from idefics_lit.module import Idefics2Module
 from idefics_lit.pretrained import load_processor
 
@@ -69,24 +71,121 @@ def timed(run: Callable[[], None], repeats: int) -> dict[str, float]:
     }
 
 
-class Text(nn.Module):
-    """The text model as a function of tensors, as CUDA graphs want it."""
+def kernels(run: Callable[[], None], repeats: int = 3) -> list[str]:
+    """The kernels that take the most time, milliseconds and calls a run."""
+    from torch.profiler import ProfilerActivity, profile
 
-    def __init__(self, text_model: nn.Module) -> None:
-        super().__init__()
-        self.text_model = text_model
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    found = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in found) / 1000 / repeats
+    lines = [f"{total:8.2f} ms all kernels, {sum(event.count for event in found) // repeats} launches"]
+    for event in found[:16]:
+        lines.append(
+            f"{event.self_device_time_total / 1000 / repeats:8.2f} ms {event.count // repeats:5} {event.key[:110]}"
+        )
+    return lines
 
-    def forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        result: Tensor = self.text_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        return result
+
+def waits(run: Callable[[], None]) -> list[str]:
+    """Where the process waits for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run()
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{w.filename.rsplit('site-packages/', 1)[-1]}:{w.lineno} {str(w.message)[:90]}" for w in caught})
 
 
 @contextmanager
-def autocast(cache: bool = True) -> Iterator[None]:
-    with torch.autocast("cuda" if CUDA else "cpu", torch.bfloat16, enabled=CUDA, cache_enabled=cache):
+def autocast() -> Iterator[None]:
+    with torch.autocast("cuda" if CUDA else "cpu", torch.bfloat16, enabled=CUDA):
         yield
+
+
+def agree(model: str, batch: dict[str, Any]) -> None:
+    """Print how far losses and gradients without dropout lie apart, plain and compiled in graphs, nf4 and unpacked."""
+    found: dict[str, list[Tensor]] = {}
+    for name, options in {
+        "nf4": {},
+        "nf4 again": {},
+        "unpacked": {"dequantize": True},
+        "unpacked, compiled, graphs": {"dequantize": True, "compile": True},
+    }.items():
+        torch.manual_seed(0)
+        module = Idefics2Module(model, quantize_vision=False, lora=LoRA(dropout=0.0), **options)
+        module.configure_model()
+        with torch.no_grad():
+            for key, parameter in sorted(module.named_parameters()):
+                if "lora_B" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+        for repeat in range(3 if "graphs" in name else 1):
+            module.zero_grad()
+            with autocast():
+                loss, tokens = module.loss(batch)
+            (loss / tokens).backward()
+            grads = [p.grad.flatten().clone() for _, p in sorted(module.named_parameters()) if p.grad is not None]
+            found[f"{name} {repeat}"] = [(loss / tokens).detach(), torch.cat(grads)]
+        del module
+        torch.compiler.reset()
+    (loss, grads), *_ = found.values()
+    for name, (other, others) in found.items():
+        apart = float((others - grads).norm() / grads.norm())
+        print(
+            f"{name:30} loss {float(other):.6f}, apart {abs(float(other - loss)):.2e}; gradients apart {apart:.2e}",
+            flush=True,
+        )
+
+
+def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str, note: Callable[..., None]) -> None:
+    features: dict[str, list[Tensor]] = {}
+    for graphs in (False, True)[: 1 + CUDA]:
+        module.parts = Idefics2Forward(module.model, graphs=graphs)
+        for name, batch in batches.items():
+            how = f"{name}, {variant}{', graphs' if graphs else ''}"
+            images = list(batch["pixel_values"].flatten(0, 1))
+            sizes = [size for row in batch["image_sizes"] for size in row]
+
+            def vision(images: Any = images, sizes: Any = sizes, name: str = name) -> None:
+                with autocast(), torch.no_grad():
+                    features[name] = module.parts.look(images, sizes, [""] * len(sizes))
+
+            def connector(name: str = name) -> None:
+                module.zero_grad()
+                with autocast():
+                    states = module.parts.connect(features[name])
+                states.sum().backward()
+
+            def read(batch: Any = batch, name: str = name) -> None:
+                module.zero_grad()
+                with autocast():
+                    states = module.parts.connect(features[name])
+                    loss, tokens = module.loss(batch, [row.flatten(0, 1) for row in states.split(1)])
+                (loss / tokens).backward()
+
+            if name.startswith("64"):
+                features[name] = features["16 questions, 16 pages"]
+                parts = [read]
+            else:
+                parts = [vision, connector, read]
+            for part in parts:
+                note(f"{part.__name__}, {how}", part, 10)
+                if CUDA and variant == "unpacked":
+                    print(waits(part) if not graphs else "\n".join(kernels(part)), flush=True)
+    if CUDA and variant == "unpacked":
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+                module.parts = Idefics2Forward(module.model, graphs=True)
+                images = [batches["16 questions, 16 pages"]["pixel_values"][0, 0]] * 8
+
+                def alike(images: Any = images) -> None:
+                    with torch.no_grad():
+                        module.parts.look(images, [images[0].shape[1:]] * 8, [""] * 8)
+
+                note(f"vision, 8 pages of one shape, {variant}, graphs, {backend.name}", alike, 5)
+                print("\n".join(kernels(alike)[:8]), flush=True)
 
 
 def main() -> None:
@@ -130,99 +229,17 @@ def main() -> None:
             options.results.parent.mkdir(parents=True, exist_ok=True)
             options.results.write_text(json.dumps(report, indent=1) + "\n")
 
-    for dequantize, compiled in ((False, False), (True, False), (True, True)):
-        variant = f"{'unpacked' if dequantize else 'nf4'}, {'compiled' if compiled else 'eager'}"
-        module = Idefics2Module(str(model), quantize_vision=False, dequantize=dequantize, compile=compiled)
+    for dequantize in (True, False):
+        variant = "unpacked" if dequantize else "nf4"
+        module = Idefics2Module(str(model), quantize_vision=False, dequantize=dequantize, compile=True)
         module.configure_model()
-        module.feature_cache = None
-        features: dict[str, list[Tensor]] = {}
-        for name, batch in batches.items():
-            images = batch["pixel_values"].flatten(0, 1)
-            sizes = [size for row in batch["image_sizes"] for size in row]
-
-            def vision(images: Tensor = images, sizes: Any = sizes, name: str = name) -> None:
-                with autocast(), torch.no_grad():
-                    features[name] = look(module.model, images, sizes)
-
-            def read(batch: Any = batch, name: str = name, backward: bool = True) -> None:
-                module.zero_grad()
-                with autocast():
-                    states = connect(module.model, features[name])
-                    loss, tokens = module.loss(batch, [row.flatten(0, 1) for row in states.split(1)])
-                if backward:
-                    (loss / tokens).backward()
-
-            def connector(name: str = name) -> None:
-                module.zero_grad()
-                with autocast():
-                    connect(module.model, features[name]).sum().backward()
-
-            if not name.startswith("64"):
-                note(f"vision, {name}, {variant}", vision, 5)
-                if compiled:
-                    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-                        with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-                            note(f"vision, {name}, {variant}, {backend.name}", vision, 5)
-            else:
-                features[name] = features["16 questions, 16 pages"]
-            note(f"reading, {name}, {variant}", read)
-            note(f"of which connector, {name}, {variant}", connector, 5)
-            if compiled and CUDA:
-                with autocast(cache=False):
-                    states = [row.flatten(0, 1) for row in connect(module.model, features[name]).split(1)]
-                    embedded = embed(module.model, batch["input_ids"], states).detach().requires_grad_()
-                tokens = batch["input_ids"].shape[1]
-                mask, positions = batch["attention_mask"], batch.get("position_ids")
-                if positions is None:
-                    mask = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").tril().expand(
-                        len(embedded), 1, -1, -1
-                    ).contiguous()
-                    positions = torch.arange(tokens, device="cuda").expand(len(embedded), -1).contiguous()
-
-                def language(text: nn.Module, batch: Any = batch, name: str = name, m: Any = mask, p: Any = positions) -> None:
-                    module.zero_grad()
-                    with autocast():
-                        states = [row.flatten(0, 1) for row in connect(module.model, features[name]).split(1)]
-                        hidden = text(embed(module.model, batch["input_ids"], states), m, p)
-                        labelled = batch["labelled"]
-                        scores = logits(module.model, hidden.flatten(0, 1)[labelled])
-                        loss = nn.functional.cross_entropy(scores.float(), batch["labels"].flatten()[labelled + 1])
-                    loss.backward()
-
-                text = Text(module.model.get_base_model().model.text_model)
-                note(f"reading, {name}, {variant}, masked", lambda: language(text))
-                try:
-                    started = time.perf_counter()
-                    with autocast(cache=False):
-                        graphed = torch.cuda.make_graphed_callables(
-                            Text(text.text_model), (embedded, mask, positions), allow_unused_input=True
-                        )
-                    print(f"captured in {time.perf_counter() - started:.1f} s", flush=True)
-                    note(f"reading, {name}, {variant}, text model in a CUDA graph", lambda: language(graphed))
-                    del graphed
-                except Exception as error:
-                    print("capture failed:", type(error).__name__, str(error)[:3000], flush=True)
-        if dequantize and CUDA:
-            from torch.profiler import ProfilerActivity, profile
-
-            for name in list(batches)[:2]:
-                with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-                    batch = batches[name]
-                    for _ in range(3):
-                        module.zero_grad()
-                        with autocast():
-                            states = connect(module.model, features[name])
-                            loss, tokens = module.loss(batch, [row.flatten(0, 1) for row in states.split(1)])
-                        loss.backward()
-                    torch.cuda.synchronize()
-                table = seen.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90)
-                if options.results:
-                    (options.results.parent / f"profile_{variant}_{name}.txt".replace(" ", "_")).write_text(table)
+        measure_parts(module, dict(list(batches.items())[: 3 if dequantize else 1]), variant, note)
         del module
-        features.clear()
         torch.compiler.reset()
         if CUDA:
             torch.cuda.empty_cache()
+        if dequantize:
+            agree(str(model), batches["16 questions, 4 pages"])
     if options.tiny:
         shutil.rmtree(options.work)
 

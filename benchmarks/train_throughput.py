@@ -3,13 +3,16 @@
     python benchmarks/train_throughput.py --tokenizer tokenizer.model --results benchmarks/results/train_throughput.json
 
 Every contender trains on the same 640 questions, four on each of 160 pages of 14 shapes around 1700 x 2200 px, with 16
-questions a step (64 where its name says so) and 12 loader workers, in float16. Seconds are from step to step, loading
-included, the first steps (compiling; for the feature cache the first epoch) left out. See full_size.py for what it
-needs; ``--tiny`` tries it on a CPU.
+questions a step (64 where its name says so) and 12 loader workers. Seconds are from step to step, loading included; the
+first steps (compiling, capturing; for the feature cache the first epoch) are left out. ``--image_splitting`` compares
+with 320 image tokens a page. The last lines are how far the losses lie apart from those of transformers' own forward,
+every question in a row of its own. Needs what full_size.py needs, and trl; ``--tiny`` tries it on a CPU.
 """
 
 import argparse
+import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -19,6 +22,8 @@ from typing import Any
 
 import torch
 from full_size import REPOSITORY, build_model, measure, versions
+
+from idefics_lit.model import TARGET_MODULES, LoRA
 
 SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]  # one page in seven is no portrait
 WARM_UP = 8
@@ -52,62 +57,232 @@ def build_data(folder: Path, tiny: bool) -> None:
             pool.map(enlarge, list(enumerate(sorted((folder / "documents").iterdir()))))
 
 
+def run_trl(options: argparse.Namespace) -> None:
+    """Train with TRL's SFTTrainer and its own collator, on answers alone.
+
+    In bfloat16, which it casts adapters to, and without an adapter on the head, which it refuses.
+    """
+    import transformers
+    from datasets import Dataset, Image
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        options.model,
+        quantization_config=quantization if cuda else None,
+        dtype=dtype,
+        device_map={"": 0} if cuda else None,
+    )
+    processor = transformers.AutoProcessor.from_pretrained(options.model)
+    processor.image_processor.do_image_splitting = options.image_splitting
+    folder = Path(options.data)
+    rows = json.loads((folder / "train_v1.0_withQT.json").read_text())["data"]
+    data = Dataset.from_list(
+        [
+            {
+                "images": [str(folder / row["image"])],
+                "prompt": [{"role": "user", "content": f"Answer briefly. {row['question']}"}],
+                "completion": [{"role": "assistant", "content": row["answers"][0]}],
+            }
+            for row in rows
+        ]
+    ).cast_column("images", [Image()])
+    times: list[float] = []
+
+    class Times(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    arguments = SFTConfig(
+        output_dir=options.work,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        dataloader_num_workers=options.workers,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        warmup_steps=75,
+        bf16=cuda,
+        use_cpu=not cuda,
+        gradient_checkpointing=False,
+        max_length=None,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    targets = TARGET_MODULES.removesuffix("|lm_head$")
+    lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=targets)
+    SFTTrainer(
+        model, args=arguments, train_dataset=data, processing_class=processor, peft_config=lora, callbacks=[Times()]
+    ).train()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    steps = [{"seconds": s} for s in [0.0, *(b - a for a, b in itertools.pairwise(times))]]
+    Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": steps, "peak_gib": peak}))
+
+
+def run_agreement(options: argparse.Namespace) -> None:
+    """Print how far our losses lie from transformers' own, on the same 16 questions and without dropout."""
+    from itertools import islice
+
+    from lightning import Trainer
+
+    from idefics_lit.data.datamodule import DocVQADataModule
+    from idefics_lit.module import Idefics2Module
+
+    cuda = torch.cuda.is_available()
+    trainer = Trainer(precision="16-mixed" if cuda else "32-true", logger=False, enable_checkpointing=False)
+    losses = {}
+    for name, more in {
+        "transformers": {},
+        "packed": {},
+        "packed, graphs": {"cuda_graphs": True},
+        "packed, unpacked, graphs": {"dequantize": True, "cuda_graphs": True},
+        "packed, unpacked, graphs, compiled": {"dequantize": True, "cuda_graphs": True, "compile": True},
+    }.items():
+        data = DocVQADataModule(
+            options.data,
+            options.model,
+            questions_per_page=4,
+            batch_size=16,
+            num_workers=0,
+            val_split="test",
+            image_size=112 if options.tiny else None,
+        )
+        data.setup("fit")
+        batch = next(islice(data.train_dataloader(), 1))
+        if name == "transformers":
+            loader = data.train_dataloader()
+            for example in (examples := [loader.dataset[visit] for visit in islice(loader.sampler, 16)]):
+                example.page_id = None
+            batch = loader.collate_fn(examples)
+        module = Idefics2Module(options.model, quantize_vision=False, lora=LoRA(dropout=0.0), **more)
+        module.trainer = trainer
+        torch.manual_seed(0)
+        module.configure_model()
+        with torch.no_grad():  # an adapter that does something
+            for key, parameter in module.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.01)
+        batch = module.transfer_batch_to_device(batch, module.model.device, 0)
+        found = []
+        for _ in range(3):  # the second is captured, the third replayed
+            with trainer.precision_plugin.forward_context():
+                if name == "transformers":
+                    inputs = ("input_ids", "attention_mask", "labels", "pixel_values", "pixel_attention_mask")
+                    found.append(module.model(**{key: batch[key] for key in inputs}).loss.item())
+                else:
+                    loss, tokens = module.loss(batch)
+                    found.append((loss / tokens).item())
+                    loss.backward()
+                    module.zero_grad()
+        losses[name] = found
+        apart = max(abs(loss - losses["transformers"][0]) for loss in found)
+        print(f"{name:40} loss {found[0]:.6f}, from transformers' {apart:.1e}", flush=True)
+        del module
+    apart = [abs(loss - losses["transformers"][0]) for found in losses.values() for loss in found]
+    Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": [], "losses": losses, "apart": max(apart)}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_throughput"))
+    parser.add_argument("--image_splitting", action="store_true")
     parser.add_argument("--minutes", type=float, default=60, help="begin no contender later than that")
+    parser.add_argument("--contenders", help="only these, with commas")
     parser.add_argument("--tiny", action="store_true")
+    for name in ("run", "model", "data"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("batch", "workers", "steps"):
+        parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    started, work = time.perf_counter(), options.work
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    model, data = work / "model", work / "data"
-    if options.tiny:
-        from idefics_lit.tiny import build_tiny
+    if options.run:  # the child process that is measured
+        {"trl": run_trl, "agreement": run_agreement}[options.run](options)
+        return
 
-        build_tiny(model)
-    else:
-        build_model(model, options.tokenizer)
-        torch.cuda.empty_cache()
-    build_data(data, options.tiny)
+    started, work = time.perf_counter(), options.work
+    model, data = work / "model", work / "data"
+    if not data.exists():  # a second run with the same --work takes the first one's
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        if options.tiny:
+            from idefics_lit.tiny import build_tiny
+
+            build_tiny(model)
+        else:
+            build_model(model, options.tokenizer)
+            torch.cuda.empty_cache()
+        build_data(data, options.tiny)
     print(f"model and data built in {time.perf_counter() - started:.0f} s", flush=True)
+    workers = 0 if options.tiny else 12
+    common = ["--model", model, "--data", data, "--work", work]
+    common += ["--image_splitting"] if options.image_splitting else []
+
+    def child(script: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, [*common, *arguments])]
 
     def trainer(batch: int, workers: int, steps: int) -> list[str]:
-        arguments = ["--model", model, "--data", data, "--work", work, "--batch", batch, "--workers", workers]
-        script = REPOSITORY / "benchmarks" / "full_size.py"
-        return [sys.executable, str(script), *map(str, arguments), "--steps", str(steps)]
+        return child("full_size.py", "--batch", batch, "--workers", workers, "--steps", steps)
 
-    def ours(questions_per_page: int, *more: object, batch: int = 16, steps: int = 32) -> list[str]:
-        config = ["--config", REPOSITORY / "configs" / "docvqa.yaml", "--config", REPOSITORY / "configs" / "fast.yaml"]
-        changed = ["--model.pretrained", model, "--data.source", data, "--data.batch_size", batch]
-        changed += ["--data.questions_per_page", questions_per_page, "--data.num_workers", 0 if options.tiny else 12]
+    def ours(config: str, *more: object, batch: int = 16, steps: int = 32) -> list[str]:
+        configs = [REPOSITORY / "configs" / name for name in ("docvqa.yaml", config)]
+        changed = ["--model.pretrained", model, "--data.source", data, "--data.num_workers", workers]
         changed += ["--trainer.precision", "32-true" if options.tiny else "16-mixed", "--trainer.max_steps", steps]
         changed += ["--trainer.limit_val_batches", 0, "--trainer.logger", "false"]
-        changed += ["--trainer.callbacks", "full_size.StepTimes"]
+        changed += ["--trainer.callbacks", "full_size.StepTimes", "--data.image_splitting", options.image_splitting]
         changed += ["--data.image_size", 112] if options.tiny else []
-        return [sys.executable, "-m", "idefics_lit", "fit", *map(str, [*config, *changed, *more])]
+        changed += ["--data.batch_size", batch] if batch != 16 else []
+        given = [argument for config in dict.fromkeys(configs) for argument in ("--config", config)]
+        return [sys.executable, "-m", "idefics_lit", "fit", *map(str, [*given, *changed, *more])]
 
-    eager, cached = ["--model.compile", "false"], ["--model.feature_cache", "memory"]
+    fast, small = "gpu_80gb.yaml", "gpu_15gb.yaml"
+    single, cached = ["--data.questions_per_page", 1], ["--model.feature_cache", "memory"]
+    eager, four_bits = ["--model.compile", "false"], ["--model.dequantize", "false", "--model.compile", "false"]
+    graphs, plain = ["--model.cuda_graphs", "true"], ["--model.cuda_graphs", "false"]
     epoch = 640 // 16  # what comes after it finds its pages in the cache
+    warm_up = 12
     contenders = {  # the command, questions a step, steps that don't count
-        "trainer": (trainer(16, 12, 20), 16, WARM_UP),
-        "packed_first": (ours(4), 16, WARM_UP),
-        "packed_cached": (ours(4, *cached, steps=epoch + 20), 16, epoch),
-        "uncached": (ours(1), 16, WARM_UP),
-        "cached": (ours(1, *cached, steps=epoch + 20), 16, epoch),
-        "packed_first_64": (ours(4, batch=64, steps=18), 64, WARM_UP),
-        "uncached_eager": (ours(1, *eager, steps=20), 16, WARM_UP),
-        "packed_first_eager": (ours(4, *eager, steps=20), 16, WARM_UP),
-        "recipe": (trainer(2, 0, 14), 16, WARM_UP),
+        "trainer": (trainer(16, workers, 12 if options.image_splitting else 20), 16, 5),
+        "trainer_8": (trainer(8, workers, 10), 16, 4),
+        "packed_cached": (ours(fast, *cached, steps=2 * epoch), 16, epoch + 8),
+        "packed_first": (ours(fast), 16, warm_up),
+        "uncached": (ours(fast, *single), 16, warm_up),
+        "cached": (ours(fast, *single, *cached, steps=epoch + 28), 16, epoch + 8),
+        "trl": (
+            child("train_throughput.py", "--run", "trl", "--batch", 16, "--workers", workers, "--steps", 18),
+            16,
+            6,
+        ),
+        "recipe": (trainer(2, 0, 8), 16, 3),
+        "packed_cached_64": (ours(fast, *cached, batch=64, steps=30), 64, 16),
+        "packed_first_64": (ours(fast, batch=64, steps=20), 64, 10),
+        "packed_cached_eager": (ours(fast, *cached, *eager, steps=epoch + 20), 16, epoch + 4),
+        "packed_first_eager": (ours(fast, *eager, steps=24), 16, warm_up),
+        "packed_first_4_bits": (ours(fast, *four_bits, steps=24), 16, warm_up),
+        "gpu_15gb": (ours(small, *graphs, steps=16), 16, 6),
+        "gpu_15gb_no_graphs": (ours(small, *plain, steps=8), 16, 3),
+        "docvqa": (ours("docvqa.yaml", steps=6), 16, 2),
+        "docvqa_graphs": (ours("docvqa.yaml", *graphs, steps=10), 16, 5),
+        "agreement": (child("train_throughput.py", "--run", "agreement", *["--tiny"] * options.tiny), 16, 0),
     }
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions(),
         "contenders": {},
     }
-    for name, (command, batch, warm_up) in contenders.items():
+    chosen = options.contenders.split(",") if options.contenders else list(contenders)
+    for name in chosen:
+        command, batch, warm_up = contenders[name]
         if time.perf_counter() - started > 60 * options.minutes:
             print(f"no time left for {name}", flush=True)
             continue
@@ -116,10 +291,11 @@ def main() -> None:
         report["contenders"][name] = {
             "questions_per_s": round(batch / statistics.median(steps), 2) if steps else None,
             "step_s": result.get("step_s"),
+            "wait_s": result.get("wait_s"),
             "peak_gib": result.get("peak_gib"),
             "batch": batch,
             "losses": result.get("losses"),
-            **({"failed": result["failed"]} if "failed" in result else {}),
+            **{key: result[key] for key in ("failed", "apart") if key in result},
         }
         if options.results:
             options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from idefics_lit.cache import FeatureCache
+from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
@@ -56,9 +56,9 @@ def test_the_tower_runs_once_a_page_and_the_loss_is_the_same(tiny, examples, pla
         assert module(tiny, feature_cache=place).loss(batch)[0].item() == expected.item()
 
 
-def test_the_least_recently_used_go(place):
+def test_the_least_recently_used_files_go(tmp_path):
     size = features(0).nbytes
-    cache = FeatureCache(place, 10.5 * size / 1e9, "model")
+    cache = FolderCache(str(tmp_path), 10.5 * size / 1e9, "model")
     for page in range(10):
         cache.put(str(page), features(page))
     time.sleep(0.05)  # a file system's clock is coarse
@@ -71,8 +71,22 @@ def test_the_least_recently_used_go(place):
     assert all(torch.equal(cache.get(str(page)), features(page)) for page in kept)
 
 
+def test_the_oldest_in_memory_go():
+    size = features(0).nbytes
+    cache = MemoryCache(20 * size / 1e9)
+    for page in range(50):
+        cache.put(str(page), features(page, patches=64 - page % 3))
+        cache.put(str(page), features(-1))  # what is there stays
+    kept = [page for page in range(50) if cache.get(str(page)) is not None]
+    assert kept == list(range(50 - len(kept), 50))
+    assert 10 <= len(kept) <= 21
+    assert all(torch.equal(cache.get(str(page)), features(page, patches=64 - page % 3)) for page in kept)
+    cache.put("large", features(0, patches=10**5))
+    assert cache.get("large") is None and cache.get("49") is not None
+
+
 def test_what_a_killed_writer_leaves_is_a_miss(tmp_path):
-    cache = FeatureCache(str(tmp_path), 1, "model")
+    cache = FolderCache(str(tmp_path), 1, "model")
     cache.put("a", features(1))
     (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
@@ -80,13 +94,13 @@ def test_what_a_killed_writer_leaves_is_a_miss(tmp_path):
         file.write_bytes(whole[:part])
         assert cache.get("a") is None
     (tmp_path / "left.tmp").write_bytes(whole[:50])
-    cache = FeatureCache(str(tmp_path), 1, "model")
+    cache = FolderCache(str(tmp_path), 1, "model")
     cache.put("a", features(2))
     assert torch.equal(cache.get("a"), features(2))
 
 
 def write(folder, number):
-    cache = FeatureCache(folder, 40 * features(0).nbytes / 1e9, "model")
+    cache = FolderCache(folder, 40 * features(0).nbytes / 1e9, "model")
     for page in range(60):
         cache.put(str(page), features(page))
         found = cache.get(str((page * number) % 60))
@@ -105,9 +119,9 @@ def test_processes_share_a_folder(tmp_path):
 
 
 def test_other_models_and_other_pixels_have_other_features(tiny, examples, tmp_path):
-    assert FeatureCache(str(tmp_path), 1, "b").get("a") is None
-    FeatureCache(str(tmp_path), 1, "a").put("a", features(1))
-    assert FeatureCache(str(tmp_path), 1, "b").get("a") is None
+    assert FolderCache(str(tmp_path), 1, "b").get("a") is None
+    FolderCache(str(tmp_path), 1, "a").put("a", features(1))
+    assert FolderCache(str(tmp_path), 1, "b").get("a") is None
     keys = []
     for size in (None, 112):
         batch = Idefics2Collator(load_processor(tiny, image_size=size), train=True)(examples)
@@ -128,4 +142,4 @@ def test_a_tower_that_is_trained_has_gradients_and_no_cache(tiny, examples):
 def test_a_folder_that_cant_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"model\.feature_cache .*file.*: can't be written"):
-        FeatureCache(str(tmp_path / "file" / "features"), 1, "model")
+        FolderCache(str(tmp_path / "file" / "features"), 1, "model")

@@ -8,9 +8,9 @@ import yaml
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {  # the files, and the batches of an optimizer step
     "docvqa": (["docvqa.yaml"], 8),
-    "bf16": (["docvqa.yaml", "bf16.yaml"], 1),
     "image_splitting": (["docvqa.yaml", "image_splitting.yaml"], 8),
-    "fast": (["docvqa.yaml", "fast.yaml"], 1),
+    "gpu_15gb": (["docvqa.yaml", "gpu_15gb.yaml"], 2),
+    "gpu_80gb": (["docvqa.yaml", "gpu_80gb.yaml"], 1),
     "quickstart": (["quickstart.yaml"], 1),
 }
 
@@ -28,14 +28,14 @@ def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
     changed += ["--data.image_size", 112, "--data.limit_train", 16, "--trainer.val_check_interval", batches]
     changed += ["--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
     changed += ["--model.max_new_tokens", 2]
-    if name in ("docvqa", "image_splitting"):  # a CPU has no 16-mixed
+    if name in ("docvqa", "image_splitting", "gpu_15gb"):  # a CPU has no 16-mixed
         changed += ["--trainer.precision", "32-true"]
     configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)
     assert {path.name for path in folder.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
     saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
     assert saved["data"]["image_splitting"] == (name == "image_splitting")
-    assert saved["trainer"]["precision"] == ("bf16-mixed" if name in ("bf16", "fast") else "32-true")
+    assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "gpu_80gb" else "32-true")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

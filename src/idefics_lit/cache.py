@@ -7,10 +7,11 @@ page of Idefics2-8b.
 import hashlib
 import os
 import tempfile
-from collections import OrderedDict
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,14 +19,58 @@ from torch import Tensor
 from idefics_lit.errors import InputError, first_line
 
 
-class FeatureCache:
-    """Tensors by key, the least recently used ones dropped when there are too many.
-
-    A folder's files are written under another name and renamed, so that a killed writer leaves nothing wrong and two
-    processes may write at once; what can't be read is a miss.
+class MemoryCache:
+    """Tensors by key, in memory from which a GPU fetches them by itself; the oldest make room for new ones.
 
     Args:
-        place: "memory", or a folder, made if missing.
+        gigabytes: the most to keep, in 10^9 bytes.
+    """
+
+    def __init__(self, gigabytes: float) -> None:
+        room = gigabytes * 1e9
+        # Pinned memory comes in powers of two; a page's own would take twice its size. A slab is forgotten as a whole.
+        self.slab = 1 << max(0, int(min(room / 8, 2**29)).bit_length() - 1)
+        self.slabs = int(room / self.slab)
+        self._slabs: deque[tuple[Tensor, list[str]]] = deque()
+        self._used = self.slab
+        self._found: dict[str, Tensor] = {}
+
+    def get(self, page: str) -> Tensor | None:
+        """Return a page's features, or None."""
+        return self._found.get(page)
+
+    def put(self, page: str, features: Tensor) -> None:
+        """Keep a page's features, once the GPU has got there: what reads them has to wait in its stream."""
+        if page in self._found or features.nbytes > self.slab:
+            return
+        if self._used + features.nbytes > self.slab:
+            self._next_slab()
+        memory, pages = self._slabs[-1]
+        kept = memory[self._used : self._used + features.nbytes].view(features.dtype).view(features.shape)
+        kept.copy_(features.detach(), non_blocking=True)
+        self._used += -(-features.nbytes // 64) * 64  # a view's start must suit its dtype
+        self._found[page] = kept
+        pages.append(page)
+
+    def _next_slab(self) -> None:
+        if len(self._slabs) < self.slabs:
+            memory = torch.empty(self.slab, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        else:
+            memory, pages = self._slabs.popleft()
+            for page in pages:
+                del self._found[page]
+        self._slabs.append((memory, []))
+        self._used = 0
+
+
+class FolderCache:
+    """Tensors by key, in a folder that runs share, the least recently used ones dropped when there are too many.
+
+    Files are written under another name and renamed, so that a killed writer leaves nothing wrong and two processes may
+    write at once; what can't be read is a miss.
+
+    Args:
+        folder: made if missing.
         gigabytes: the most to keep, in 10^9 bytes.
         made_by: everything besides the page that features depend on.
 
@@ -33,29 +78,19 @@ class FeatureCache:
         InputError: the folder can't be written.
     """
 
-    def __init__(self, place: str, gigabytes: float, made_by: str) -> None:
-        self.folder = None if place == "memory" else Path(place)
-        self.room = gigabytes * 1e9
-        self.made_by = made_by
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
-        self._bytes = 0.0
-        if self.folder:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass
-            except OSError as error:
-                raise InputError(f"model.feature_cache {place}: can't be written: {first_line(error)}") from error
-            self._bytes = sum(stat.st_size for stat, _ in self._files())
+    def __init__(self, folder: str, gigabytes: float, made_by: str) -> None:
+        self.folder, self.room, self.made_by = Path(folder), gigabytes * 1e9, made_by
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise InputError(f"model.feature_cache {folder}: can't be written: {first_line(error)}") from error
+        self._bytes = sum(stat.st_size for stat, _ in self._files())
 
     def get(self, page: str) -> Tensor | None:
         """Return a page's features, on the CPU, or None."""
-        name = self._name(page)
-        if self.folder is None:
-            if name in self._memory:
-                self._memory.move_to_end(name)
-            return self._memory.get(name)
-        file = self.folder / name
+        file = self._file(page)
         try:
             features = load_file(file)["features"]
             os.utime(file)
@@ -65,20 +100,12 @@ class FeatureCache:
 
     def put(self, page: str, features: Tensor) -> None:
         """Keep a page's features."""
-        # A copy: a slice would keep all of the batch it was made in.
-        name, features = self._name(page), features.detach().to("cpu", copy=True).contiguous()
-        if self.folder is None:
-            if name not in self._memory:
-                self._bytes += features.nbytes
-            self._memory[name] = features
-            while self._bytes > self.room and len(self._memory) > 1:
-                self._bytes -= self._memory.popitem(last=False)[1].nbytes
-            return
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         os.close(handle)
         try:
-            save_file({"features": features}, temporary)
-            os.replace(temporary, self.folder / name)
+            # A copy: a slice would keep all of the batch it was made in.
+            save_file({"features": features.detach().to("cpu", copy=True).contiguous()}, temporary)
+            os.replace(temporary, self._file(page))
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"model.feature_cache {self.folder}: can't be written ({first_line(error)}): lower "
@@ -101,12 +128,12 @@ class FeatureCache:
             self._bytes -= stat.st_size
 
     def _files(self) -> list[tuple[os.stat_result, Path]]:
-        assert self.folder is not None
         found = []
         for file in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another process makes room too
                 found.append((file.stat(), file))
         return found
 
-    def _name(self, page: str) -> str:
-        return hashlib.sha256(f"{self.made_by} {page}".encode()).hexdigest()[:40] + ".safetensors"
+    def _file(self, page: str) -> Path:
+        name = hashlib.sha256(f"{self.made_by} {page}".encode()).hexdigest()[:40]
+        return self.folder / f"{name}.safetensors"

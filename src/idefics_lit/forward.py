@@ -2,117 +2,218 @@
 
 The parts are transformers' own modules; only their order is here. The vision tower stays out of autograd where it is
 frozen. Pages go through it one by one, unpadded: padding costs as much as pages do, and a mask more. Nothing here waits
-for the device, so that it never waits for us.
+for the GPU, so that the GPU never waits either.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from idefics_lit.cache import FeatureCache
+from idefics_lit.cache import FolderCache, MemoryCache
+from idefics_lit.graphs import Graphed
 
-Size = tuple[int, int]
+# Patches of all images, and of the largest, are filled up to multiples: graphs of few shapes for all pages.
+MULTIPLES = (1024, 256)
+CHUNK = 16384  # patches that are projected at a time
 
 
-def look(
-    model: PeftModel, images: Tensor, sizes: Sequence[Size], keys: Sequence[str] = (), cache: FeatureCache | None = None
-) -> list[Tensor]:
-    """Run the vision tower.
+class Idefics2Forward:
+    """The forward of Idefics2 with an adapter, for batches of `idefics_lit.collator.Idefics2Collator`.
+
+    Shapes: R rows of T tokens, I images, H and W pixels, P patches.
 
     Args:
         model: Idefics2 with an adapter.
-        images: (I, C, H, W).
-        sizes: height and width of each in pixels; the rest is padding.
-        keys: of each image, for the cache.
-        cache: where features are taken from, and kept; only for a tower that is frozen.
-
-    Returns:
-        For each image (its patches, width), in the model's dtype.
+        cache: where an image's features are taken from, and kept; only for a vision tower that is frozen.
+        graphs: train with CUDA graphs.
     """
-    tower = _base(model).model.vision_model
-    side = tower.config.patch_size
-    grids = [(height // side, width // side) for height, width in sizes]
-    seen: dict[int, Tensor] = {}
-    if cache is not None:
-        known = {i: features for i, key in enumerate(keys) if (features := cache.get(key)) is not None}
-        seen = {i: features.to(images.device, non_blocking=True) for i, features in known.items()}
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(model)):
-        for i, (height, width) in enumerate(grids):
-            if i in seen:
-                continue
-            pixels = images[i, None, :, : height * side, : width * side].to(_base(model).dtype)
-            every = torch.ones(1, height, width, dtype=torch.bool, device=images.device)
-            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixels, every), attention_mask=None).last_hidden_state
-            seen[i] = tower.post_layernorm(hidden)[0]
-            if cache is not None:
-                cache.put(keys[i], seen[i])
-    return [seen[i] for i in range(len(sizes))]
+    def __init__(
+        self, model: PeftModel, cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
+    ) -> None:
+        base: Any = model.get_base_model()
+        self.model, self.cache, self.graphs = model, cache, graphs
+        self.config, self.dtype = base.config, base.dtype
+        self.tower, self.connector, self.text_model = (
+            base.model.vision_model,
+            base.model.connector,
+            base.model.text_model,
+        )
+        self.head, self.embeddings = base.lm_head, base.get_input_embeddings()
+        self.latents = self.connector.perceiver_resampler.n_latents
+        if self.dtype != torch.float32:
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    # Autocast does, in a quarter of the time, what peft does by way of float32.
+                    layer.cast_input_dtype_enabled = False
+        self._graphed = (
+            {
+                part: Graphed(run, module.parameters())
+                for part, run, module in (
+                    ("look", self._look, self.tower),
+                    ("connect", self._connect, self.connector),
+                    ("read", self._read, self.text_model),
+                )
+            }
+            if graphs
+            else {}
+        )
+
+    def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
+        counts = [len(row) for row in batch["image_sizes"]]
+        images = [image for row, count in zip(batch["pixel_values"], counts, strict=True) for image in row[:count]]
+        sizes = [size for row in batch["image_sizes"] for size in row]
+        keys = [key for row in batch["image_keys"] for key in row]
+        return [row.flatten(0, 1) for row in self.connect(self.look(images, sizes, keys)).split(counts)]
+
+    def look(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]) -> list[Tensor]:
+        """Run the vision tower.
+
+        Args:
+            images: I of (C, H, W).
+            sizes: height and width of each in pixels; the rest is padding.
+            keys: of each image, for the cache.
+
+        Returns:
+            For each image (P, width), in the model's dtype.
+        """
+        side = self.tower.config.patch_size
+        features = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)):
+            for image, (height, width), key in zip(images, sizes, keys, strict=True):
+                kept = self.cache.get(key) if self.cache else None
+                if kept is not None:
+                    features.append(kept.to(image.device, non_blocking=True))
+                    continue
+                pixels = image[None, :, : height // side * side, : width // side * side].to(self.dtype)
+                every = torch.ones(1, height // side, width // side, dtype=torch.bool, device=pixels.device)
+                # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
+                with torch.autocast(pixels.device.type, enabled=False):
+                    patches = self.tower.embeddings(pixels, every).contiguous()
+                    features.append(self._part("look", self._look, patches)[0])
+                if self.cache:
+                    self.cache.put(key, features[-1])
+        return features
+
+    def connect(self, features: Sequence[Tensor]) -> Tensor:
+        """Turn each image's patches into what the text model reads in place of image tokens, (I, latents, width)."""
+        lengths = [len(patches) for patches in features]
+        patches = torch.cat(list(features))
+        longest = max(lengths) + -max(lengths) % MULTIPLES[1]
+        patches = F.pad(patches, (0, 0, 0, -len(patches) % MULTIPLES[0]))
+        # Images lie one behind the other, unpadded, until they are attended to: row i takes its patches from there.
+        places = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
+        sees = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)
+        for i, length in enumerate(lengths):
+            places[i].remainder_(length).add_(sum(lengths[:i]))  # what pads a row is its own patches again, unseen
+            sees[i, ..., length:longest] = False
+        sees = sees.expand(-1, -1, self.latents, -1).contiguous()
+        with self.autocast():
+            return self._part("connect", self._connect, patches, places, sees)
+
+    def embed(self, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
+        """Embed tokens (R, T), each row's image tokens as what was seen of its page; returns (R, T, width)."""
+        embeddings, images = self.embeddings(input_ids), input_ids == self.config.image_token_id
+        seen = torch.cat(list(pages)).to(embeddings.dtype)
+        # Each token's place among the image tokens; masked_scatter's gradient would wait for the GPU.
+        places = images.flatten().cumsum(0).sub(1).clamp(min=0)
+        return torch.where(images[..., None], seen.index_select(0, places).view_as(embeddings), embeddings)
+
+    def read(self, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> Tensor:
+        """Read a batch's rows with their pages; returns the text model's last hidden states (R, T, width)."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        # Without a shared row there is only causality, which needs no mask: padding is at the right.
+        masks = [mask] if mask.ndim == 4 else []
+        window = self.config.text_config.sliding_window
+        if window and ids.shape[1] > window:
+            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+            near = positions[:, None, :, None] - positions[:, None, None] < window
+            masks = [near & (masks[0] if masks else causal)]
+        with self.autocast():
+            return self._part("read", self._read, self.embed(ids, pages), positions, *masks)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Turn hidden states (..., width) into the logits of the next token (..., V)."""
+        with self.autocast():
+            scores: Tensor = self.head(hidden)
+        return scores
+
+    def autocast(self) -> torch.autocast:
+        """Compute in the model's dtype with the adapter's float32 weights, whoever calls."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.head.weight.device.type, self.dtype if half else None, half)
+
+    def _part(self, name: str, run: Any, *arguments: Tensor) -> Tensor:  # noqa: ANN401
+        result: Tensor = (self._graphed[name] if self.graphs and self.model.training else run)(*arguments)
+        return result
+
+    def _look(self, patches: Tensor) -> Tensor:
+        features: Tensor = self.tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
+        return self.tower.post_layernorm(features)
+
+    def _connect(self, patches: Tensor, places: Tensor, sees: Tensor) -> Tensor:
+        resampler = self.connector.perceiver_resampler
+        # By parts: in between they are twelve times as wide.
+        context = torch.cat([self.connector.modality_projection(some) for some in patches.split(CHUNK)])
+        latents = resampler.latents.expand(len(places), -1, -1)
+        for layer in resampler.layers:
+            own = layer.input_latents_norm(latents)
+            latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), places, sees)
+            latents = latents + layer.mlp(layer.post_attention_layernorm(latents))
+        states: Tensor = resampler.norm(latents)
+        return states
+
+    def _read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden, turns = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
+        for layer in self.text_model.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=turns)
+        states: Tensor = self.text_model.norm(hidden)
+        return states
+
+
+def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401
+    """Attend from latents to context and latents, as transformers' Idefics2PerceiverAttention does.
+
+    It projects both in one: with gradients for the context, which is frozen and sixty times as long, and with padding.
+
+    Args:
+        attention: the Idefics2PerceiverAttention.
+        latents: (I, latents, width).
+        context: (patches, width), all images'.
+        places: (I, P), each image's rows of the context.
+        sees: (I, 1, latents, P + latents), False for padding.
+    """
+
+    def split(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    def join(project: Any) -> Tensor:  # noqa: ANN401
+        chosen = project(context).index_select(0, places.flatten()).unflatten(0, places.shape)
+        states = split(torch.cat([chosen, project(latents)], dim=1))
+        return states.repeat_interleave(attention.num_key_value_groups, dim=1)
+
+    found = F.scaled_dot_product_attention(
+        split(attention.q_proj(latents)),
+        join(attention.k_proj),
+        join(attention.v_proj),
+        attn_mask=sees,
+        dropout_p=attention.attention_dropout if attention.training else 0.0,
+        scale=attention.scaling,
+    )
+    result: Tensor = attention.o_proj(found.transpose(1, 2).flatten(2))
+    return result
 
 
 def is_vision_trained(model: PeftModel) -> bool:
     """Whether the vision tower has an adapter."""
-    return any(parameter.requires_grad for parameter in _base(model).model.vision_model.parameters())
-
-
-def connect(model: PeftModel, features: Sequence[Tensor]) -> Tensor:
-    """Turn each image's patches into what the text model reads in place of image tokens, (I, latents, width)."""
-    connector = _base(model).model.connector
-    resampler = connector.perceiver_resampler
-    contexts = [connector.modality_projection(patches) for patches in features]
-    context = pad_sequence(contexts, batch_first=True)
-    latents = resampler.latents.expand(len(contexts), -1, -1).clone()
-    if torch.is_grad_enabled():
-        latents.requires_grad_()  # as those of the next layers do: a layer is compiled once
-    # Each latent sees its image's patches, and all latents, which stand behind the patches and their padding.
-    sees = torch.zeros(len(contexts), 1, 1, context.shape[1] + latents.shape[1], dtype=torch.bool)
-    for i, patches in enumerate(contexts):
-        sees[i, ..., : len(patches)] = True
-    sees[..., context.shape[1] :] = True
-    mask = sees.to(context.device, non_blocking=True).expand(-1, -1, latents.shape[1], -1)
-    for layer in resampler.layers:
-        latents = layer(latents, context, attention_mask=mask)
-    return resampler.norm(latents)
-
-
-def see(model: PeftModel, batch: Mapping[str, Any], cache: FeatureCache | None = None) -> list[Tensor]:
-    """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
-    counts = [len(row) for row in batch["image_sizes"]]
-    images = [batch["pixel_values"][row, :count] for row, count in enumerate(counts)]
-    sizes = [size for row in batch["image_sizes"] for size in row]
-    keys = [key for row in batch["image_keys"] for key in row] if cache else ()
-    states = connect(model, look(model, torch.cat(images), sizes, keys, cache))
-    return [row.flatten(0, 1) for row in states.split(counts)]
-
-
-def embed(model: PeftModel, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
-    """Embed tokens (B, T), each row's image tokens as what was seen of its page; returns (B, T, width)."""
-    embeddings = model.get_input_embeddings()(input_ids)
-    images = (input_ids == _base(model).config.image_token_id)[..., None]
-    return embeddings.masked_scatter(images, torch.cat(list(pages)).to(embeddings.dtype))
-
-
-def read(model: PeftModel, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> Tensor:
-    """Read a batch's rows with their pages; returns the text model's last hidden states (R, T, width)."""
-    mask = batch["attention_mask"]
-    outputs = _base(model).model.text_model(
-        inputs_embeds=embed(model, batch["input_ids"], pages),
-        # Padding is at the right: what comes before never sees it, and attention is faster without a mask.
-        attention_mask=mask if mask.ndim == 4 else None,
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    )
-    return outputs.last_hidden_state
-
-
-def logits(model: PeftModel, hidden: Tensor) -> Tensor:
-    """Turn hidden states (..., width) into the logits of the next token (..., V)."""
-    return _base(model).lm_head(hidden)
-
-
-def _base(model: PeftModel) -> Any:  # noqa: ANN401
-    return model.get_base_model()
+    base: Any = model.get_base_model()
+    return any(parameter.requires_grad for parameter in base.model.vision_model.parameters())

@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from idefics_lit.forward import embed
+from idefics_lit.forward import Idefics2Forward
 
 
 def generate_answers(
-    model: PeftModel,
+    parts: Idefics2Forward,
     processor: ProcessorMixin,
     batch: Mapping[str, Any],
     pages: Sequence[Tensor],
@@ -20,11 +19,11 @@ def generate_answers(
     """Generate greedily until ``<end_of_utterance>``.
 
     Args:
-        model: in eval mode.
+        parts: of a model in eval mode.
         processor: the model's.
         batch: `Idefics2Collator`'s for evaluation: ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T),
             left-padded, and ``prompt_rows`` (B).
-        pages: what `idefics_lit.forward.see` saw of each row's page.
+        pages: what `Idefics2Forward.see` saw of each row's page.
         max_new_tokens: the longest answer.
 
     Returns:
@@ -32,15 +31,16 @@ def generate_answers(
     """
     tokenizer = processor.tokenizer
     fake, image, end = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>", "<end_of_utterance>"])
-    ids = model.generate(
-        inputs_embeds=embed(model, batch["prompt_input_ids"], [pages[row] for row in batch["prompt_rows"].tolist()]),
-        attention_mask=batch["prompt_attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        # Explicit: generation that takes them from the model's files has been seen to go on past the answer.
-        eos_token_id=[tokenizer.eos_token_id, end],
-        bad_words_ids=[[fake], [image]],
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with parts.autocast():
+        ids = parts.model.generate(
+            inputs_embeds=parts.embed(batch["prompt_input_ids"], [pages[row] for row in batch["prompt_rows"].tolist()]),
+            attention_mask=batch["prompt_attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            # Explicit: generation that takes them from the model's files has been seen to go on past the answer.
+            eos_token_id=[tokenizer.eos_token_id, end],
+            bad_words_ids=[[fake], [image]],
+            pad_token_id=tokenizer.pad_token_id,
+        )
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -69,7 +69,7 @@ def load_model(
         dtype: of what isn't quantized, and of the arithmetic.
         device: where to.
         gradient_checkpointing: keep one activation a layer and compute the others again.
-        compiled: compile the layers of vision tower, resampler and text model, each kind once.
+        compiled: compile the layers of the text model, once for all.
 
     Raises:
         InputError: when there is no such model, or ``target_modules`` match none of its layers.
@@ -100,10 +100,12 @@ def load_model(
         # Its hooks make the input of every sub-model require gradients, the frozen vision tower's too.
         model.disable_input_require_grads()
     if compiled:
-        idefics2 = base.model
-        for layers in (idefics2.vision_model.encoder, idefics2.connector.perceiver_resampler, idefics2.text_model):
-            for layer in layers.layers:
-                layer.compile(dynamic=True)
+        if device.type == "cuda":
+            from torch._inductor.async_compile import AsyncCompile
+
+            AsyncCompile.wait_pool_ready()  # until its workers are there, inductor compiles kernels one by one
+        for layer in base.model.text_model.layers:
+            layer.compile(dynamic=True)
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
     return model.train()
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from idefics_lit.cache import FeatureCache
+from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
-from idefics_lit.forward import is_vision_trained, logits, read, see
+from idefics_lit.forward import Idefics2Forward, is_vision_trained
 from idefics_lit.generation import generate_answers
 from idefics_lit.metrics import ANLS, anls
 from idefics_lit.model import DTYPES, LoRA, Quantization, load_model
@@ -59,7 +59,8 @@ class Idefics2Module(LightningModule):
         feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
             other questions and in every epoch. Nothing, unless given.
         feature_cache_gb: the most to keep there; a page of Idefics2-8b takes 9 MB, 44 with image splitting.
-        compile: compile the layers for training; the first steps take longer, the others less time and memory.
+        cuda_graphs: launch a part of the model at once instead of kernel by kernel, in training; a GPU's own.
+        compile: compile the text model's layers, for training; the first steps take longer, the others less.
         max_new_tokens: the longest answer generated, in tokens.
         strip_period: score predictions without the full stops that end them, as the authors of Idefics2 do.
 
@@ -87,6 +88,7 @@ class Idefics2Module(LightningModule):
         gradient_checkpointing: bool = False,
         feature_cache: str | None = None,
         feature_cache_gb: float = 20,
+        cuda_graphs: bool = False,
         compile: bool = False,
         max_new_tokens: int = 32,
         strip_period: bool = False,
@@ -95,6 +97,8 @@ class Idefics2Module(LightningModule):
         for name, value, least in (("warmup_steps", warmup_steps, 0), ("max_new_tokens", max_new_tokens, 1)):
             if value < least:
                 raise InputError(f"model.{name} {value}: give {least} or more")
+        if cuda_graphs and gradient_checkpointing:
+            raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
         if lr <= 0:
             raise InputError(f"model.lr {lr}: give a learning rate above 0")
         # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
@@ -131,7 +135,11 @@ class Idefics2Module(LightningModule):
             gradient_checkpointing=options.gradient_checkpointing,
             compiled=options.compile,
         )
-        self.feature_cache = self._feature_cache(DTYPES[precision]) if options.feature_cache else None
+        self.parts = Idefics2Forward(
+            self.model,
+            self._feature_cache(DTYPES[precision]) if options.feature_cache else None,
+            graphs=options.cuda_graphs and device.type == "cuda",
+        )
         tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
         if tokens > rows:
             raise InputError(
@@ -141,11 +149,11 @@ class Idefics2Module(LightningModule):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
-        return logits(self.model, read(self.model, batch, self.see(batch)))
+        return self.parts.logits(self.parts.read(batch, self.see(batch)))
 
     def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return what the text model reads of each row's page, (image tokens, width)."""
-        return see(self.model, batch, self.feature_cache)
+        return self.parts.see(batch)
 
     def loss(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
@@ -155,10 +163,10 @@ class Idefics2Module(LightningModule):
             pages: `see` of the batch, if it is known already.
         """
         self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
-        hidden = read(self.model, batch, self.see(batch) if pages is None else pages)
+        hidden = self.parts.read(batch, self.see(batch) if pages is None else pages)
         # Most tokens have no label: their logits would be the largest tensor of the step.
         labelled = batch["labelled"]
-        scores = logits(self.model, hidden.flatten(0, 1)[labelled])
+        scores = self.parts.logits(hidden.flatten(0, 1).index_select(0, labelled))
         labels = batch["labels"].flatten()[labelled + 1]
         return F.cross_entropy(scores.float(), labels, reduction="sum"), torch.full_like(labels, 1).sum()
 
@@ -199,9 +207,8 @@ class Idefics2Module(LightningModule):
         self._step = None
         tokens, loss = self._reduced(torch.stack([tokens.double(), loss.double()]), "sum")
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * unit / tokens
-        for _, parameter in self._trainable():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
+        torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
 
@@ -262,7 +269,7 @@ class Idefics2Module(LightningModule):
         """Return the B greedy answers to a batch's prompts; ``pages`` as in `loss`."""
         self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
         pages = self.see(batch) if pages is None else pages
-        return generate_answers(self.model, self.processor, batch, pages, self.hparams.max_new_tokens)
+        return generate_answers(self.parts, self.processor, batch, pages, self.hparams.max_new_tokens)
 
     def _answer(self, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> list[dict[str, Any]]:
         strip_period = self.hparams.strip_period
@@ -347,18 +354,20 @@ class Idefics2Module(LightningModule):
                 f"lower data.max_length, which names the question that is too long"
             )
 
-    def _feature_cache(self, dtype: torch.dtype) -> FeatureCache:
+    def _feature_cache(self, dtype: torch.dtype) -> MemoryCache | FolderCache:
         options = self.hparams
         if is_vision_trained(self.model):
             raise InputError(
                 "model.feature_cache keeps what a frozen vision tower sees, but model.lora.target_modules train it: "
                 "leave one of them out"
             )
+        if options.feature_cache == "memory":
+            return MemoryCache(options.feature_cache_gb)
         base = self.model.get_base_model()
         revision = getattr(base.config, "_commit_hash", None) or fingerprint(options.pretrained)
         quantized = options.quantization if options.quantize_vision else "none"
         made_by = f"{options.pretrained} {revision} {dtype} {quantized}"
-        return FeatureCache(options.feature_cache, options.feature_cache_gb, made_by)
+        return FolderCache(options.feature_cache, options.feature_cache_gb, made_by)
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)

@@ -1,0 +1,104 @@
+"""CUDA graphs of functions of tensors: thousands of kernels, forward and backward, launched at once.
+
+What is special here: shapes are captured when they come for the second time, the first call being the warm-up; other
+threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MOST = 64  # shapes of a function that are captured; each takes memory
+
+
+class Graphed:
+    """A function of tensors that runs as a CUDA graph where it can.
+
+    Args:
+        function: of tensors, to one; what it does may depend on their shapes, not on their values.
+        parameters: what it uses besides its arguments; those that require gradients get them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[Tensor]) -> None:
+        self.function = function
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._graphs: dict[Any, _Graph | None] = {}
+        # One pool: of a function's graphs only one is at work at a time. Another function's is another pool, since
+        # what its forward keeps for its backward has to survive this one's.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """Call the function; gradients flow to its arguments and parameters."""
+        key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
+        if key not in self._graphs:
+            if len(self._graphs) < MOST:
+                self._graphs[key] = None
+            with _autocast():
+                return self.function(*arguments)
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = _Graph(self.function, arguments, self.parameters, self._pool)
+        result: Tensor = _Replay.apply(graph, *arguments, *self.parameters)
+        return result
+
+
+class _Graph:
+    """Forward and backward for arguments of one shape."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        arguments: tuple[Tensor, ...],
+        parameters: list[Tensor],
+        pool: tuple[int, int],
+    ) -> None:
+        self.arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
+        wanted = [x for x in (*self.arguments, *parameters) if x.requires_grad]
+        self.requires_grad = [x.requires_grad for x in (*arguments, *parameters)]
+        # thread_local: other threads, such as the one that pins a loader's batches, allocate memory meanwhile.
+        capture: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with _autocast(), torch.cuda.graph(self.forward, **capture):
+            result = function(*self.arguments)
+        self.result = result.detach()
+        if result.requires_grad:
+            self.grad_result = torch.empty_like(result)
+            with torch.cuda.graph(self.backward, **capture):
+                self.grads = torch.autograd.grad(result, wanted, self.grad_result)
+                self.flat = torch.cat([grad.flatten() for grad in self.grads if grad.dtype == torch.float32])
+
+    def run(self, arguments: tuple[Tensor, ...]) -> Tensor:
+        for static, given in zip(self.arguments, arguments, strict=False):
+            static.detach().copy_(given)
+        self.forward.replay()
+        return self.result.clone()
+
+    def gradients(self, grad_result: Tensor) -> list[Tensor | None]:
+        self.grad_result.copy_(grad_result)
+        self.backward.replay()
+        # One copy for all the parameters', which are small and many.
+        flat = iter(self.flat.clone().split([grad.numel() for grad in self.grads if grad.dtype == torch.float32]))
+        grads = iter(next(flat).view_as(grad) if grad.dtype == torch.float32 else grad.clone() for grad in self.grads)
+        return [next(grads) if wanted else None for wanted in self.requires_grad]
+
+
+def _autocast() -> AbstractContextManager[None]:
+    """Autocast as it is, but without its cache: copies of weights must be made in the graph, at every replay."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *arguments: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.graph = graph
+        return graph.run(arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_result: Tensor) -> Any:  # noqa: ANN401
+        return None, *ctx.graph.gradients(grad_result)
