@@ -37,7 +37,7 @@ class Idefics2Forward:
         self, model: PeftModel, cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
     ) -> None:
         base: Any = model.get_base_model()
-        self.model, self.cache, self.graphs = model, cache, graphs
+        self.model, self.cache = model, cache
         self.config, self.dtype = base.config, base.dtype
         self.tower, self.connector, self.text_model = (
             base.model.vision_model,
@@ -51,17 +51,9 @@ class Idefics2Forward:
                 if isinstance(layer, LoraLayer):
                     # Autocast does, in a quarter of the time, what peft does by way of float32.
                     layer.cast_input_dtype_enabled = False
-        self._graphed = (
-            {
-                part: Graphed(run, module.parameters())
-                for part, run, module in (
-                    ("look", self._look, self.tower),
-                    ("connect", self._connect, self.connector),
-                    ("read", self._read, self.text_model),
-                )
-            }
-            if graphs
-            else {}
+        parts = {"look": self.tower, "connect": self.connector, "read": self.text_model}
+        self._graphs = (
+            {name: Graphed(getattr(self, f"_{name}"), part) for name, part in parts.items()} if graphs else {}
         )
 
     def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
@@ -96,7 +88,7 @@ class Idefics2Forward:
                 # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
                 with torch.autocast(pixels.device.type, enabled=False):
                     patches = self.tower.embeddings(pixels, every).contiguous()
-                    features.append(self._part("look", self._look, patches)[0])
+                    features.append(self._part("look", patches)[0])
                 if self.cache:
                     self.cache.put(key, features[-1])
         return features
@@ -115,7 +107,7 @@ class Idefics2Forward:
             sees[i, ..., length:longest] = False
         sees = sees.expand(-1, -1, self.latents, -1).contiguous()
         with self.autocast():
-            return self._part("connect", self._connect, patches, places, sees)
+            return self._part("connect", patches, places, sees)
 
     def embed(self, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
         """Embed tokens (R, T), each row's image tokens as what was seen of its page; returns (R, T, width)."""
@@ -139,7 +131,7 @@ class Idefics2Forward:
             near = positions[:, None, :, None] - positions[:, None, None] < window
             masks = [near & (masks[0] if masks else causal)]
         with self.autocast():
-            return self._part("read", self._read, self.embed(ids, pages), positions, *masks)
+            return self._part("read", self.embed(ids, pages), positions, *masks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn hidden states (..., width) into the logits of the next token (..., V)."""
@@ -152,8 +144,9 @@ class Idefics2Forward:
         half = self.dtype != torch.float32
         return torch.autocast(self.head.weight.device.type, self.dtype if half else None, half)
 
-    def _part(self, name: str, run: Any, *arguments: Tensor) -> Tensor:  # noqa: ANN401
-        result: Tensor = (self._graphed[name] if self.graphs and self.model.training else run)(*arguments)
+    def _part(self, name: str, *arguments: Tensor) -> Tensor:
+        run = self._graphs[name].replay if self._graphs and self.model.training else getattr(self, f"_{name}")
+        result: Tensor = run(*arguments)
         return result
 
     def _look(self, patches: Tensor) -> Tensor:

@@ -4,45 +4,51 @@ What is special here: shapes are captured when they come for the second time, th
 threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 MOST = 64  # shapes of a function that are captured; each takes memory
 
 
-class Graphed:
+class Graphed(nn.Module):
     """A function of tensors that runs as a CUDA graph where it can.
 
     Args:
         function: of tensors, to one; what it does may depend on their shapes, not on their values.
-        parameters: what it uses besides its arguments; those that require gradients get them.
+        module: whose parameters it uses; those that require gradients get them.
     """
 
-    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[Tensor]) -> None:
-        self.function = function
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
+        super().__init__()
+        self.function, self.module = function, module
+        self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self._graphs: dict[Any, _Graph | None] = {}
         # One pool: of a function's graphs only one is at work at a time. Another function's is another pool, since
         # what its forward keeps for its backward has to survive this one's.
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """Call the function as it is."""
+        return self.function(*arguments)
+
+    def replay(self, *arguments: Tensor) -> Tensor:
         """Call the function; gradients flow to its arguments and parameters."""
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
             if len(self._graphs) < MOST:
                 self._graphs[key] = None
             with _autocast():
-                return self.function(*arguments)
+                return self(*arguments)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = _Graph(self.function, arguments, self.parameters, self._pool)
-        result: Tensor = _Replay.apply(graph, *arguments, *self.parameters)
+            graph = self._graphs[key] = _Graph(self, arguments, self.trained, self._pool)
+        result: Tensor = _Replay.apply(graph, *arguments, *self.trained.values())
         return result
 
 
@@ -50,20 +56,18 @@ class _Graph:
     """Forward and backward for arguments of one shape."""
 
     def __init__(
-        self,
-        function: Callable[..., Tensor],
-        arguments: tuple[Tensor, ...],
-        parameters: list[Tensor],
-        pool: tuple[int, int],
+        self, function: Graphed, arguments: tuple[Tensor, ...], trained: dict[str, nn.Parameter], pool: tuple[int, int]
     ) -> None:
         self.arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
-        wanted = [x for x in (*self.arguments, *parameters) if x.requires_grad]
-        self.requires_grad = [x.requires_grad for x in (*arguments, *parameters)]
+        # The same memory with a history of its own: what is left of another step's would bind the graph to its stream.
+        aliases: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
+        wanted = [x for x in (*self.arguments, *aliases.values()) if x.requires_grad]
+        self.requires_grad = [x.requires_grad for x in (*arguments, *trained.values())]
         # thread_local: other threads, such as the one that pins a loader's batches, allocate memory meanwhile.
         capture: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _autocast(), torch.cuda.graph(self.forward, **capture):
-            result = function(*self.arguments)
+            result = functional_call(function, aliases, tuple(self.arguments))
         self.result = result.detach()
         if result.requires_grad:
             self.grad_result = torch.empty_like(result)

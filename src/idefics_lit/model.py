@@ -100,10 +100,8 @@ def load_model(
         # Its hooks make the input of every sub-model require gradients, the frozen vision tower's too.
         model.disable_input_require_grads()
     if compiled:
-        if device.type == "cuda":
-            from torch._inductor.async_compile import AsyncCompile
-
-            AsyncCompile.wait_pool_ready()  # until its workers are there, inductor compiles kernels one by one
+        # With dynamic shapes numbers such as an epsilon become tensors of the CPU, whose C++ takes a minute to compile.
+        torch._dynamo.config.specialize_float = True
         for layer in base.model.text_model.layers:
             layer.compile(dynamic=True)
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
