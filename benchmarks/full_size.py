@@ -122,17 +122,18 @@ def run_trainer(options: argparse.Namespace) -> None:
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if options.bf16 else torch.float16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    cuda = torch.cuda.is_available()
     model = AutoModelForImageTextToText.from_pretrained(
         options.model,
         quantization_config=quantization if cuda else None,
-        dtype=torch.float16 if cuda else torch.float32,
+        dtype=dtype if cuda else torch.float32,
         device_map={"": 0} if cuda else None,
     )
     lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=TARGET_MODULES)
@@ -174,7 +175,8 @@ def run_trainer(options: argparse.Namespace) -> None:
         learning_rate=1e-4,
         weight_decay=0.01,
         warmup_steps=75,
-        fp16=cuda,
+        fp16=cuda and not options.bf16,
+        bf16=cuda and options.bf16,
         use_cpu=not cuda,
         logging_steps=5,
         save_strategy="no",
@@ -231,7 +233,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_full_size"))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--image_splitting", action="store_true", help=argparse.SUPPRESS)
+    for name in ("bf16", "image_splitting"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name in ("batch", "workers", "steps"):

@@ -81,6 +81,18 @@ def folder(tmp_path):
         (["fit", "--data.sorce", "x"], "no option data.sorce, did you mean data.source?"),
         (["fit", "--model.lr", "fast"], "model.lr: Expected a float. Got value: fast"),
         (["fit", "--model.quantization", "int8"], r"model.quantization: .*'nf4', 'none'.* Got value: int8"),
+        (
+            [
+                "fit",
+                "--data.source",
+                "synthetic",
+                "--model.cuda_graphs",
+                "true",
+                "--model.gradient_checkpointing",
+                "true",
+            ],
+            "model.cuda_graphs can't capture model.gradient_checkpointing: leave one",
+        ),
         (["fit", "--trainer.precision", "12"], "trainer.precision: Expected one of .*Got value: 12"),
         (["fit", "--data.columns", "x"], r"data.columns: Expected one of dict\[str, str\], NoneType. Got value: x"),
         (["fti"], "invalid choice: 'fti' .*'fit', 'validate', 'test', 'predict'"),

@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.model import LoRA
+from idefics_lit.module import Idefics2Module
+from idefics_lit.pretrained import load_processor
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -10,8 +16,47 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_fit_in_mixed_precision(run, tiny, docvqa, precision):
-    options = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.limit_train", 4, "--trainer.max_steps", 2]
-    folder = run("fit", *options, "--trainer.precision", precision, "--trainer.gradient_clip_val", 1.0)
+@pytest.mark.parametrize("graphs", ["false", "true"])
+def test_fit_in_mixed_precision(run, tiny, docvqa, precision, graphs):
+    options = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.limit_train", 4, "--trainer.max_steps", 6]
+    options += ["--model.cuda_graphs", graphs, "--trainer.precision", precision, "--trainer.gradient_clip_val", 1.0]
+    folder = run("fit", *options)
     checkpoint = torch.load(next(folder.rglob("*.ckpt")), weights_only=True)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"dequantize": True, "compile": True}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, options, dropout):
+    """Dropout too: it is the generator's, whose state a graph reads when it is replayed."""
+    pages = SyntheticPages("train", 4)
+    collate = Idefics2Collator(load_processor(tiny), train=True)
+    examples = [pages[i] for i in range(16)]
+    for example in examples:
+        example.answers = example.answers[:1]
+    batches = [collate(examples[:8]), collate(examples[8:])]
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        module = Idefics2Module(tiny, lora=LoRA(dropout=dropout), cuda_graphs=graphs, **options)
+        module.configure_model()
+        results = []
+        for step in range(4):  # plain, captured, replayed, each batch
+            for batch in batches:
+                torch.manual_seed(step)
+                loss, tokens = module.loss(module.transfer_batch_to_device(batch, module.model.device, 0))
+                (loss / tokens).backward()
+            grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+            results.append((loss.item(), grads))
+            with torch.no_grad():  # an optimizer's step: a graph reads what the adapter is now
+                for name, parameter in module.named_parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(grads[name], alpha=0.1)
+            module.zero_grad()
+        found.append(results)
+    assert len({loss for loss, _ in found[0]}) == 4
+    for (plain, plain_grads), (graphed, graphed_grads) in zip(*found, strict=True):
+        assert graphed == pytest.approx(plain, rel=2e-3)
+        assert graphed_grads.keys() == plain_grads.keys()
+        for name, grad in plain_grads.items():
+            assert (graphed_grads[name] - grad).norm() <= 0.05 * grad.norm() + 1e-4

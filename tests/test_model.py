@@ -51,6 +51,29 @@ def test_nf4_quantizes_every_linear_layer_but_the_head(tiny):
     assert sum("Linear4bit" in kind for kind in kinds.values()) > 50
 
 
+def test_unpacked_weights_are_the_4_bit_ones(tiny, capfd):
+    """The same function, and the same adapter: a checkpoint of one is one of the other."""
+    found = []
+    for dequantize in (False, True):
+        torch.manual_seed(0)
+        model = load(tiny, dequantize=dequantize)
+        ids = torch.arange(20, 52)[None]
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kinds = {type(m).__name__ for m in model.modules()}
+        assert ("Linear4bit" in kinds) == (not dequantize)
+        found.append((logits, trained))
+    (packed, packed_trained), (unpacked, unpacked_trained) = found
+    assert torch.equal(packed, unpacked)
+    assert packed_trained.keys() == unpacked_trained.keys()
+    for name, parameter in packed_trained.items():
+        assert torch.equal(parameter, unpacked_trained[name])
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, unpacked_trained[name].grad, atol=1e-7)
+    assert "dequantized" not in "".join(capfd.readouterr())
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(tiny):
     with pytest.raises(InputError, match=r"model\.lora: .*no_such_layer"):
         load(tiny, lora=LoRA(target_modules="no_such_layer"))

@@ -89,6 +89,23 @@ def test_the_loss_is_transformers_own(tiny, processor, examples):
         assert torch.allclose(ours(batch).flatten(0, 1)[answers], theirs.logits.flatten(0, 1)[answers], atol=1e-5)
 
 
+def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny, processor, examples):
+    ours = module(tiny, quantization="none")
+    config = ours.model.config.text_config
+    assert config is ours.model.get_base_model().model.text_model.config
+    config.sliding_window = 80
+    for example in examples:
+        example.answers = example.answers[:1]
+    batch = Idefics2Collator(processor, train=True)(alone(examples))
+    loss, tokens = ours.loss(batch)
+    assert batch["input_ids"].shape[1] > 80
+    assert (loss / tokens).item() == pytest.approx(ours.model(**batch, use_cache=False).loss.item(), abs=1e-5)
+    packed, _ = ours.loss(Idefics2Collator(processor, train=True)(examples))
+    assert packed.item() == pytest.approx(loss.item(), abs=1e-4)
+    config.sliding_window = None
+    assert abs(ours.loss(batch)[0] - loss) > 1e-3
+
+
 def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, processor):
     """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
     ours = module(tiny, quantization="none")

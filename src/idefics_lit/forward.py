@@ -75,23 +75,19 @@ class Idefics2Forward:
         Returns:
             For each image (P, width), in the model's dtype.
         """
-        side = self.tower.config.patch_size
-        features = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)):
-            for image, (height, width), key in zip(images, sizes, keys, strict=True):
-                kept = self.cache.get(key) if self.cache else None
-                if kept is not None:
-                    features.append(kept.to(image.device, non_blocking=True))
-                    continue
-                pixels = image[None, :, : height // side * side, : width // side * side].to(self.dtype)
-                every = torch.ones(1, height // side, width // side, dtype=torch.bool, device=pixels.device)
-                # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
-                with torch.autocast(pixels.device.type, enabled=False):
-                    patches = self.tower.embeddings(pixels, every).contiguous()
-                    features.append(self._part("look", patches)[0])
+        known = [self.cache.get(key) if self.cache else None for key in keys]
+        unknown = [i for i, kept in enumerate(known) if kept is None]
+        features = {i: kept.to(images[i].device, non_blocking=True) for i, kept in enumerate(known) if kept is not None}
+        # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
+        off = torch.autocast(images[0].device.type, enabled=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)), off:
+            # All of them first: transformers' embeddings wait for the GPU, what follows runs ahead of it.
+            patches = [self._embed_patches(images[i], *sizes[i]) for i in unknown]
+            for i, embedded in zip(unknown, patches, strict=True):
+                features[i] = self._part("look", embedded)[0]
                 if self.cache:
-                    self.cache.put(key, features[-1])
-        return features
+                    self.cache.put(keys[i], features[i])
+        return [features[i] for i in range(len(images))]
 
     def connect(self, features: Sequence[Tensor]) -> Tensor:
         """Turn each image's patches into what the text model reads in place of image tokens, (I, latents, width)."""
@@ -148,6 +144,15 @@ class Idefics2Forward:
         run = self._graphs[name].replay if self._graphs and self.model.training else getattr(self, f"_{name}")
         result: Tensor = run(*arguments)
         return result
+
+    def _embed_patches(self, image: Tensor, height: int, width: int) -> Tensor:
+        side = self.tower.config.patch_size
+        rows, columns = height // side, width // side
+        pixels = image[None, :, : rows * side, : columns * side].to(self.dtype)
+        every = torch.ones(1, rows, columns, dtype=torch.bool, device=pixels.device)
+        # Transposed as they are, all that follows would be slower by a third.
+        patches: Tensor = self.tower.embeddings(pixels, every).contiguous()
+        return patches
 
     def _look(self, patches: Tensor) -> Tensor:
         features: Tensor = self.tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -69,7 +70,7 @@ def load_model(
         dtype: of what isn't quantized, and of the arithmetic.
         device: where to.
         gradient_checkpointing: keep one activation a layer and compute the others again.
-        compiled: compile the layers of the text model, once for all.
+        compiled: compile the layers, each kind once, and what else goes over all patches.
 
     Raises:
         InputError: when there is no such model, or ``target_modules`` match none of its layers.
@@ -93,7 +94,10 @@ def load_model(
                 # The first evaluation would repack the weight for a kernel without autograd, for good.
                 layer.support_avx512bf16_for_cpu = False
     if dequantize and quantization != "none":
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it warns of what is wanted
         base = base.dequantize(dtype)
+        transformers.logging.set_verbosity(verbosity)
     model = add_lora(base, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -102,8 +106,14 @@ def load_model(
     if compiled:
         # With dynamic shapes numbers such as an epsilon become tensors of the CPU, whose C++ takes a minute to compile.
         torch._dynamo.config.specialize_float = True
-        for layer in base.model.text_model.layers:
-            layer.compile(dynamic=True)
+        resampler = base.model.connector.perceiver_resampler
+        for part in (
+            *base.model.vision_model.encoder.layers,
+            base.model.connector.modality_projection,
+            *(layer.input_context_norm for layer in resampler.layers),
+            *base.model.text_model.layers,
+        ):
+            part.compile(dynamic=True)
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
     return model.train()
 

@@ -60,7 +60,7 @@ class Idefics2Module(LightningModule):
             other questions and in every epoch. Nothing, unless given.
         feature_cache_gb: the most to keep there; a page of Idefics2-8b takes 9 MB, 44 with image splitting.
         cuda_graphs: launch a part of the model at once instead of kernel by kernel, in training; a GPU's own.
-        compile: compile the text model's layers, for training; the first steps take longer, the others less.
+        compile: compile the layers, for training; the first step takes longer, the others less.
         max_new_tokens: the longest answer generated, in tokens.
         strip_period: score predictions without the full stops that end them, as the authors of Idefics2 do.
 
