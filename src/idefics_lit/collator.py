@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
@@ -69,12 +70,12 @@ class Idefics2Collator:
 
         Returns:
             What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
-            are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W); ``pixel_attention_mask``
-            (R, N, H, W) bool. Besides, of each row's images, ``image_sizes``, height and width in pixels, and
-            ``image_keys``, other ones for other pixels. Without ``train`` also ``prompt_input_ids`` and
-            ``prompt_attention_mask`` (B, T'), left-padded, ``prompt_rows`` (B), the row of each prompt's page, and the
-            lists ``question_ids``, ``questions``, ``references`` and ``question_types``; an example without answers has
-            no labels there.
+            are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W); ``pixel_attention_mask`` (R, N, H, W) bool.
+            Besides, of each row's images, ``image_sizes``, height and width in pixels, and ``image_keys``, other ones
+            for other pixels. Without ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'),
+            left-padded; ``prompt_rows`` (B) and ``prompt_places`` (B, T'), the row and the columns that each prompt has
+            in ``input_ids``; and the lists ``question_ids``, ``questions``, ``references``, ``question_types`` and
+            ``places``, in the set; an example without answers has no labels there.
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
@@ -121,20 +122,37 @@ class Idefics2Collator:
                 for of_row, key in zip(sizes, (self._key(examples[row[0]]) for row in members), strict=True)
             ],
         }
-        if not self.train:
-            padded = self.processor.tokenizer.pad(
-                {"input_ids": [pages[row_of[i]] + ids for i, ids in enumerate(asked)]},
-                padding_side="left",
-                return_tensors="pt",
-            )
-            collated["prompt_input_ids"] = padded["input_ids"]
-            collated["prompt_attention_mask"] = padded["attention_mask"]
-            collated["prompt_rows"] = torch.tensor([row_of[i] for i in range(len(examples))])
-            collated["question_ids"] = [example.question_id for example in examples]
-            collated["questions"] = [example.question for example in examples]
-            collated["references"] = [example.answers for example in examples]
-            collated["question_types"] = [example.question_types for example in examples]
-        return collated
+        return collated if self.train else {**collated, **self._evaluation(examples, pages, members, asked, whole)}
+
+    def _evaluation(
+        self,
+        examples: Sequence[Example],
+        pages: Sequence[list[int]],
+        members: Sequence[list[int]],
+        asked: Sequence[list[int]],
+        whole: Sequence[list[int]],
+    ) -> dict[str, Any]:
+        """Where the prompts are, and what isn't tensors."""
+        found = {}
+        for number, (page, row) in enumerate(zip(pages, members, strict=True)):
+            start = len(page)
+            for i in row:
+                columns = torch.tensor([*range(len(page)), *range(start, start + len(asked[i]))])
+                found[i] = number, page + asked[i], columns
+                start += len(whole[i])
+        rows, prompts, places = zip(*(found[i] for i in range(len(examples))), strict=True)
+        padded = self.processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        return {
+            "prompt_input_ids": padded["input_ids"],
+            "prompt_attention_mask": padded["attention_mask"],
+            "prompt_rows": torch.tensor(rows),
+            "prompt_places": pad_sequence(list(places), batch_first=True, padding_side="left"),
+            "question_ids": [example.question_id for example in examples],
+            "questions": [example.question for example in examples],
+            "references": [example.answers for example in examples],
+            "question_types": [example.question_types for example in examples],
+            "places": [example.place for example in examples],
+        }
 
     def _members(self, examples: Sequence[Example]) -> list[list[int]]:
         """Group the examples' numbers by row."""

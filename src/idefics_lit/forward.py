@@ -20,6 +20,7 @@ from idefics_lit.graphs import Graphed
 # Patches of all images, and of the largest, are filled up to multiples: graphs of few shapes for all pages.
 MULTIPLES = (1024, 256)
 CHUNK = 16384  # patches that are projected at a time
+MOST_IMAGES = 16  # that are connected at a time, in evaluation
 
 
 class Idefics2Forward:
@@ -62,7 +63,11 @@ class Idefics2Forward:
         images = [image for row, count in zip(batch["pixel_values"], counts, strict=True) for image in row[:count]]
         sizes = [size for row in batch["image_sizes"] for size in row]
         keys = [key for row in batch["image_keys"] for key in row]
-        return [row.flatten(0, 1) for row in self.connect(self.look(images, sizes, keys)).split(counts)]
+        features = self.look(images, sizes, keys)
+        # A large batch is one of evaluation, where all its patches at once would be what takes the most memory.
+        some = len(features) if torch.is_grad_enabled() else MOST_IMAGES
+        states = [self.connect(features[start : start + some]) for start in range(0, len(features), some)]
+        return [row.flatten(0, 1) for row in torch.cat(states).split(counts)]
 
     def look(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]) -> list[Tensor]:
         """Run the vision tower.
@@ -113,21 +118,56 @@ class Idefics2Forward:
         places = images.flatten().cumsum(0).sub(1).clamp(min=0)
         return torch.where(images[..., None], seen.index_select(0, places).view_as(embeddings), embeddings)
 
-    def read(self, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> Tensor:
-        """Read a batch's rows with their pages; returns the text model's last hidden states (R, T, width)."""
+    def read(self, batch: Mapping[str, Any], pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
+        """Read a batch's rows with their pages.
+
+        Args:
+            batch: the collator's.
+            pages: what `see` saw of each row's.
+            memory: an `idefics_lit.generation.Memory` that is to remember keys and values.
+
+        Returns:
+            The text model's last hidden states (R, T, width).
+        """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         positions = batch.get("position_ids")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         # Without a shared row there is only causality, which needs no mask: padding is at the right.
         masks = [mask] if mask.ndim == 4 else []
-        window = self.config.text_config.sliding_window
-        if window and ids.shape[1] > window:
+        if window := self._window(ids.shape[1]):
             causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
             near = positions[:, None, :, None] - positions[:, None, None] < window
             masks = [near & (masks[0] if masks else causal)]
+        embeddings = self.embed(ids, pages)
         with self.autocast():
-            return self._part("read", self.embed(ids, pages), positions, *masks)
+            if memory is not None:
+                return self._read(embeddings, positions, masks[0] if masks else None, memory)
+            return self._part("read", embeddings, positions, *masks)
+
+    def read_on(self, tokens: Tensor, positions: Tensor, sees: Tensor, memory: Any) -> Tensor:  # noqa: ANN401
+        """Read one more token of each of B prompts.
+
+        Args:
+            tokens: (B).
+            positions: (B), where they stand in rows of their own.
+            sees: (B, L), which of the remembered tokens there are; the new one is added.
+            memory: where they are.
+
+        Returns:
+            The last hidden states (B, width).
+        """
+        memory.column += 1
+        sees[:, memory.column] = True
+        if window := self._window(memory.column):
+            sees = sees & (positions[:, None] - (sees.cumsum(1) - 1) < window)
+        with self.autocast():
+            return self._read(self.embeddings(tokens[:, None]), positions[:, None], sees[:, None, None], memory)[:, 0]
+
+    def _window(self, tokens: int) -> int | None:
+        """The sliding window, where so many tokens are more."""
+        window: int | None = self.config.text_config.sliding_window
+        return window if window and tokens > window else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn hidden states (..., width) into the logits of the next token (..., V)."""
@@ -170,10 +210,10 @@ class Idefics2Forward:
         states: Tensor = resampler.norm(latents)
         return states
 
-    def _read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, memory: Any = None) -> Tensor:  # noqa: ANN401
         hidden, turns = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
         for layer in self.text_model.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=turns)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=turns, past_key_values=memory)
         states: Tensor = self.text_model.norm(hidden)
         return states
 

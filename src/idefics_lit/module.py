@@ -25,7 +25,7 @@ from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rat
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
 from idefics_lit.forward import Idefics2Forward, is_vision_trained
-from idefics_lit.generation import generate_answers
+from idefics_lit.generation import Memory, generate_answers
 from idefics_lit.metrics import ANLS, anls
 from idefics_lit.model import DTYPES, LoRA, Quantization, load_model
 from idefics_lit.pretrained import fingerprint, load_processor
@@ -155,15 +155,12 @@ class Idefics2Module(LightningModule):
         """Return what the text model reads of each row's page, (image tokens, width)."""
         return self.parts.see(batch)
 
-    def loss(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
-
-        Args:
-            batch: `Idefics2Collator`'s.
-            pages: `see` of the batch, if it is known already.
-        """
+    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
         self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
-        hidden = self.parts.read(batch, self.see(batch) if pages is None else pages)
+        return self._loss(batch, self.parts.read(batch, self.see(batch)))
+
+    def _loss(self, batch: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
         # Most tokens have no label: their logits would be the largest tensor of the step.
         labelled = batch["labelled"]
         scores = self.parts.logits(hidden.flatten(0, 1).index_select(0, labelled))
@@ -261,17 +258,31 @@ class Idefics2Module(LightningModule):
         self._log_scores("test")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return a record a question: its id, text, prediction, references and, where there are any, score."""
-        with torch.compiler.set_stance("force_eager"):
-            return self._answer(batch, self.see(batch))
+        """Return a record a question: id, text, prediction, references, score where there are any, place in the set."""
+        return self._records(batch, self.generate(batch))
 
-    def generate(self, batch: Mapping[str, Any], pages: Sequence[Tensor] | None = None) -> list[str]:
-        """Return the B greedy answers to a batch's prompts; ``pages`` as in `loss`."""
+    def generate(self, batch: Mapping[str, Any]) -> list[str]:
+        """Return the B greedy answers to a batch's prompts."""
+        return self._read_and_answer(batch)[1]
+
+    def _evaluate(self, batch: Mapping[str, Any]) -> None:
+        hidden, answers = self._read_and_answer(batch)
+        loss, tokens = self._loss(batch, hidden)
+        self.eval_loss.update(loss / tokens, weight=tokens)
+        self.records += self._records(batch, answers)
+
+    @torch.no_grad()
+    def _read_and_answer(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
+        """Return the last hidden states of the rows and the answers to the prompts in them."""
+        self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
         self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
-        pages = self.see(batch) if pages is None else pages
-        return generate_answers(self.parts, self.processor, batch, pages, self.hparams.max_new_tokens)
+        memory = Memory()
+        with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
+            hidden = self.parts.read(batch, self.see(batch), memory)
+            longest = self.hparams.max_new_tokens
+            return hidden, generate_answers(self.parts, self.processor, batch, hidden, memory, longest)
 
-    def _answer(self, batch: Mapping[str, Any], pages: Sequence[Tensor]) -> list[dict[str, Any]]:
+    def _records(self, batch: Mapping[str, Any], answers: Sequence[str]) -> list[dict[str, Any]]:
         strip_period = self.hparams.strip_period
         return [
             {
@@ -281,23 +292,18 @@ class Idefics2Module(LightningModule):
                 "references": references,
                 "score": anls(prediction, references, strip_period=strip_period) if references else None,
                 "question_types": question_types,
+                "place": place,
             }
-            for question_id, question, prediction, references, question_types in zip(
+            for question_id, question, prediction, references, question_types, place in zip(
                 batch["question_ids"],
                 batch["questions"],
-                self.generate(batch, pages),
+                answers,
                 batch["references"],
                 batch["question_types"],
+                batch["places"],
                 strict=True,
             )
         ]
-
-    def _evaluate(self, batch: Mapping[str, Any]) -> None:
-        with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
-            pages = self.see(batch)
-            loss, tokens = self.loss(batch, pages)
-            self.eval_loss.update(loss / tokens, weight=tokens)
-            self.records += self._answer(batch, pages)
 
     def _log_scores(self, stage: str) -> None:
         records = self.records

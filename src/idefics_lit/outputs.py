@@ -172,13 +172,15 @@ def _examples(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, An
 
 
 def _unique(trainer: Trainer, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gather all ranks' records, each question once."""
+    """Gather all ranks' records, each question once, in the set's order."""
     ranks = gather_objects(trainer, records)
-    return list({record["question_id"]: record for rank in ranks for record in rank}.values())
+    unique = {record["question_id"]: record for rank in ranks for record in rank}
+    return sorted(unique.values(), key=lambda record: record["place"])
 
 
 def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    _write(path, (json.dumps(record, ensure_ascii=False) for record in records))
+    lines = ({key: value for key, value in record.items() if key != "place"} for record in records)
+    _write(path, (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
 def _as_int(question_id: int | str) -> int | str:

@@ -126,15 +126,9 @@ class DocVQADataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
-        trainer = self.trainer
-        sampler = _Visits(
-            self.examples["train"],
-            self.hparams.questions_per_page,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            seed=self.hparams.seed,
-        )
-        return self._loader("train", self.hparams.batch_size, sampler)
+        options = self.hparams
+        sampler = _Visits(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
+        return self._loader("train", options.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""
@@ -149,11 +143,14 @@ class DocVQADataModule(LightningDataModule):
         return self._eval_loader("predict")
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
-        return self._loader(split, self.hparams.eval_batch_size or self.hparams.batch_size)
+        batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
+        return self._loader(split, batch_size, _PageByPage(self.examples[split], 8 * batch_size, **self._ranks()))
 
-    def _loader(
-        self, split: str, batch_size: int, sampler: torch.utils.data.Sampler[Any] | None = None
-    ) -> DataLoader[Any]:
+    def _ranks(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
+
+    def _loader(self, split: str, batch_size: int, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
         options = self.hparams
         collator = Idefics2Collator(
             self.processor,
@@ -253,7 +250,7 @@ class _Selected(Examples):
     def __getitem__(self, visit: int | tuple[int, int]) -> Example:
         index, epoch = visit if isinstance(visit, tuple) else (visit, None)
         example = self.examples[self.indices[index]]
-        example.epoch, example.page_id = epoch, self.page_ids[index]
+        example.epoch, example.page_id, example.place = epoch, self.page_ids[index], index
         return example
 
     def where(self, index: int) -> str:
@@ -289,3 +286,27 @@ class _Visits(DistributedSampler[Any]):
         rest = order[whole + self.rank * share :][:share]
         mine = [*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest]
         return (cast("Any", (index, self.epoch)) for index in mine)
+
+
+class _PageByPage(DistributedSampler[Any]):
+    """Questions on a page behind one another, as pages with as many questions are: a batch's rows are of one length.
+
+    Pages are sorted in windows of so many questions, so that every part of a set is like the whole. A rank's share is
+    in one piece.
+    """
+
+    def __init__(self, examples: Examples, window: int, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(examples, shuffle=False, **kwargs)
+        pages: dict[Hashable, list[int]] = {}
+        for index, page in enumerate(examples.page_ids):
+            pages.setdefault(page, []).append(index)
+        windows: list[list[list[int]]] = [[]]
+        for questions in pages.values():
+            if sum(map(len, windows[-1])) >= window:
+                windows.append([])
+            windows[-1].append(questions)
+        self.order = [index for some in windows for questions in sorted(some, key=len) for index in questions]
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self.rank * self.num_samples
+        return islice(cycle(self.order), start, start + self.num_samples)

@@ -21,6 +21,7 @@ class Example:
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
         page_id: the key of its pages; questions with the same one share a row of a batch.
+        place: where it stands in its set; answers are written in that order.
     """
 
     question_id: int | str
@@ -31,6 +32,7 @@ class Example:
     where: str = ""
     epoch: int | None = None
     page_id: Hashable = None
+    place: int = 0
 
 
 class Examples(Dataset[Example]):
