@@ -27,6 +27,24 @@ def steps(tiny, source, *more):
     return flags(tiny, source, *more)
 
 
+def test_answers_are_written_in_the_sets_order(run, tiny, docvqa, tmp_path):
+    """However a page's questions are scattered."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "documents").symlink_to(docvqa / "documents")
+    questions = json.loads((docvqa / "train.json").read_text())
+    questions["data"] = questions["data"][::3] + questions["data"][1::3] + questions["data"][2::3]
+    (data / "val.json").write_text(json.dumps(questions))
+    options = ["--data.eval_batch_size", 4, "--trainer.logger", "false"]
+    folder = run("predict", *flags(tiny, data, *options), "--data.predict_split", "val")
+    answers = json.loads((folder / "submission.json").read_text())
+    assert [answer["questionId"] for answer in answers] == [row["questionId"] for row in questions["data"]]
+    run("validate", *flags(tiny, data, *options), "--data.val_split", "val")
+    records = [json.loads(line) for line in (folder / "val_predictions.jsonl").open()]
+    assert [record["prediction"] for record in records] == [answer["answer"] for answer in answers]
+    assert "place" not in records[0]
+
+
 def test_validate_repeats_the_fits_last_score_and_predict_answers_every_question_once(run, tiny, docvqa, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator
-from idefics_lit.data.datamodule import DocVQADataModule, _Visits
+from idefics_lit.data.datamodule import DocVQADataModule, _PageByPage, _Visits
 from idefics_lit.data.example import Example
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.model import LoRA
@@ -124,30 +124,52 @@ def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, proces
 
 
 def test_answers_are_generates(processor, examples):
-    """Pages seen once and embedded give what `generate` gives from the pixels."""
-    ours = Idefics2Module("tiny", quantization="none", max_new_tokens=6)  # one that says something
+    """Read from the rows' keys and values they are what `generate` gives, token for token, from the pixels."""
+    ours = Idefics2Module("tiny", quantization="none", max_new_tokens=12)  # one that says something
     ours.configure_model()
     ours.eval()
-    batch = Idefics2Collator(processor, train=False)(examples)
-    expected = []
-    for example in alone(examples):
-        one = Idefics2Collator(processor, train=False)([example])
-        ids = ours.model.generate(
-            input_ids=one["prompt_input_ids"],
-            attention_mask=one["prompt_attention_mask"],
-            pixel_values=one["pixel_values"],
-            pixel_attention_mask=one["pixel_attention_mask"],
-            generation_config=transformers.GenerationConfig(max_new_tokens=6, eos_token_id=[2, 5], pad_token_id=0),
-            bad_words_ids=[[3], [4]],
-        )
-        expected.append(processor.decode(ids[0, one["prompt_input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    assert len(set(expected)) > 1
-    assert ours.generate(batch) == expected
+    # An answer that is given, and none, as in a test set; both kinds of rows; windows shorter than a prompt and longer.
+    examples = [replace(e, answers=e.answers[: i % 3]) for i, e in enumerate(examples)]
+    for window in (None, 60, 4096):
+        ours.model.config.text_config.sliding_window = window
+        expected, lengths = [], set()
+        for example in alone(examples):
+            one = Idefics2Collator(processor, train=False)([example])
+            ids = ours.model.generate(
+                input_ids=one["prompt_input_ids"],
+                attention_mask=one["prompt_attention_mask"],
+                pixel_values=one["pixel_values"],
+                pixel_attention_mask=one["pixel_attention_mask"],
+                generation_config=transformers.GenerationConfig(max_new_tokens=12, eos_token_id=[2, 5], pad_token_id=0),
+                bad_words_ids=[[3], [4]],
+            )
+            new = ids[0, one["prompt_input_ids"].shape[1] :]
+            lengths.add(len(new))
+            expected.append(processor.decode(new, skip_special_tokens=True).strip())
+        assert len(set(expected)) > 3 and len(lengths) > 3
+        assert ours.generate(Idefics2Collator(processor, train=False)(examples)) == expected
+        assert ours.generate(Idefics2Collator(processor, train=False)(alone(examples))) == expected
 
 
 def test_prompts_that_are_trained_on_stay_in_rows_of_their_own(processor, examples):
     batch = Idefics2Collator(processor, train=True, train_on_prompt=True)(examples)
     assert len(batch["input_ids"]) == len(examples)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_goes_page_by_page(tiny, ranks):
+    data = DocVQADataModule("synthetic", tiny, limit_val=97, num_workers=0)
+    data.setup("validate")
+    examples = data.examples["val"]
+    shares = [list(_PageByPage(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
+    assert {len(share) for share in shares} == {-(-97 // ranks)}
+    order = [index for share in shares for index in share][:97]
+    assert sorted(order) == list(range(97))
+    pages = [examples.page_ids[index] for index in order]
+    changes = sum(a != b for a, b in pairwise(pages))
+    assert changes == len(set(pages)) - 1
+    count = Counter(pages)
+    assert sum(count[a] > count[b] for a, b in pairwise(pages)) <= 97 // 40  # sorted within a window
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
