@@ -222,7 +222,7 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
         result["wait_s"] = [round(step["wait"], 3) for step in steps if "wait" in step]
         result["step_s"] = [round(step["seconds"], 3) for step in steps]
         result["validation_s"] = measured.get("validation_s")
-        result |= {key: measured[key] for key in ("losses", "apart") if key in measured}
+        result |= {key: measured[key] for key in ("losses", "apart", "questions_per_s", "peak_gib") if key in measured}
     print(json.dumps({name: {k: v for k, v in result.items() if k != "command"}}), flush=True)
     return result
 

@@ -3,11 +3,11 @@
     python benchmarks/train_throughput.py --tokenizer tokenizer.model --results benchmarks/results/train_throughput.json
 
 Every contender trains on the same 640 questions, four on each of 160 pages of 14 shapes around 1700 x 2200 px, with 16
-questions a step (64 where its name says so) and 12 loader workers, in bfloat16; the recipe, docvqa.yaml and gpu_15gb.yaml
-are float16's. Seconds are from step to step, loading included; the first steps (compiling, capturing; for the feature
-cache the first epoch) are left out. ``--image_splitting`` compares with 320 image tokens a page. "agreement" is how far
-losses lie from those of transformers' own forward with every question in a row of its own. Needs what full_size.py
-needs, and trl; ``--tiny`` tries it on a CPU.
+questions a step (64 where its name says so) and 12 loader workers, in bfloat16, the recipe and the configs for small
+cards in float16. Seconds are from step to step, loading included; the first steps (compiling, capturing; for the
+feature cache the first epoch) are left out. ``--image_splitting`` compares with 320 image tokens a page. "agreement" is
+how far losses lie from those of transformers' own forward with every question in a row of its own. Needs what
+full_size.py needs, and trl; ``--tiny`` tries it on a CPU.
 """
 
 import argparse

@@ -21,9 +21,6 @@ from idefics_lit.pretrained import cannot_load, resolve
 
 Quantization = Literal["nf4", "none"]
 
-# What the Trainer's precision computes in.
-DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
-
 # The recipe's: the projections of attention in the text model, the modality projection and the resampler, and the head.
 TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
 

@@ -27,8 +27,8 @@ from idefics_lit.errors import InputError
 from idefics_lit.forward import Idefics2Forward, is_vision_trained
 from idefics_lit.generation import Memory, generate_answers
 from idefics_lit.metrics import ANLS, anls
-from idefics_lit.model import DTYPES, LoRA, Quantization, load_model
-from idefics_lit.pretrained import fingerprint, load_processor
+from idefics_lit.model import LoRA, Quantization, load_model
+from idefics_lit.pretrained import DTYPES, fingerprint, load_processor
 
 
 class _Step(NamedTuple):

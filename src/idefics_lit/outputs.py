@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs."""
+    """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs.
+
+    An evaluation's says the score so far and how fast it goes.
+    """
 
     @property
     def total_train_batches(self) -> int | float:
@@ -80,6 +84,34 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the bar shows."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count seconds."""
+        super().on_validation_start(trainer, pl_module)
+        self.started = time.perf_counter()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count seconds."""
+        super().on_test_start(trainer, pl_module)
+        self.started = time.perf_counter()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
+        """Say how it goes."""
+        super().on_validation_batch_end(trainer, pl_module, *args)
+        if not trainer.sanity_checking:
+            self._describe(self.val_progress_bar_id, self.validation_description, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
+        """Say how it goes."""
+        super().on_test_batch_end(trainer, pl_module, *args)
+        self._describe(self.test_progress_bar_id, self.test_description, pl_module)
+
+    def _describe(self, bar: Any, name: str, module: Any) -> None:  # noqa: ANN401
+        if self.progress is None or bar is None:
+            return
+        scores = [record["score"] for record in module.records]
+        rate = len(scores) / (time.perf_counter() - self.started)
+        self.progress.update(bar, description=f"{name} ANLS {sum(scores) / len(scores):.3f}, {rate:.1f} questions/s")
 
     def _get_train_description(self, current_epoch: int) -> str:
         description = super()._get_train_description(current_epoch)

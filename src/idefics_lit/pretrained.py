@@ -1,10 +1,14 @@
-"""What ``pretrained`` names, and the processor that is loaded from there."""
+"""What ``pretrained`` names, the processor that is loaded from there, and the dtypes that models are loaded in."""
 
 from pathlib import Path
 
+import torch
 from transformers import AutoProcessor, ProcessorMixin
 
 from idefics_lit.errors import InputError, first_line
+
+# By the Trainer's precision.
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
 
 
 def resolve(pretrained: str) -> str:

@@ -16,8 +16,7 @@ from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.source import find_splits
 from idefics_lit.errors import InputError
-from idefics_lit.model import DTYPES
-from idefics_lit.pretrained import load_processor
+from idefics_lit.pretrained import DTYPES, load_processor
 
 LEAST = {
     **dict.fromkeys(

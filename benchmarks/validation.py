@@ -1,0 +1,182 @@
+"""Validation at full size: plain `generate` beside `python -m idefics_lit validate`, one process each, in one run.
+
+    python benchmarks/validation.py --tokenizer tokenizer.model --results benchmarks/results/validation.json
+
+640 questions, four on each of 160 pages around 1700 x 2200 px, at most 20 new tokens. The weights are random, so no
+answer ends early. ``generate_N`` is transformers' own, N questions a batch, 4 bits, each question with its page, 12
+loader workers; ``generate_best`` is the fastest of them. Ours computes the loss and the scores besides. The first batch
+is left out. Needs what full_size.py needs; ``--tiny`` tries it on a CPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import REPOSITORY, build_model, measure, versions
+from lightning import Callback
+from train_throughput import build_data
+
+NEW_TOKENS = 20
+
+
+class BatchTimes(Callback):
+    """Write when each batch of a validation was done, and its questions, to the file that $STEP_TIMES names."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
+
+    def on_validation_end(self, *_: Any) -> None:
+        write(self.steps)
+
+
+def write(steps: list[dict[str, float]]) -> None:
+    """Write questions/s behind the first batch, and the peak of memory."""
+    cuda = torch.cuda.is_available()
+    questions = sum(step["questions"] for step in steps[1:])
+    result = {
+        "steps": [],
+        "questions_per_s": round(questions / (steps[-1]["at"] - steps[0]["at"]), 2),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+    }
+    Path(os.environ["STEP_TIMES"]).write_text(json.dumps(result))
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Answer with transformers' generate, every question with its page."""
+    from idefics_lit.data.datamodule import DocVQADataModule
+    from idefics_lit.model import LoRA, load_model
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    device = torch.device("cuda" if cuda else "cpu")
+    model = load_model(options.model, quantization="nf4", lora=LoRA(), dtype=dtype, device=device).eval()
+    data = DocVQADataModule(
+        options.data,
+        options.model,
+        val_split="train",
+        eval_batch_size=options.batch,
+        num_workers=0 if options.tiny else 12,
+        image_size=112 if options.tiny else None,
+    )
+    data.setup("validate")
+    loader = data.val_dataloader()
+    collate = loader.collate_fn
+
+    def alone(examples: Any) -> Any:  # every question in a row of its own, as plain batches are
+        for example in examples:
+            example.page_id = None
+        return collate(examples)
+
+    loader.collate_fn = alone
+    tokenizer = data.processor.tokenizer
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
+    names = {"prompt_input_ids": "input_ids", "prompt_attention_mask": "attention_mask"}
+    names |= {name: name for name in ("pixel_values", "pixel_attention_mask")}
+    steps = []
+    for batch in loader:
+        inputs = {given: batch[name].to(device, non_blocking=True) for name, given in names.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=cuda):
+            model.generate(
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=ends,
+                bad_words_ids=[[token] for token in collate.image_token_ids],
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        if cuda:
+            torch.cuda.synchronize()
+        steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
+        if len(steps) == options.steps:
+            break
+    write(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_validation"))
+    parser.add_argument("--contenders", help="only these, with commas")
+    parser.add_argument("--tiny", action="store_true")
+    for name in ("model", "data"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    for name in ("batch", "steps"):
+        parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.model:  # the child process that is measured
+        run_generate(options)
+        return
+
+    work = options.work
+    model, data = work / "model", work / "data"
+    if not data.exists():  # a second run with the same --work takes the first one's
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        if options.tiny:
+            from idefics_lit.tiny import build_tiny
+
+            build_tiny(model)
+        else:
+            build_model(model, options.tokenizer)
+            torch.cuda.empty_cache()
+        build_data(data, options.tiny)
+
+    def generate(batch: int) -> list[str]:
+        arguments = ["--model", model, "--data", data, "--batch", batch, "--steps", max(4, 192 // batch)]
+        arguments += ["--tiny"] if options.tiny else []
+        return [sys.executable, __file__, *map(str, arguments)]
+
+    def ours(config: str, *more: object) -> list[str]:
+        configs = [REPOSITORY / "configs" / name for name in dict.fromkeys(["docvqa.yaml", config])]
+        changed = ["--model.pretrained", model, "--data.source", data, "--data.val_split", "train"]
+        changed += ["--data.num_workers", 0 if options.tiny else 12, "--model.max_new_tokens", NEW_TOKENS]
+        changed += ["--trainer.logger", "false", "--trainer.callbacks", "validation.BatchTimes"]
+        changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
+        given = [argument for config in configs for argument in ("--config", config)]
+        return [sys.executable, "-m", "idefics_lit", "validate", *map(str, [*given, *changed, *more])]
+
+    contenders = {
+        "ours": ours("gpu_80gb.yaml"),
+        "generate_16": generate(16),
+        "generate_64": generate(64),
+        "generate_128": generate(128),
+        "ours_16": ours("gpu_80gb.yaml", "--data.eval_batch_size", 16),
+        "ours_256": ours("gpu_80gb.yaml", "--data.eval_batch_size", 256),
+        "ours_15gb": ours("gpu_15gb.yaml"),
+    }
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+        "contenders": {},
+    }
+    chosen = options.contenders.split(",") if options.contenders else list(contenders)
+    found = report["contenders"]
+    for name in chosen:
+        result = measure(name, contenders[name], work)
+        found[name] = {key: result.get(key) for key in ("questions_per_s", "peak_gib", "failed") if key in result}
+        plain = [found[name] for name in found if name.startswith("generate_") and "questions_per_s" in found[name]]
+        if plain:
+            found["generate_best"] = max(plain, key=lambda contender: contender["questions_per_s"])
+        if options.results:
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK") + "\n")
+    print(f"\n{report['device']}, {report['versions']}\n{'':20} questions/s  peak GiB")
+    for name, result in found.items():
+        print(f"{name:20} {result.get('questions_per_s')!s:>11}  {result.get('peak_gib') or 0:.1f}")
+
+
+if __name__ == "__main__":
+    main()
