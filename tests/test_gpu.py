@@ -60,3 +60,16 @@ def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, optio
         assert graphed_grads.keys() == plain_grads.keys()
         for name, grad in plain_grads.items():
             assert (graphed_grads[name] - grad).norm() <= 0.05 * grad.norm() + 1e-4
+
+
+def test_two_forwards_before_a_backward_are_refused(tiny):
+    pages = SyntheticPages("train", 1)
+    batch = Idefics2Collator(load_processor(tiny), train=True)([pages[0]])
+    module = Idefics2Module(tiny, cuda_graphs=True)
+    module.configure_model()
+    batch = module.transfer_batch_to_device(batch, module.model.device, 0)
+    module.loss(batch)[0].backward()
+    first, _ = module.loss(batch)
+    module.loss(batch)
+    with pytest.raises(RuntimeError, match="backward must come before"):
+        first.backward()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners import lora
 from torch import Tensor
 
 from idefics_lit.cache import FolderCache, MemoryCache
@@ -49,7 +49,7 @@ class Idefics2Forward:
         self.latents = self.connector.perceiver_resampler.n_latents
         if self.dtype != torch.float32:
             for layer in model.modules():
-                if isinstance(layer, LoraLayer):
+                if isinstance(layer, lora.Linear):
                     # Autocast does, in a quarter of the time, what peft does by way of float32.
                     layer.cast_input_dtype_enabled = False
         parts = {"look": self.tower, "connect": self.connector, "read": self.text_model}

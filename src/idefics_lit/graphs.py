@@ -1,7 +1,8 @@
 """CUDA graphs of functions of tensors: thousands of kernels, forward and backward, launched at once.
 
 What is special here: shapes are captured when they come for the second time, the first call being the warm-up; other
-threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated.
+threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated. A
+function's call is to be followed by its backward before it is called again.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Graphed(nn.Module):
         super().__init__()
         self.function, self.module = function, module
         self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.calls = 0
         self._graphs: dict[Any, _Graph | None] = {}
         # One pool: of a function's graphs only one is at work at a time. Another function's is another pool, since
         # what its forward keeps for its backward has to survive this one's.
@@ -58,6 +60,7 @@ class _Graph:
     def __init__(
         self, function: Graphed, arguments: tuple[Tensor, ...], trained: dict[str, nn.Parameter], pool: tuple[int, int]
     ) -> None:
+        self.graphed = function
         self.arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
         # The same memory with a history of its own: what is left of another step's would bind the graph to its stream.
         aliases: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
@@ -99,10 +102,13 @@ def _autocast() -> AbstractContextManager[None]:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *arguments: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.graph = graph
+        graph.graphed.calls += 1
+        ctx.graph, ctx.call = graph, graph.graphed.calls
         return graph.run(arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_result: Tensor) -> Any:  # noqa: ANN401
+        if ctx.call != ctx.graph.graphed.calls:
+            raise RuntimeError("model.cuda_graphs: a batch's backward must come before the next batch's forward")
         return None, *ctx.graph.gradients(grad_result)
