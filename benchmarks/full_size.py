@@ -76,7 +76,9 @@ class StepTimes(Callback):
         self.validations.append(self.now() - self.started)
         self.last = self.now()
 
-    def on_fit_end(self, *_: Any) -> None:
+    def on_fit_end(self, trainer: Any, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
         Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": self.steps, "validation_s": self.validations}))
 
 

@@ -36,8 +36,9 @@ class BatchTimes(Callback):
             torch.cuda.synchronize()
         self.steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
 
-    def on_validation_end(self, *_: Any) -> None:
-        write(self.steps)
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            write(self.steps)
 
 
 def write(steps: list[dict[str, float]]) -> None:
