@@ -67,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
 class ProgressBar(RichProgressBar):
     """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs.
 
-    An evaluation's says the score so far and how fast it goes.
+    An evaluation's says the score so far and the questions a second.
     """
 
     @property
@@ -99,19 +99,19 @@ class ProgressBar(RichProgressBar):
         """Say how it goes."""
         super().on_validation_batch_end(trainer, pl_module, *args)
         if not trainer.sanity_checking:
-            self._describe(self.val_progress_bar_id, self.validation_description, pl_module)
+            self._describe(self.val_progress_bar_id, pl_module)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
         """Say how it goes."""
         super().on_test_batch_end(trainer, pl_module, *args)
-        self._describe(self.test_progress_bar_id, self.test_description, pl_module)
+        self._describe(self.test_progress_bar_id, pl_module)
 
-    def _describe(self, bar: Any, name: str, module: Any) -> None:  # noqa: ANN401
+    def _describe(self, bar: Any, module: Any) -> None:  # noqa: ANN401
         if self.progress is None or bar is None:
             return
         scores = [record["score"] for record in module.records]
         rate = len(scores) / (time.perf_counter() - self.started)
-        self.progress.update(bar, description=f"{name} ANLS {sum(scores) / len(scores):.3f}, {rate:.1f} questions/s")
+        self.progress.update(bar, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")
 
     def _get_train_description(self, current_epoch: int) -> str:
         description = super()._get_train_description(current_epoch)
