@@ -1,0 +1,92 @@
+"""One GPU beside two, at full size: training and validation, one run after the other.
+
+    python benchmarks/scaling.py --tokenizer tokenizer.model --results benchmarks/results/scaling.json
+
+``configs/gpu_80gb.yaml`` on the pages of train_throughput.py, the same batch on each GPU. Speed is questions a second,
+all GPUs together. Besides, without dropout, the losses of 20 steps on two GPUs and on one with twice the accumulation,
+which see the same questions. Needs two GPUs, and what full_size.py needs; ``--tiny`` tries it with two CPU processes.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import REPOSITORY, build_model, measure, versions
+from train_throughput import build_data
+
+WARM_UP = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_scaling"))
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    work = options.work
+    model, data = work / "model", work / "data"
+    if not data.exists():  # a second run with the same --work takes the first one's
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        if options.tiny:
+            from idefics_lit.tiny import build_tiny
+
+            build_tiny(model)
+        else:
+            build_model(model, options.tokenizer)
+            torch.cuda.empty_cache()
+        build_data(data, options.tiny)
+
+    def ours(command: str, devices: int, *more: object) -> list[str]:
+        configs = [REPOSITORY / "configs" / name for name in ("docvqa.yaml", "gpu_80gb.yaml")]
+        changed = ["--model.pretrained", model, "--data.source", data, "--trainer.devices", devices]
+        changed += ["--data.val_split", "train", "--trainer.logger", "false"]
+        changed += ["--data.num_workers", 0 if options.tiny else 12]
+        changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
+        changed += ["--trainer.accelerator", "cpu", "--model.compile", "false"] if options.tiny else []
+        given = [argument for config in configs for argument in ("--config", config)]
+        return [sys.executable, "-m", "idefics_lit", command, *map(str, [*given, *changed, *more])]
+
+    def fit(devices: int, *more: object) -> list[str]:
+        fixed = ["--trainer.limit_val_batches", 0, "--trainer.callbacks", "full_size.StepTimes"]
+        return ours("fit", devices, *fixed, *more)
+
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+        "train": {},
+        "validate": {},
+        "anls": {},
+        "losses": {},
+    }
+    for devices in (1, 2):
+        trained = measure(f"train_{devices}", fit(devices, "--trainer.max_steps", 18 if options.tiny else 38), work)
+        steps = trained.get("step_s", [])[WARM_UP:]
+        report["train"][devices] = round(16 * devices / statistics.median(steps), 2) if steps else trained.get("failed")
+        callback = ["--trainer.callbacks", "validation.BatchTimes", "--model.max_new_tokens", 20]
+        callback += ["--data.eval_batch_size", 16] if options.tiny else []
+        validated = measure(f"validate_{devices}", ours("validate", devices, *callback), work)
+        # What rank 0 measures: its share of the questions in its time.
+        rate = validated.get("questions_per_s")
+        report["validate"][devices] = round(rate * devices, 2) if rate else validated.get("failed")
+        answers = (work / "val_predictions.jsonl").read_text().splitlines()
+        report["anls"][devices] = sum(json.loads(line)["score"] for line in answers) / len(answers)
+        same = ["--model.lora.dropout", 0, "--trainer.max_steps", 20, "--trainer.accumulate_grad_batches", 2 // devices]
+        report["losses"][devices] = measure(f"losses_{devices}", fit(devices, *same), work).get("losses")
+    if report["losses"][1] and report["losses"][2]:
+        pairs = zip(report["losses"][1], report["losses"][2], strict=True)
+        report["largest_difference"] = max(abs(one - two) for one, two in pairs)
+    if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK") + "\n")
+    print(json.dumps({key: value for key, value in report.items() if key != "losses"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
