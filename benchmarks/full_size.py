@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -93,6 +94,49 @@ def build_model(folder: Path, tokenizer: Path) -> None:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder)
+
+
+def build(options: argparse.Namespace, write_data: Callable[[Path], None] | None = None) -> tuple[Path, Path]:
+    """Build the model, and data if asked, in the folder for work; what an earlier benchmark left there is taken."""
+    work: Path = options.work
+    model, data = work / "model", work / "data"
+    if not (data if write_data else model).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        if options.tiny:
+            from idefics_lit.tiny import build_tiny
+
+            build_tiny(model)
+        else:
+            build_model(model, options.tokenizer)
+            torch.cuda.empty_cache()
+        if write_data:
+            write_data(data)
+    return model, data
+
+
+def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
+    """Return a parser of what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--work", type=Path, default=Path(f"/tmp/idefics_lit_{work}"))
+    parser.add_argument("--tiny", action="store_true")
+    return parser
+
+
+def command(name: str, configs: Sequence[str], *options: object) -> list[str]:
+    """Return what a user types, with shipped configs and flags."""
+    given = [argument for config in configs for argument in ("--config", REPOSITORY / "configs" / config)]
+    return [sys.executable, "-m", "idefics_lit", name, *map(str, [*given, *options])]
+
+
+def save(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the results if they are asked for, without this machine's paths."""
+    if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=1).replace(str(options.work), "WORK").replace(str(REPOSITORY), ".")
+        options.results.write_text(text + "\n")
 
 
 def build_data(folder: Path, size: tuple[int, int]) -> None:
@@ -230,11 +274,7 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_full_size"))
-    parser.add_argument("--tiny", action="store_true")
+    parser = arguments(__doc__, "full_size")
     for name in ("bf16", "image_splitting"):
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     for name in ("model", "data"):
@@ -246,31 +286,21 @@ def main() -> None:
         run_trainer(options)
         return
 
-    work = options.work
+    work, started = options.work, time.perf_counter()
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    model, data = work / "model", work / "data"
-    started = time.perf_counter()
-    if options.tiny:
-        from idefics_lit.tiny import build_tiny
-
-        build_tiny(model)
-    else:
-        build_model(model, options.tokenizer)
-        torch.cuda.empty_cache()
-    print(f"model built and saved in {time.perf_counter() - started:.0f} s", flush=True)
-    build_data(data, (448, 336) if options.tiny else (1706, 2198))
+    size = (448, 336) if options.tiny else (1706, 2198)
+    model, data = build(options, lambda folder: build_data(folder, size))
+    print(f"model and data built in {time.perf_counter() - started:.0f} s", flush=True)
 
     def trainer(batch: int, workers: int, steps: int) -> list[str]:
         arguments = ["--model", model, "--data", data, "--work", work, "--batch", batch, "--workers", workers]
         return [sys.executable, __file__, *map(str, arguments), "--steps", str(steps)]
 
-    def ours(command: str, *arguments: object) -> list[str]:
-        config = ["--config", REPOSITORY / "configs" / "docvqa.yaml"]
+    def ours(name: str, *more: object) -> list[str]:
         changed = ["--model.pretrained", model, "--data.source", data]
         if options.tiny:
             changed += ["--trainer.precision", "32-true", "--data.image_size", "112"]
-        return [sys.executable, "-m", "idefics_lit", command, *map(str, [*config, *changed, *arguments])]
+        return command(name, ["docvqa.yaml"], *changed, *more)
 
     # 20 steps of 8 batches, then a validation, and a checkpoint with it.
     fit = ["--trainer.max_steps", 20, "--trainer.val_check_interval", 160, "--trainer.callbacks+=full_size.StepTimes"]
@@ -301,11 +331,7 @@ def main() -> None:
         "adapter_and_moments_bytes": 3 * adapter,
         "contenders": results,
     }
-    if options.results:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(
-            json.dumps(report, indent=1).replace(str(work), "WORK").replace(str(REPOSITORY), ".")
-        )
+    save(report, options)
     print(f"\n{report['device']}, {report['versions']}")
     print(f"checkpoint {size} bytes, adapter and two moments {3 * adapter}")
     print(f"{'':36} examples/s  peak GiB")

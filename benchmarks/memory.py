@@ -6,14 +6,11 @@ Each line is two steps, forward, backward and AdamW, on pages of 1700 x 2200 px,
 in 16-mixed. Needs what full_size.py needs.
 """
 
-import argparse
 import gc
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import build_model, versions
+from full_size import arguments, build, save, versions
 from lightning import Trainer
 from PIL import Image
 
@@ -50,20 +47,12 @@ def peak(module: Idefics2Module, optimizer: torch.optim.Optimizer, batch: dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_memory"))
-    options = parser.parse_args()
-    model = options.work / "model"
-    if not model.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
-        build_model(model, options.tokenizer)
-        torch.cuda.empty_cache()
+    options = arguments(__doc__, "memory").parse_args()
+    model, _ = build(options)
     page = Image.effect_noise((1700, 2200), 80).convert("RGB")
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions(), "peak_gib": {}}
-    for held, arguments in HELD.items():
-        module = Idefics2Module(str(model), **arguments)  # type: ignore[arg-type]
+    for held, given in HELD.items():
+        module = Idefics2Module(str(model), **given)  # type: ignore[arg-type]
         module.trainer = Trainer(precision="16-mixed", logger=False, enable_checkpointing=False)
         module.configure_model()
         optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
@@ -84,9 +73,7 @@ def main() -> None:
         del module, optimizer
         gc.collect()
         torch.compiler.reset()
-        if options.results:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, options)
 
 
 if __name__ == "__main__":

@@ -7,51 +7,29 @@ all GPUs together. Besides, without dropout, the losses of 20 steps on two GPUs 
 which see the same questions. Needs two GPUs, and what full_size.py needs; ``--tiny`` tries it with two CPU processes.
 """
 
-import argparse
 import json
-import shutil
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import REPOSITORY, build_model, measure, versions
+from full_size import arguments, build, command, measure, save, versions
 from train_throughput import build_data
 
 WARM_UP = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_scaling"))
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
+    options = arguments(__doc__, "scaling").parse_args()
     work = options.work
-    model, data = work / "model", work / "data"
-    if not data.exists():  # a second run with the same --work takes the first one's
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        if options.tiny:
-            from idefics_lit.tiny import build_tiny
+    model, data = build(options, lambda folder: build_data(folder, options.tiny))
 
-            build_tiny(model)
-        else:
-            build_model(model, options.tokenizer)
-            torch.cuda.empty_cache()
-        build_data(data, options.tiny)
-
-    def ours(command: str, devices: int, *more: object) -> list[str]:
-        configs = [REPOSITORY / "configs" / name for name in ("docvqa.yaml", "gpu_80gb.yaml")]
+    def ours(name: str, devices: int, *more: object) -> list[str]:
         changed = ["--model.pretrained", model, "--data.source", data, "--trainer.devices", devices]
         changed += ["--data.val_split", "train", "--trainer.logger", "false"]
         changed += ["--data.num_workers", 0 if options.tiny else 12]
         changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
         changed += ["--trainer.accelerator", "cpu", "--model.compile", "false"] if options.tiny else []
-        given = [argument for config in configs for argument in ("--config", config)]
-        return [sys.executable, "-m", "idefics_lit", command, *map(str, [*given, *changed, *more])]
+        return command(name, ["docvqa.yaml", "gpu_80gb.yaml"], *changed, *more)
 
     def fit(devices: int, *more: object) -> list[str]:
         fixed = ["--trainer.limit_val_batches", 0, "--trainer.callbacks", "full_size.StepTimes"]
@@ -82,9 +60,7 @@ def main() -> None:
     if report["losses"][1] and report["losses"][2]:
         pairs = zip(report["losses"][1], report["losses"][2], strict=True)
         report["largest_difference"] = max(abs(one - two) for one, two in pairs)
-    if options.results:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK") + "\n")
+    save(report, options)
     print(json.dumps({key: value for key, value in report.items() if key != "losses"}, indent=1))
 
 

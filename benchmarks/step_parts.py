@@ -8,22 +8,18 @@ takes "s" for. Printed besides: where the process waits for the GPU, and the ker
 ``--tiny`` tries it on a CPU.
 """
 
-import argparse
-import json
-import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from full_size import build_model, versions
+from full_size import arguments, build, save, versions
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from train_throughput import SIZES
 
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.example import Example
@@ -32,16 +28,15 @@ from idefics_lit.module import Idefics2Module
 from idefics_lit.pretrained import load_processor
 
 CUDA = torch.cuda.is_available()
-SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]
 QUESTION = "What is the {} amount that the third column of the table gives for the second quarter of the year?"
 
 
-def batch_of(processor: Any, pages: int, questions: int, shapes: int) -> dict[str, Any]:
+def batch_of(processor: Any, pages: int, questions: int) -> dict[str, Any]:
     """Make a batch of noise: ``questions`` on each of ``pages`` pages."""
     examples = [
         Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=page)
         for page in range(pages)
-        for image in [Image.effect_noise(SIZES[page * 5 % len(SIZES) % shapes], 80).convert("RGB")]
+        for image in [Image.effect_noise(SIZES[page * 5 % len(SIZES)], 80).convert("RGB")]
         for i in range(questions)
     ]
     batch = Idefics2Collator(processor, train=True)(examples)
@@ -100,12 +95,6 @@ def waits(run: Callable[[], None]) -> list[str]:
     return sorted({f"{w.filename.rsplit('site-packages/', 1)[-1]}:{w.lineno} {str(w.message)[:90]}" for w in caught})
 
 
-@contextmanager
-def autocast() -> Iterator[None]:
-    with torch.autocast("cuda" if CUDA else "cpu", torch.bfloat16, enabled=CUDA):
-        yield
-
-
 def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str, note: Callable[..., None]) -> None:
     features: dict[str, list[Tensor]] = {}
     for graphs in (False, True)[: 1 + CUDA]:
@@ -116,21 +105,18 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
             sizes = [size for row in batch["image_sizes"] for size in row]
 
             def vision(images: Any = images, sizes: Any = sizes, name: str = name) -> None:
-                with autocast(), torch.no_grad():
+                with torch.no_grad():
                     features[name] = module.parts.look(images, sizes, [""] * len(sizes))
 
             def connector(name: str = name) -> None:
                 module.zero_grad()
-                with autocast():
-                    states = module.parts.connect(features[name])
+                states = module.parts.connect(features[name])
                 states.sum().backward()
 
             def read(batch: Any = batch, name: str = name) -> None:
                 module.zero_grad()
-                with autocast():
-                    states = module.parts.connect(features[name])
-                    hidden = module.parts.read(batch, list(states))
-                    loss, tokens = module._loss(batch, hidden)
+                states = module.parts.connect(features[name])
+                loss, tokens = module._loss(batch, module.parts.read(batch, list(states)))
                 (loss / tokens).backward()
 
             if name.startswith("64"):
@@ -139,7 +125,7 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
             else:
                 parts = [vision, connector, read]
             for part in parts:
-                note(f"{part.__name__}, {how}", part, 10)
+                note(f"{part.__name__}, {how}", part)
                 if CUDA and variant == "unpacked":
                     print(waits(part) if not graphs else "\n".join(kernels(part)), flush=True)
     if CUDA and variant == "unpacked":
@@ -152,33 +138,19 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
                     with torch.no_grad():
                         module.parts.look(images, [images[0].shape[1:]] * 8, [""] * 8)
 
-                note(f"vision, 8 pages of one shape, {variant}, graphs, {backend.name}", alike, 5)
+                note(f"vision, 8 pages of one shape, {variant}, graphs, {backend.name}", alike)
                 print("\n".join(kernels(alike)[:8]), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_parts"))
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    model = options.work / "model"
-    if not model.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
-        if options.tiny:
-            from idefics_lit.tiny import build_tiny
-
-            build_tiny(model)
-        else:
-            build_model(model, options.tokenizer)
-            torch.cuda.empty_cache()
+    options = arguments(__doc__, "parts").parse_args()
+    model, _ = build(options)
     processor = load_processor(str(model), image_size=112 if options.tiny else None)
     repeats = 2 if options.tiny else 10
     batches = {
-        "16 questions, 4 pages": batch_of(processor, 4, 4, 14),
-        "16 questions, 16 pages": batch_of(processor, 16, 1, 14),
-        "64 questions, 16 pages": batch_of(processor, 16, 4, 14),
+        "16 questions, 4 pages": batch_of(processor, 4, 4),
+        "16 questions, 16 pages": batch_of(processor, 16, 1),
+        "64 questions, 16 pages": batch_of(processor, 16, 4),
     }
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
@@ -187,15 +159,13 @@ def main() -> None:
         "parts": {},
     }
 
-    def note(name: str, run: Callable[[], None], repeats: int = repeats) -> None:
+    def note(name: str, run: Callable[[], None]) -> None:
         try:
             report["parts"][name] = timed(run, repeats)
         except Exception as error:
             report["parts"][name] = {"failed": f"{type(error).__name__}: {error}"[:600]}
         print(f"{name:70} {report['parts'][name]}", flush=True)
-        if options.results:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, options)
 
     for dequantize in (True, False):
         variant = "unpacked" if dequantize else "nf4"
@@ -206,8 +176,6 @@ def main() -> None:
         torch.compiler.reset()
         if CUDA:
             torch.cuda.empty_cache()
-    if options.tiny:
-        shutil.rmtree(options.work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import REPOSITORY, build_model, measure, versions
+from full_size import REPOSITORY, arguments, build, command, measure, save, versions
 
 from idefics_lit.model import TARGET_MODULES, LoRA
 
 SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]  # one page in seven is no portrait
-WARM_UP = 8
 
 
 def build_data(folder: Path, tiny: bool) -> None:
@@ -194,14 +192,10 @@ def run_agreement(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_throughput"))
+    parser = arguments(__doc__, "throughput")
     parser.add_argument("--image_splitting", action="store_true")
     parser.add_argument("--minutes", type=float, default=60, help="begin no contender later than that")
     parser.add_argument("--contenders", help="only these, with commas")
-    parser.add_argument("--tiny", action="store_true")
     for name in ("run", "model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name in ("batch", "workers", "steps"):
@@ -212,18 +206,7 @@ def main() -> None:
         return
 
     started, work = time.perf_counter(), options.work
-    model, data = work / "model", work / "data"
-    if not data.exists():  # a second run with the same --work takes the first one's
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        if options.tiny:
-            from idefics_lit.tiny import build_tiny
-
-            build_tiny(model)
-        else:
-            build_model(model, options.tokenizer)
-            torch.cuda.empty_cache()
-        build_data(data, options.tiny)
+    model, data = build(options, lambda folder: build_data(folder, options.tiny))
     print(f"model and data built in {time.perf_counter() - started:.0f} s", flush=True)
     workers = 0 if options.tiny else 12
     common = ["--model", model, "--data", data, "--work", work]
@@ -236,7 +219,6 @@ def main() -> None:
         return child("full_size.py", "--batch", batch, "--workers", workers, "--steps", steps, *more)
 
     def ours(config: str, *more: object, batch: int = 16, steps: int = 32) -> list[str]:
-        configs = [REPOSITORY / "configs" / name for name in ("docvqa.yaml", config)]
         changed = ["--model.pretrained", model, "--data.source", data, "--data.num_workers", workers]
         changed += ["--trainer.precision", "32-true"] if options.tiny else []
         changed += ["--trainer.max_steps", steps]
@@ -244,8 +226,7 @@ def main() -> None:
         changed += ["--trainer.callbacks", "full_size.StepTimes", "--data.image_splitting", options.image_splitting]
         changed += ["--data.image_size", 112] if options.tiny else []
         changed += ["--data.batch_size", batch] if batch != 16 else []
-        given = [argument for config in dict.fromkeys(configs) for argument in ("--config", config)]
-        return [sys.executable, "-m", "idefics_lit", "fit", *map(str, [*given, *changed, *more])]
+        return command("fit", list(dict.fromkeys(["docvqa.yaml", config])), *changed, *more)
 
     fast, small = "gpu_80gb.yaml", "gpu_15gb.yaml"
     single, cached = ["--data.questions_per_page", 1], ["--model.feature_cache", "memory"]
@@ -285,11 +266,11 @@ def main() -> None:
     }
     chosen = options.contenders.split(",") if options.contenders else list(contenders)
     for name in chosen:
-        command, batch, warm_up = contenders[name]
+        typed, batch, warm_up = contenders[name]
         if time.perf_counter() - started > 60 * options.minutes:
             print(f"no time left for {name}", flush=True)
             continue
-        result = measure(name, command, work)
+        result = measure(name, typed, work)
         steps = result.get("step_s", [])[warm_up:]
         report["contenders"][name] = {
             "questions_per_s": round(batch / statistics.median(steps), 2) if steps else None,
@@ -300,9 +281,7 @@ def main() -> None:
             "losses": result.get("losses"),
             **{key: result[key] for key in ("failed", "apart") if key in result},
         }
-        if options.results:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK") + "\n")
+        save(report, options)
     print(f"\n{report['device']}, {report['versions']}\n{'':20} questions/s  peak GiB")
     for name, result in report["contenders"].items():
         speed, peak = result["questions_per_s"], result["peak_gib"]

@@ -11,14 +11,13 @@ is left out. Needs what full_size.py needs; ``--tiny`` tries it on a CPU.
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import REPOSITORY, build_model, measure, versions
+from full_size import arguments, build, command, measure, save, versions
 from lightning import Callback
 from train_throughput import build_data
 
@@ -106,12 +105,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/idefics_lit_validation"))
+    parser = arguments(__doc__, "validation")
     parser.add_argument("--contenders", help="only these, with commas")
-    parser.add_argument("--tiny", action="store_true")
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name in ("batch", "steps"):
@@ -122,18 +117,7 @@ def main() -> None:
         return
 
     work = options.work
-    model, data = work / "model", work / "data"
-    if not data.exists():  # a second run with the same --work takes the first one's
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        if options.tiny:
-            from idefics_lit.tiny import build_tiny
-
-            build_tiny(model)
-        else:
-            build_model(model, options.tokenizer)
-            torch.cuda.empty_cache()
-        build_data(data, options.tiny)
+    model, data = build(options, lambda folder: build_data(folder, options.tiny))
 
     def generate(batch: int) -> list[str]:
         arguments = ["--model", model, "--data", data, "--batch", batch, "--steps", max(4, 192 // batch)]
@@ -141,13 +125,11 @@ def main() -> None:
         return [sys.executable, __file__, *map(str, arguments)]
 
     def ours(config: str, *more: object) -> list[str]:
-        configs = [REPOSITORY / "configs" / name for name in dict.fromkeys(["docvqa.yaml", config])]
         changed = ["--model.pretrained", model, "--data.source", data, "--data.val_split", "train"]
         changed += ["--data.num_workers", 0 if options.tiny else 12, "--model.max_new_tokens", NEW_TOKENS]
         changed += ["--trainer.logger", "false", "--trainer.callbacks", "validation.BatchTimes"]
         changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
-        given = [argument for config in configs for argument in ("--config", config)]
-        return [sys.executable, "-m", "idefics_lit", "validate", *map(str, [*given, *changed, *more])]
+        return command("validate", ["docvqa.yaml", config], *changed, *more)
 
     contenders = {
         "ours": ours("gpu_80gb.yaml"),
@@ -171,9 +153,7 @@ def main() -> None:
         plain = [found[name] for name in found if name.startswith("generate_") and "questions_per_s" in found[name]]
         if plain:
             found["generate_best"] = max(plain, key=lambda contender: contender["questions_per_s"])
-        if options.results:
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(report, indent=1).replace(str(work), "WORK") + "\n")
+        save(report, options)
     print(f"\n{report['device']}, {report['versions']}\n{'':20} questions/s  peak GiB")
     for name, result in found.items():
         print(f"{name:20} {result.get('questions_per_s')!s:>11}  {result.get('peak_gib') or 0:.1f}")

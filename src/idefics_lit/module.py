@@ -165,7 +165,9 @@ class Idefics2Module(LightningModule):
         labelled = batch["labelled"]
         scores = self.parts.logits(hidden.flatten(0, 1).index_select(0, labelled))
         labels = batch["labels"].flatten()[labelled + 1]
-        return F.cross_entropy(scores.float(), labels, reduction="sum"), torch.full_like(labels, 1).sum()
+        return F.cross_entropy(scores.float(), labels, reduction="sum"), torch.full(
+            (), len(labels), device=labels.device
+        )
 
     # Training
 
