@@ -14,6 +14,7 @@ from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule, _PageByPage, _Visits
 from idefics_lit.data.example import Example
 from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.generation import Answering
 from idefics_lit.model import LoRA
 from idefics_lit.module import Idefics2Module
 from idefics_lit.pretrained import load_processor
@@ -123,7 +124,7 @@ def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, proces
     assert torch.allclose(ours(batch)[real], ours.model(**batch).logits[real], atol=1e-5)
 
 
-def test_answers_are_generates(processor, examples):
+def test_answers_are_generates(processor, examples, monkeypatch):
     """Read from the rows' keys and values they are what `generate` gives, token for token, from the pixels."""
     ours = Idefics2Module("tiny", quantization="none", max_new_tokens=12)  # one that says something
     ours.configure_model()
@@ -147,8 +148,39 @@ def test_answers_are_generates(processor, examples):
             lengths.add(len(new))
             expected.append(processor.decode(new, skip_special_tokens=True).strip())
         assert len(set(expected)) > 3 and len(lengths) > 3
-        assert ours.generate(Idefics2Collator(processor, train=False)(examples)) == expected
-        assert ours.generate(Idefics2Collator(processor, train=False)(alone(examples))) == expected
+        collate = Idefics2Collator(processor, train=False)
+        assert ours.generate(collate(examples)) == expected
+        assert ours.generate(collate(alone(examples))) == expected
+        # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
+        monkeypatch.setattr("idefics_lit.generation.ROWS", 2)
+        ours._answering = Answering(ours.parts, ours.processor, 12, graphs=True)
+        some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
+        assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
+        ours._answering = None
+
+
+def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
+    ours = module(tiny, max_new_tokens=4)
+    batch = Idefics2Collator(processor, train=False)(examples)
+    for place in range(len(examples)):
+        batch["places"][place] = place
+    whole = ours._in_parts(batch, ours._evaluate)
+    loss = ours.eval_loss.compute()
+    read, sizes = ours.parts.read, []
+
+    def too_large_for_two_rows(batch, *more):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError
+        return read(batch, *more)
+
+    monkeypatch.setattr(ours.parts, "read", too_large_for_two_rows)
+    ours.eval_loss.reset()
+    assert ours._in_parts(batch, ours._evaluate) == whole
+    assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
+    assert sizes == [3, 2, 1, 1, 1]
+    ours._in_parts(batch, ours._evaluate)
+    assert sizes[5:] == [1, 1, 1]
 
 
 def test_prompts_that_are_trained_on_stay_in_rows_of_their_own(processor, examples):

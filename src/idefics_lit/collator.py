@@ -9,7 +9,7 @@ Shapes: B questions, R rows, T tokens, N images a row, C channels, H and W pixel
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -218,6 +218,23 @@ class Idefics2Collator:
         except Exception as error:
             names = ", ".join(_name(example) for example in examples)
             raise InputError(f"the processor refuses the batch of {names}: {error}") from error
+
+
+def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return some rows of a batch for evaluation, with their prompts, as a batch."""
+    width = batch["input_ids"].shape[1]
+    labelled = batch["labelled"]
+    row_of = batch["prompt_rows"]
+    asked = ((row_of >= start) & (row_of < stop)).nonzero()[:, 0]
+    of_rows = ("input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask")
+    taken = {name: batch[name][start:stop] for name in (*of_rows, "image_sizes", "image_keys") if name in batch}
+    taken["labelled"] = labelled[(labelled >= start * width) & (labelled < stop * width)] - start * width
+    taken["prompt_rows"] = row_of[asked] - start
+    for name in ("prompt_input_ids", "prompt_attention_mask", "prompt_places"):
+        taken[name] = batch[name][asked]
+    for name in ("question_ids", "questions", "references", "question_types", "places"):
+        taken[name] = [batch[name][i] for i in asked.tolist()]
+    return taken
 
 
 def _text_part(text: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from idefics_lit.graphs import Graphed
 
 # Patches of all images, and of the largest, are filled up to multiples: graphs of few shapes for all pages.
 MULTIPLES = (1024, 256)
+SHARE = 64  # of many patches the multiple is at least such a part
 CHUNK = 16384  # patches that are projected at a time
 MOST_IMAGES = 16  # that are connected at a time, in evaluation
 
@@ -56,6 +57,16 @@ class Idefics2Forward:
         self._graphs = (
             {name: Graphed(getattr(self, f"_{name}"), part) for name, part in parts.items()} if graphs else {}
         )
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether it runs as CUDA graphs."""
+        return bool(self._graphs)
+
+    def forget_graphs(self) -> None:
+        """Give back the graphs' memory; without it weights must stay where they are."""
+        for graph in self._graphs.values():
+            graph.forget()
 
     def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
@@ -99,7 +110,8 @@ class Idefics2Forward:
         lengths = [len(patches) for patches in features]
         patches = torch.cat(list(features))
         longest = max(lengths) + -max(lengths) % MULTIPLES[1]
-        patches = F.pad(patches, (0, 0, 0, -len(patches) % MULTIPLES[0]))
+        multiple = max(MULTIPLES[0], 2 ** len(patches).bit_length() // SHARE)
+        patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
         # Images lie one behind the other, unpadded, until they are attended to: row i takes its patches from there.
         places = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
         sees = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)
@@ -151,15 +163,13 @@ class Idefics2Forward:
         Args:
             tokens: (B).
             positions: (B), where they stand in rows of their own.
-            sees: (B, L), which of the remembered tokens there are; the new one is added.
-            memory: where they are.
+            sees: (B, L), which of the remembered tokens there are, the new ones among them.
+            memory: where they are, and where the new ones are put.
 
         Returns:
             The last hidden states (B, width).
         """
-        memory.column += 1
-        sees[:, memory.column] = True
-        if window := self._window(memory.column):
+        if window := self._window(sees.shape[1]):
             sees = sees & (positions[:, None] - (sees.cumsum(1) - 1) < window)
         with self.autocast():
             return self._read(self.embeddings(tokens[:, None]), positions[:, None], sees[:, None, None], memory)[:, 0]
@@ -213,7 +223,8 @@ class Idefics2Forward:
     def _read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, memory: Any = None) -> Tensor:  # noqa: ANN401
         hidden, turns = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
         for layer in self.text_model.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=turns, past_key_values=memory)
+            # By place: the memory's name depends on transformers' version.
+            hidden = layer(hidden, mask, None, memory, position_embeddings=turns)
         states: Tensor = self.text_model.norm(hidden)
         return states
 

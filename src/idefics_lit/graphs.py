@@ -1,4 +1,4 @@
-"""CUDA graphs of functions of tensors: thousands of kernels, forward and backward, launched at once.
+"""CUDA graphs: thousands of kernels, forward and backward, launched at once.
 
 What is special here: shapes are captured when they come for the second time, the first call being the warm-up; other
 threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated. A
@@ -6,7 +6,7 @@ function's call is to be followed by its backward before it is called again.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,22 @@ class Graphed(nn.Module):
 
     def replay(self, *arguments: Tensor) -> Tensor:
         """Call the function; gradients flow to its arguments and parameters."""
+        try:
+            return self._replay(arguments)
+        except torch.OutOfMemoryError:
+            if not any(self._graphs.values()):
+                raise
+        # What runs for the first time lies beside the memory that the other shapes' graphs keep for themselves.
+        self.forget()
+        return self._replay(arguments)
+
+    def forget(self) -> None:
+        """Give back the memory of all graphs; they are captured again when their shapes come again."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+    def _replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
             if len(self._graphs) < MOST:
@@ -91,6 +107,31 @@ class _Graph:
         flat = iter(self.flat.clone().split([grad.numel() for grad in self.grads if grad.dtype == torch.float32]))
         grads = iter(next(flat).view_as(grad) if grad.dtype == torch.float32 else grad.clone() for grad in self.grads)
         return [next(grads) if wanted else None for wanted in self.requires_grad]
+
+
+class Repeated:
+    """A function that changes tensors which stay where they are: one CUDA graph from its second call on.
+
+    Args:
+        graph: false calls it every time.
+    """
+
+    def __init__(self, *, graph: bool) -> None:
+        self.wanted, self.calls = graph, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, function: Callable[[], None]) -> None:
+        """Do what the function does, the same at every call."""
+        self.calls += 1
+        if not self.wanted or self.calls == 1:
+            with _autocast() if self.wanted else nullcontext():
+                function()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with _autocast(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                function()
+        self._graph.replay()
 
 
 def _autocast() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ What is special here:
 - dropout is a function of seed, rank, epoch and batch, so that a resumed run repeats it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +22,11 @@ from transformers import get_scheduler
 
 from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
+from idefics_lit.collator import take_rows
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
 from idefics_lit.forward import Idefics2Forward, is_vision_trained
-from idefics_lit.generation import Memory, generate_answers
+from idefics_lit.generation import Answering, Memory
 from idefics_lit.metrics import ANLS, anls
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.pretrained import DTYPES, fingerprint, load_processor
@@ -59,7 +60,7 @@ class Idefics2Module(LightningModule):
         feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
             other questions and in every epoch. Nothing, unless given.
         feature_cache_gb: the most to keep there; a page of Idefics2-8b takes 9 MB, 44 with image splitting.
-        cuda_graphs: launch a part of the model at once instead of kernel by kernel, in training; a GPU's own.
+        cuda_graphs: launch a part of the model at once instead of kernel by kernel; a GPU's own.
         compile: compile the layers, for training; the first step takes longer, the others less.
         max_new_tokens: the longest answer generated, in tokens.
         strip_period: score predictions without the full stops that end them, as the authors of Idefics2 do.
@@ -108,6 +109,8 @@ class Idefics2Module(LightningModule):
         self.eval_loss = MeanMetric()
         self.records = []
         self._step: _Step | None = None
+        self._answering: Answering | None = None
+        self._most_rows: int | None = None  # of a batch that an evaluation has memory for, where it had not enough
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -182,6 +185,10 @@ class Idefics2Module(LightningModule):
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
 
+    def on_fit_end(self) -> None:
+        """Forget what is captured: Lightning moves the weights away."""
+        self.parts.forget_graphs()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
@@ -237,11 +244,11 @@ class Idefics2Module(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the validation's."""
-        self._evaluate(batch)
+        self.records += self._in_parts(batch, self._evaluate)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
-        self._evaluate(batch)
+        self.records += self._in_parts(batch, self._evaluate)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation's records."""
@@ -253,36 +260,65 @@ class Idefics2Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation comes to."""
+        self._answering = None  # training wants the memory
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what the test comes to."""
+        self._answering = None
         self._log_scores("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Give back the memory that answering took."""
+        self._answering = None
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Return a record a question: id, text, prediction, references, score where there are any, place in the set."""
-        return self._records(batch, self.generate(batch))
+        return self._in_parts(batch, lambda part: self._records(part, self.generate(part)))
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts."""
         return self._read_and_answer(batch)[1]
 
-    def _evaluate(self, batch: Mapping[str, Any]) -> None:
+    def _evaluate(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         hidden, answers = self._read_and_answer(batch)
         loss, tokens = self._loss(batch, hidden)
         self.eval_loss.update(loss / tokens, weight=tokens)
-        self.records += self._records(batch, answers)
+        return self._records(batch, answers)
+
+    def _in_parts(
+        self, batch: Mapping[str, Any], evaluate: Callable[[Mapping[str, Any]], list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Evaluate a batch, by so many rows at a time as there is memory for."""
+        rows = len(batch["input_ids"])
+        most = self._most_rows or rows
+        if most < rows:
+            parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
+            return [record for part in parts for record in self._in_parts(part, evaluate)]
+        try:
+            return evaluate(batch)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        # Behind the handler, which still holds what was too much.
+        self._answering = None
+        torch.cuda.empty_cache()
+        self._most_rows = -(-rows // 2)
+        return self._in_parts(batch, evaluate)
 
     @torch.no_grad()
     def _read_and_answer(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
         """Return the last hidden states of the rows and the answers to the prompts in them."""
+        options, memory = self.hparams, Memory()
         self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
-        self._check_length(batch["prompt_input_ids"].shape[1] + self.hparams.max_new_tokens)
-        memory = Memory()
+        self._check_length(batch["prompt_input_ids"].shape[1] + options.max_new_tokens)
+        if self._answering is None:
+            self._answering = Answering(
+                self.parts, self.processor, options.max_new_tokens, graphs=self.parts.has_graphs
+            )
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
             hidden = self.parts.read(batch, self.see(batch), memory)
-            longest = self.hparams.max_new_tokens
-            return hidden, generate_answers(self.parts, self.processor, batch, hidden, memory, longest)
+            return hidden, self._answering.answer(batch, hidden, memory)
 
     def _records(self, batch: Mapping[str, Any], answers: Sequence[str]) -> list[dict[str, Any]]:
         strip_period = self.hparams.strip_period
