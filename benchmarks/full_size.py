@@ -31,6 +31,30 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # steps that aren't counted
 
 
+class Clock:
+    """Marks in time, on the GPU where there is one: it isn't waited for."""
+
+    def __init__(self) -> None:
+        self.marks: list[Any] = []
+
+    def mark(self) -> int:
+        """Remember now; returns the mark's number."""
+        if torch.cuda.is_available():
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append(now)
+        return len(self.marks) - 1
+
+    def seconds(self, start: int, end: int) -> float:
+        """Between two marks; waits for the GPU."""
+        if not torch.cuda.is_available():
+            return self.marks[end] - self.marks[start]
+        torch.cuda.synchronize()
+        return self.marks[start].elapsed_time(self.marks[end]) / 1000
+
+
 class StepTimes(Callback):
     """Write the seconds, the loss and the memory of every optimizer step to the file that $STEP_TIMES names.
 
@@ -38,18 +62,13 @@ class StepTimes(Callback):
     """
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.validations: list[float] = []
-        self.last = self.now()
-
-    def now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.clock = Clock()
+        self.steps: list[dict[str, Any]] = []
+        self.validations: list[tuple[int, int]] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.first_step, self.last = trainer.global_step, self.now()
-        self.wait, self.ended = 0.0, self.last
+        self.first_step, self.last = trainer.global_step, self.clock.mark()
+        self.wait, self.ended = 0.0, time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -60,27 +79,30 @@ class StepTimes(Callback):
         self.ended = time.perf_counter()
         if trainer.global_step == self.first_step + len(self.steps):
             return
-        now = self.now()
-        step = {"seconds": now - self.last, "wait": self.wait, "loss": float(trainer.callback_metrics["train/loss"])}
+        step = {"loss": trainer.callback_metrics["train/loss"], "wait": self.wait}
+        step["from"], step["to"] = self.last, self.clock.mark()
         if torch.cuda.is_available():
             step["allocated_gib"] = torch.cuda.memory_allocated() / 2**30
             step["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.steps.append(step)
-        self.last = self.ended = now
-        self.wait = 0.0
+        self.last, self.wait = step["to"], 0.0
 
     def on_validation_start(self, *_: Any) -> None:
-        self.started = self.now()
+        self.started = self.clock.mark()
 
     def on_validation_end(self, *_: Any) -> None:
         # A validation between two steps doesn't count as a step's time.
-        self.validations.append(self.now() - self.started)
-        self.last = self.now()
+        self.last = self.clock.mark()
+        self.validations.append((self.started, self.last))
 
     def on_fit_end(self, trainer: Any, *_: Any) -> None:
         if not trainer.is_global_zero:
             return
-        Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": self.steps, "validation_s": self.validations}))
+        for step in self.steps:
+            step["seconds"] = self.clock.seconds(step.pop("from"), step.pop("to"))
+            step["loss"] = float(step["loss"])
+        validations = [self.clock.seconds(*marks) for marks in self.validations]
+        Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": self.steps, "validation_s": validations}))
 
 
 def build_model(folder: Path, tokenizer: Path) -> None:
@@ -268,7 +290,11 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
         result["wait_s"] = [round(step["wait"], 3) for step in steps if "wait" in step]
         result["step_s"] = [round(step["seconds"], 3) for step in steps]
         result["validation_s"] = measured.get("validation_s")
-        result |= {key: measured[key] for key in ("losses", "apart", "questions_per_s", "peak_gib") if key in measured}
+        result |= {
+            key: measured[key]
+            for key in ("losses", "apart", "agreement", "questions_per_s", "peak_gib")
+            if key in measured
+        }
     print(json.dumps({name: {k: v for k, v in result.items() if k != "command"}}), flush=True)
     return result
 

@@ -4,7 +4,8 @@
 
 ``configs/gpu_80gb.yaml`` on the pages of train_throughput.py, the same batch on each GPU. Speed is questions a second,
 all GPUs together. Besides, without dropout, the losses of 20 steps on two GPUs and on one with twice the accumulation,
-which see the same questions. Needs two GPUs, and what full_size.py needs; ``--tiny`` tries it with two CPU processes.
+which see the same questions; and the ANLS of the reader that comes with the package. Needs two GPUs, and what
+full_size.py needs; ``--tiny`` tries it with two CPU processes.
 """
 
 import json
@@ -48,11 +49,13 @@ def main() -> None:
         steps = trained.get("step_s", [])[WARM_UP:]
         report["train"][devices] = round(16 * devices / statistics.median(steps), 2) if steps else trained.get("failed")
         callback = ["--trainer.callbacks", "validation.BatchTimes", "--model.max_new_tokens", 20]
-        callback += ["--data.eval_batch_size", 16] if options.tiny else []
+        callback += ["--data.eval_batch_size", 16 if options.tiny else 64]
         validated = measure(f"validate_{devices}", ours("validate", devices, *callback), work)
         # What rank 0 measures: its share of the questions in its time.
         rate = validated.get("questions_per_s")
         report["validate"][devices] = round(rate * devices, 2) if rate else validated.get("failed")
+        read = ["--model.pretrained", "tiny", "--data.source", "synthetic", "--data.val_split", "validation"]
+        measure(f"reader_{devices}", ours("validate", devices, *read), work)
         answers = (work / "val_predictions.jsonl").read_text().splitlines()
         report["anls"][devices] = sum(json.loads(line)["score"] for line in answers) / len(answers)
         same = ["--model.lora.dropout", 0, "--trainer.max_steps", 20, "--trainer.accumulate_grad_batches", 2 // devices]

@@ -4,8 +4,10 @@
 
 640 questions, four on each of 160 pages around 1700 x 2200 px, at most 20 new tokens. The weights are random, so no
 answer ends early. ``generate_N`` is transformers' own, N questions a batch, 4 bits, each question with its page, 12
-loader workers; ``generate_best`` is the fastest of them. Ours computes the loss and the scores besides. The first batch
-is left out. Needs what full_size.py needs; ``--tiny`` tries it on a CPU.
+loader workers; "unpacked" with its weights in 16 bits, as ours has them; ``generate_best`` is the fastest of them. Ours
+computes the loss and the scores besides. The first batch is left out. "agreement" is how many of 500 answers of the
+reader that comes with the package differ, in 16 bits, and what that does to ANLS. Needs what full_size.py needs;
+``--tiny`` tries it on a CPU.
 """
 
 import argparse
@@ -52,6 +54,41 @@ def write(steps: list[dict[str, float]]) -> None:
     Path(os.environ["STEP_TIMES"]).write_text(json.dumps(result))
 
 
+def alone(loader: Any) -> Any:
+    """Give every question of a loader's batches a row of its own, with its page, as plain batches have."""
+    collate = loader.collate_fn
+
+    def collate_alone(examples: Any) -> Any:
+        for example in examples:
+            example.page_id = None
+        return collate(examples)
+
+    loader.collate_fn = collate_alone
+    return loader
+
+
+def generate(model: Any, processor: Any, batch: Any) -> torch.Tensor:
+    """Answer a batch with transformers' generate; returns the new tokens (B, T)."""
+    device, dtype, tokenizer = model.device, model.dtype, processor.tokenizer
+    fake, image, end = tokenizer.convert_tokens_to_ids(
+        ["<fake_token_around_image>", "<image>", "<end_of_utterance>"],
+    )
+    names = {"prompt_input_ids": "input_ids", "prompt_attention_mask": "attention_mask"}
+    names |= {name: name for name in ("pixel_values", "pixel_attention_mask")}
+    inputs = {given: batch[name].to(device, non_blocking=True) for name, given in names.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        ids: torch.Tensor = model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=[tokenizer.eos_token_id, end],
+            bad_words_ids=[[fake], [image]],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return ids[:, batch["prompt_input_ids"].shape[1] :]
+
+
 def run_generate(options: argparse.Namespace) -> None:
     """Answer with transformers' generate, every question with its page."""
     from idefics_lit.data.datamodule import DocVQADataModule
@@ -60,7 +97,8 @@ def run_generate(options: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     device = torch.device("cuda" if cuda else "cpu")
-    model = load_model(options.model, quantization="nf4", lora=LoRA(), dtype=dtype, device=device).eval()
+    unpacked = {"quantize_vision": False, "dequantize": True} if options.unpacked else {}
+    model = load_model(options.model, quantization="nf4", lora=LoRA(), dtype=dtype, device=device, **unpacked).eval()
     data = DocVQADataModule(
         options.data,
         options.model,
@@ -70,32 +108,9 @@ def run_generate(options: argparse.Namespace) -> None:
         image_size=112 if options.tiny else None,
     )
     data.setup("validate")
-    loader = data.val_dataloader()
-    collate = loader.collate_fn
-
-    def alone(examples: Any) -> Any:  # every question in a row of its own, as plain batches are
-        for example in examples:
-            example.page_id = None
-        return collate(examples)
-
-    loader.collate_fn = alone
-    tokenizer = data.processor.tokenizer
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
-    names = {"prompt_input_ids": "input_ids", "prompt_attention_mask": "attention_mask"}
-    names |= {name: name for name in ("pixel_values", "pixel_attention_mask")}
     steps = []
-    for batch in loader:
-        inputs = {given: batch[name].to(device, non_blocking=True) for name, given in names.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=cuda):
-            model.generate(
-                **inputs,
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=ends,
-                bad_words_ids=[[token] for token in collate.image_token_ids],
-                pad_token_id=tokenizer.pad_token_id,
-            )
+    for batch in alone(data.val_dataloader()):
+        generate(model, data.processor, batch)
         if cuda:
             torch.cuda.synchronize()
         steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
@@ -104,23 +119,73 @@ def run_generate(options: argparse.Namespace) -> None:
     write(steps)
 
 
+def run_agreement(_: argparse.Namespace) -> None:
+    """Answer 500 questions with the small reader in 16 bits, with generate and as validation does."""
+    from lightning import Trainer
+
+    from idefics_lit.data.datamodule import DocVQADataModule
+    from idefics_lit.metrics import anls
+    from idefics_lit.module import Idefics2Module
+
+    cuda = torch.cuda.is_available()
+    trainer = Trainer(precision="bf16-mixed" if cuda else "32-true", logger=False, enable_checkpointing=False)
+    module = Idefics2Module("tiny", quantization="none", cuda_graphs=True, max_new_tokens=NEW_TOKENS)
+    module.trainer = trainer
+    module.configure_model()
+    module.eval()
+    data = DocVQADataModule("synthetic", "tiny", limit_val=500, eval_batch_size=32, num_workers=0)
+    data.setup("validate")
+    answers: dict[str, dict[int, str]] = {"generate": {}, "ours": {}}
+    references = {}
+    for batch in alone(data.val_dataloader()):
+        ids = generate(module.model, module.processor, batch)
+        texts = module.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers["generate"] |= zip(batch["places"], (text.strip() for text in texts), strict=True)
+        references |= zip(batch["places"], batch["references"], strict=True)
+    for batch in data.val_dataloader():
+        texts = module.generate(module.transfer_batch_to_device(batch, module.model.device, 0))
+        answers["ours"] |= zip(batch["places"], texts, strict=True)
+    result = {
+        "questions": len(references),
+        "differing": sum(answers["generate"][i] != answers["ours"][i] for i in references) / len(references),
+        "anls": {
+            name: sum(anls(given[i], references[i]) for i in references) / len(references)
+            for name, given in answers.items()
+        },
+    }
+    Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": [], "agreement": result}))
+
+
 def main() -> None:
     parser = arguments(__doc__, "validation")
     parser.add_argument("--contenders", help="only these, with commas")
-    for name in ("model", "data"):
+    for name in ("run", "model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name in ("batch", "steps"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--unpacked", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.model:  # the child process that is measured
-        run_generate(options)
+    if options.run:  # the child process that is measured
+        {"generate": run_generate, "agreement": run_agreement}[options.run](options)
         return
 
     work = options.work
     model, data = build(options, lambda folder: build_data(folder, options.tiny))
 
-    def generate(batch: int) -> list[str]:
-        arguments = ["--model", model, "--data", data, "--batch", batch, "--steps", max(4, 192 // batch)]
+    def child(run: str, batch: int = 0, *more: str) -> list[str]:
+        arguments = [
+            "--run",
+            run,
+            *more,
+            "--model",
+            model,
+            "--data",
+            data,
+            "--batch",
+            batch,
+            "--steps",
+            max(4, 192 // max(batch, 1)),
+        ]
         arguments += ["--tiny"] if options.tiny else []
         return [sys.executable, __file__, *map(str, arguments)]
 
@@ -133,12 +198,15 @@ def main() -> None:
 
     contenders = {
         "ours": ours("gpu_80gb.yaml"),
-        "generate_16": generate(16),
-        "generate_64": generate(64),
-        "generate_128": generate(128),
+        "generate_16": child("generate", 16),
+        "generate_64": child("generate", 64),
+        "generate_128": child("generate", 128),
+        "generate_64_unpacked": child("generate", 64, "--unpacked"),
+        "generate_128_unpacked": child("generate", 128, "--unpacked"),
         "ours_16": ours("gpu_80gb.yaml", "--data.eval_batch_size", 16),
         "ours_256": ours("gpu_80gb.yaml", "--data.eval_batch_size", 256),
         "ours_15gb": ours("gpu_15gb.yaml"),
+        "agreement": child("agreement"),
     }
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -149,7 +217,8 @@ def main() -> None:
     found = report["contenders"]
     for name in chosen:
         result = measure(name, contenders[name], work)
-        found[name] = {key: result.get(key) for key in ("questions_per_s", "peak_gib", "failed") if key in result}
+        keys = ("questions_per_s", "peak_gib", "agreement", "failed")
+        found[name] = {key: result.get(key) for key in keys if key in result}
         plain = [found[name] for name in found if name.startswith("generate_") and "questions_per_s" in found[name]]
         if plain:
             found["generate_best"] = max(plain, key=lambda contender: contender["questions_per_s"])

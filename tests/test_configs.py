@@ -11,6 +11,7 @@ RUNS = {  # the files, and the batches of an optimizer step
     "image_splitting": (["docvqa.yaml", "image_splitting.yaml"], 8),
     "gpu_15gb": (["docvqa.yaml", "gpu_15gb.yaml"], 2),
     "gpu_80gb": (["docvqa.yaml", "gpu_80gb.yaml"], 1),
+    "fsdp": (["docvqa.yaml", "fsdp.yaml"], 1),
     "quickstart": (["quickstart.yaml"], 1),
 }
 
@@ -30,12 +31,14 @@ def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
     changed += ["--model.max_new_tokens", 2]
     if name in ("docvqa", "image_splitting", "gpu_15gb"):  # a CPU has no 16-mixed
         changed += ["--trainer.precision", "32-true"]
+    if name == "fsdp":  # its strategy takes processes of its own, in test_sharding.py
+        changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
     configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)
     assert {path.name for path in folder.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
     saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
     assert saved["data"]["image_splitting"] == (name == "image_splitting")
-    assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "gpu_80gb" else "32-true")
+    assert saved["trainer"]["precision"] == ("bf16-mixed" if name in ("gpu_80gb", "fsdp") else "32-true")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from idefics_lit.data.datamodule import DocVQADataModule
+
 
 def flags(tiny, source, *more):
     flags = ["--model.pretrained", tiny, "--data.source", source, "--data.image_size", 112, "--data.num_workers", 0]
@@ -114,3 +116,24 @@ def test_a_fit_ends_with_its_scores_before_and_after(run, tiny, docvqa, capsys):
     assert "before" not in capsys.readouterr().out
     run("validate", *flags(tiny, docvqa))
     assert "5 answers in lightning_logs/version_2/val_predictions.jsonl" in capsys.readouterr().out
+
+
+def test_a_fit_validates_on_some_questions_and_ends_with_all(run, tiny, docvqa, capsys):
+    folder = run("fit", *steps(tiny, docvqa, "--data.val_in_fit", 2, "--trainer.check_val_every_n_epoch", 1))
+    screen = capsys.readouterr().out
+    assert "2 answers" not in screen and "5 answers in" in screen
+    answers = [json.loads(line) for line in (folder / "lightning_logs/version_0/val_predictions.jsonl").open()]
+    questions = json.loads((docvqa / "val.json").read_text())["data"]
+    assert [answer["question_id"] for answer in answers] == [question["questionId"] for question in questions]
+    assert len(scores(folder)) == 3  # two epochs' and the last
+
+
+def test_questions_drawn_for_a_fit_lie_on_as_few_pages_as_hold_them(tiny):
+    data = DocVQADataModule("synthetic", tiny, val_in_fit=30, num_workers=0)
+    data.setup("validate")
+    whole = data.examples["val"]
+    data.setup("fit")
+    drawn = data.examples["val"]
+    pages = list(dict.fromkeys(drawn.page_ids))
+    assert len(drawn) == 30 and pages != list(dict.fromkeys(whole.page_ids))[: len(pages)]
+    assert sum(drawn.page_ids.count(page) == whole.page_ids.count(page) for page in pages) >= len(pages) - 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning import Trainer
 
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.synthetic import SyntheticPages
@@ -73,3 +74,53 @@ def test_two_forwards_before_a_backward_are_refused(tiny):
     module.loss(batch)
     with pytest.raises(RuntimeError, match="backward must come before"):
         first.backward()
+
+
+def test_answers_with_graphs_are_those_without():
+    """In float32, token for token, for batches that fill the rows and that don't, of which rows leave."""
+    pages = SyntheticPages("validation", 30)
+    collate = Idefics2Collator(load_processor("tiny"), train=False)
+    examples = [pages[i] for i in range(120)]
+    batches = [collate(examples[start:stop]) for start, stop in ((0, 64), (64, 75), (75, 120), (0, 64))]
+    found = []
+    for graphs in (False, True):
+        module = Idefics2Module("tiny", quantization="none", cuda_graphs=graphs)
+        module.trainer = Trainer(precision="32-true", logger=False, enable_checkpointing=False)
+        module.configure_model()
+        module.eval()
+        batches = [module.transfer_batch_to_device(batch, module.model.device, 0) for batch in batches]
+        found.append([module.generate(batch) for batch in batches])
+    assert found[0] == found[1]
+    assert len({answer for answers in found[0] for answer in answers}) > 50
+
+
+def test_a_shape_that_finds_no_memory_takes_that_of_the_graphs(tiny):
+    pages = SyntheticPages("train", 2)
+    collate = Idefics2Collator(load_processor(tiny), train=True)
+    module = Idefics2Module(tiny, lora=LoRA(dropout=0.0), cuda_graphs=True)
+    module.configure_model()
+    batches = [
+        module.transfer_batch_to_device(collate([pages[i] for i in range(n)]), module.model.device, 0) for n in (1, 6)
+    ]
+    losses = []
+    for _ in range(3):
+        losses.append(module.loss(batches[0])[0])
+        losses[-1].backward()
+    graphed = module.parts._graphs["read"]
+    assert any(graphed._graphs.values())
+    function, calls = graphed.function, []
+
+    def full_at_first(*arguments):
+        calls.append(len(arguments))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return function(*arguments)
+
+    graphed.function = full_at_first
+    module.loss(batches[1])[0].backward()
+    assert len(calls) == 2 and not any(graphed._graphs.values())
+    graphed.function = function
+    for _ in range(3):
+        losses.append(module.loss(batches[0])[0])
+        losses[-1].backward()
+    assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 6, rel=2e-3)

@@ -45,6 +45,11 @@ TRAINER_OPTIONS = {
     "default_root_dir": "the output folder where there is no logger",
 }
 
+NO_MEMORY = (
+    "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
+    "give --model.gradient_checkpointing true, or for an evaluation lower data.eval_batch_size"
+)
+
 
 class DocVQACLI(LightningCLI):
     """LightningCLI with one ``pretrained`` for module and data, whose flags win over what a checkpoint remembers."""
@@ -128,6 +133,12 @@ class DocVQACLI(LightningCLI):
         except OSError as error:
             raise InputError(f"the output folder {folder} can't be written: {error}") from error
 
+    def after_fit(self) -> None:
+        """Score all validation questions where the fit scored some: with the best checkpoint, if one is kept."""
+        if self.datamodule.hparams.val_in_fit is not None:
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            self.trainer.validate(self.model, self.datamodule, ckpt_path=best or None, weights_only=True)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # A checkpoint is data: nothing in it may run code.
         ckpt_path = self.config_init[subcommand].ckpt_path
@@ -199,6 +210,9 @@ def _hide_noise(*, training: bool) -> None:
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\). is deprecated")
     warnings.filterwarnings("ignore", message=r".*gradient_checkpointing(_enable)?. is deprecated")
+    # A stream's length is the training's, whatever its workers read.
+    warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's loader calls it
     # With float16 the first steps are skipped until the scale fits.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     for name in (
@@ -258,8 +272,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 "exit_on_error": False,
             },
         )
-    except (InputError, MisconfigurationException) as error:
+    except (InputError, MisconfigurationException, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None

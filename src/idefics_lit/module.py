@@ -216,7 +216,8 @@ class Idefics2Module(LightningModule):
         # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
         torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        # A tensor of the CPU's: Lightning would bring a number to the GPU and wait for it.
+        self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and the schedule, stepped with it."""

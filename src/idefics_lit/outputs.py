@@ -70,6 +70,11 @@ class ProgressBar(RichProgressBar):
     An evaluation's says the score so far and the questions a second.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, Any] = {}
+        self.read_at = 0.0
+
     @property
     def total_train_batches(self) -> int | float:
         """Return the batches of this epoch; Lightning takes the optimizer steps that are left for batches."""
@@ -82,8 +87,11 @@ class ProgressBar(RichProgressBar):
         return min(trainer.num_training_batches, done + left)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what the bar shows."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        """Return what the bar shows, in training a second old at most: to read it is to wait for the GPU."""
+        if not trainer.training or time.perf_counter() - self.read_at > 1:
+            self.shown = {k: value for k, value in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+            self.read_at = time.perf_counter()
+        return self.shown
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count seconds."""

@@ -3,9 +3,9 @@
 import os
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, cycle, islice
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch.utils.data
 from lightning import LightningDataModule
@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.source import find_splits
+from idefics_lit.data.streaming import Stream, StreamedQuestions, StreamLoader, find_streams
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 
 LEAST = {
-    **dict.fromkeys(
-        ("limit_train", "limit_val", "limit_test", "questions_per_page", "batch_size", "eval_batch_size", "max_length"),
-        1,
-    ),
+    **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
+    **dict.fromkeys(("questions_per_page", "batch_size", "eval_batch_size", "max_length"), 1),
     "num_workers": 0,
 }
 
@@ -41,6 +40,9 @@ class DocVQADataModule(LightningDataModule):
         columns: which column holds what, where a data set names them its own way: a mapping from question_id,
             question, image, answers, question_types.
         language: which language of the question, where a data set has several (nielsr/docvqa_1200_examples).
+        streaming: read a Hub data set or a folder of parquet or arrow files as it is needed, without an end, for so
+            many steps as trainer.max_steps says. Scored are the first limit_val or limit_test questions of a split;
+            where there is no validation split, of the training split, which leaves their pages out.
         train_split: the split to train on, "train" unless given.
         val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split.
         test_split: the split to test on, "test" unless given.
@@ -48,6 +50,7 @@ class DocVQADataModule(LightningDataModule):
         held_out: the share of the training pages to validate on where there is no validation split.
         limit_train: use only the first so many training questions.
         limit_val: use only the first so many validation questions.
+        val_in_fit: validate on so many of them during a fit, on pages that the seed draws, and on all when it ends.
         limit_test: use only the first so many test and prediction questions.
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: train on the prompt's text too.
@@ -57,7 +60,8 @@ class DocVQADataModule(LightningDataModule):
         questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
             image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.
         batch_size: examples a training batch, on each device.
-        eval_batch_size: examples a batch in validation, test and prediction, batch_size unless given.
+        eval_batch_size: examples a batch in validation, test and prediction: "auto", which is 128, or as many as there
+            is memory for, on a GPU and 32 elsewhere; batch_size unless given.
         num_workers: loader processes on each device, by the machine's cores unless given.
         seed: decides held-out pages, order, answers and synthetic pages.
 
@@ -75,6 +79,7 @@ class DocVQADataModule(LightningDataModule):
         subset: str | None = None,
         columns: dict[str, str] | None = None,
         language: str = "en",
+        streaming: bool = False,
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | None = None,
@@ -82,6 +87,7 @@ class DocVQADataModule(LightningDataModule):
         held_out: float = 0.05,
         limit_train: int | None = None,
         limit_val: int | None = None,
+        val_in_fit: int | None = None,
         limit_test: int | None = None,
         prompt_style: PromptStyle = "recipe",
         train_on_prompt: bool = False,
@@ -90,17 +96,19 @@ class DocVQADataModule(LightningDataModule):
         max_length: int = 2048,
         questions_per_page: int = 1,
         batch_size: int = 2,
-        eval_batch_size: int | None = None,
+        eval_batch_size: int | Literal["auto"] | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         for name, least in LEAST.items():
-            if (value := self.hparams[name]) is not None and value < least:
+            if isinstance(value := self.hparams[name], int) and value < least:
                 raise InputError(f"data.{name} {value}: must be {least} or more")
         if not 0 < held_out < 1:
             raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
+        if streaming and limit_train is not None:
+            raise InputError("data.limit_train: a stream is trained on for trainer.max_steps steps: leave it out")
         self.examples: dict[str, Examples] = {}
         self._opened: dict[str, Examples] = {}
 
@@ -112,10 +120,14 @@ class DocVQADataModule(LightningDataModule):
         self.processor = load_processor(
             options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
         )
-        if stage == "fit":
+        if options.streaming:
+            self._check_streaming(stage)
+        elif stage == "fit":
             self.examples["train"] = self._limited(self._train(), options.limit_train)
         if stage in ("fit", "validate"):
             self.examples["val"] = self._limited(self._val(), options.limit_val)
+        if stage == "fit" and options.val_in_fit is not None:
+            self.examples["val"] = self._drawn(self.examples["val"], options.val_in_fit)
         if stage == "test":
             self.examples["test"] = self._limited(self._named(options.test_split or "test"), options.limit_test)
         if stage == "predict":
@@ -126,6 +138,8 @@ class DocVQADataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
         options = self.hparams
+        if options.streaming:
+            return self._loader("train", options.batch_size)
         sampler = _Visits(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
         return self._loader("train", options.batch_size, sampler)
 
@@ -143,13 +157,15 @@ class DocVQADataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
+        if batch_size == "auto":  # the module evaluates a batch that is too large in parts
+            batch_size = 128 if torch.cuda.is_available() else 32
         return self._loader(split, batch_size, _PageByPage(self.examples[split], 8 * batch_size, **self._ranks()))
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
         return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
 
-    def _loader(self, split: str, batch_size: int, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
+    def _loader(self, split: str, batch_size: int, sampler: DistributedSampler[Any] | None = None) -> DataLoader[Any]:
         options = self.hparams
         collator = Idefics2Collator(
             self.processor,
@@ -164,28 +180,65 @@ class DocVQADataModule(LightningDataModule):
         num_workers = options.num_workers
         if num_workers is None:
             num_workers = min(suggested_max_num_workers(local_world_size), 16)
-        return DataLoader(
-            self.examples[split],
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=collator,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        loading: dict[str, Any] = {
+            "batch_size": batch_size,
+            "collate_fn": collator,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if sampler is None:
+            assert self.trainer is not None
+            return StreamLoader(self._streamed(), self.trainer, **loading)
+        return DataLoader(self.examples[split], sampler=sampler, **loading)
+
+    def _check_streaming(self, stage: str) -> None:
+        limit = "limit_val" if stage in ("fit", "validate") else "limit_test"
+        if self.hparams[limit] is None:
+            raise InputError(f"data.{limit} is missing: say how many of a stream's questions to score, such as 500")
+        if stage == "fit" and (self.trainer is None or self.trainer.max_steps < 0):
+            raise InputError("trainer.max_steps is missing: a stream has no end, say how many steps to train for")
+
+    def _streamed(self) -> StreamedQuestions:
+        options = self.hparams
+        split = self._existing(options.train_split or "train")
+        # Of all that is validated on in the end, val_in_fit or not.
+        held_out = () if self._val_split() else self._limited(self._val(), options.limit_val).page_ids
+        ranks = self._ranks()
+        return StreamedQuestions(
+            self.streams[split],
+            ranks["rank"],
+            ranks["num_replicas"],
+            seed=options.seed,
+            questions_per_page=options.questions_per_page,
+            held_out=held_out,
         )
+
+    @cached_property
+    def streams(self) -> dict[str, Stream]:
+        """The splits, where they are streamed."""
+        options = self.hparams
+        return find_streams(options.source, options.subset, options.columns, options.language)
 
     @cached_property
     def splits(self) -> dict[str, Callable[[], Examples]]:
         """How to open each split that the source has."""
         options = self.hparams
+        if options.streaming:
+            scored = max(options.limit_val or 0, options.limit_test or 0)
+            return {split: partial(stream.first, scored) for split, stream in self.streams.items()}
         return find_splits(options.source, options.subset, options.columns, options.language, options.seed)
 
-    def _named(self, split: str) -> Examples:
+    def _existing(self, split: str) -> str:
         if split not in self.splits:
             raise InputError(
                 f"data.source {self.hparams.source}: no split {split!r}, it has {', '.join(self.splits)}: "
                 f"choose with --data.train_split, val_split, test_split or predict_split"
             )
+        return split
+
+    def _named(self, split: str) -> Examples:
+        split = self._existing(split)
         if split not in self._opened:  # held-out pages take the training split a second time
             self._opened[split] = self.splits[split]()
         if not len(self._opened[split]):
@@ -203,6 +256,8 @@ class DocVQADataModule(LightningDataModule):
         if split := self._val_split():
             return self._named(split)
         examples = self._named(self.hparams.train_split or "train")
+        if self.hparams.streaming:  # its first questions
+            return examples
         held_out = self._held_out(examples)
         return _Selected(examples, [i for i, page in enumerate(examples.page_ids) if page in held_out])
 
@@ -227,6 +282,14 @@ class DocVQADataModule(LightningDataModule):
 
     def _limited(self, examples: Examples, limit: int | None) -> Examples:
         return _Selected(examples, range(len(examples))[:limit])
+
+    def _drawn(self, examples: Examples, count: int) -> Examples:
+        """So many questions on pages drawn at random, in the set's order."""
+        pages = list(dict.fromkeys(examples.page_ids))
+        random.Random(self.hparams.seed).shuffle(pages)
+        places = {page: place for place, page in enumerate(pages)}
+        drawn = sorted(range(len(examples)), key=lambda i: places[examples.page_ids[i]])
+        return _Selected(examples, sorted(drawn[:count]))
 
     def _require_answers(self) -> None:
         for examples in self.examples.values():

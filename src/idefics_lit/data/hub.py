@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from PIL.Image import Image
 
 from idefics_lit.data.example import Example, Examples, as_texts
 from idefics_lit.errors import InputError
@@ -18,6 +19,7 @@ COLUMNS = {
     "answers": ("answers", "answer"),
     "question_types": ("question_types",),
 }
+PAGE_COLUMNS = ("ucsf_document_id", "ucsf_document_page_no")  # the official ids of a page, where they were kept
 
 
 def is_saved(source: str) -> bool:
@@ -25,22 +27,29 @@ def is_saved(source: str) -> bool:
     return any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def load_splits(source: str, subset: str | None = None) -> dict[str, datasets.Dataset]:
+def load_splits(source: str, subset: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
     """Return the splits of a Hub data set or of a local folder: a saved data set, parquet, images with metadata.
 
     Args:
         source: a Hub id such as ``lmms-lab/DocVQA``, or a folder.
         subset: the configuration to load where the data set has several.
+        streaming: give an `IterableDataset` a split, of which nothing is read yet, in place of a `Dataset`.
 
     Raises:
         InputError: when `datasets` can't read it.
     """
     try:
-        loaded = datasets.load_from_disk(source) if is_saved(source) else datasets.load_dataset(source, subset)
+        if is_saved(source):
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source, subset, streaming=streaming)
     except Exception as error:
         kind = "folder" if Path(source).exists() else "file or folder here, nor a data set that the Hub has,"
         raise InputError(f"data.source {source!r} is no {kind} that can be read: {error}") from error
-    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    if streaming and is_saved(source):
+        return {split: rows.to_iterable_dataset() for split, rows in splits.items()}
+    return splits
 
 
 class HubDocVQA(Examples):
@@ -65,15 +74,14 @@ class HubDocVQA(Examples):
         language: str = "en",
     ) -> None:
         self.name, self.language = name, language
-        self.columns = _match_columns(dataset.column_names, columns or {}, name)
+        self.columns = match_columns(dataset.column_names, columns or {}, name)
         self.dataset = dataset.select_columns(sorted(set(self.columns.values())))
         answers = self.columns.get("answers")
         self.answers = [as_texts(a) for a in dataset[answers]] if answers else [[]] * len(dataset)
-        # The official ids of a page, where they were kept; else every row counts as a page of its own.
-        if {"ucsf_document_id", "ucsf_document_page_no"} <= set(dataset.column_names):
-            pages = zip(dataset["ucsf_document_id"], dataset["ucsf_document_page_no"], strict=True)
+        if set(PAGE_COLUMNS) <= set(dataset.column_names):
+            pages = zip(*(dataset[column] for column in PAGE_COLUMNS), strict=True)
             self.page_ids = [f"{document} page {page}" for document, page in pages]
-        else:
+        else:  # every row counts as a page of its own
             self.page_ids = [str(index) for index in range(len(dataset))]
 
     def __len__(self) -> int:
@@ -83,37 +91,70 @@ class HubDocVQA(Examples):
     def __getitem__(self, index: int) -> Example:
         """Return a question with its pages, decoded."""
         try:
-            row = {part: value for part, value in self._row(index).items() if value is not None}
+            row = self.dataset[index]
         except Exception as error:
             raise InputError(f"{self.where(index)}: the row can't be read: {error}") from error
-        question = row.get("question")
-        if isinstance(question, Mapping):
-            if self.language not in question:
-                raise InputError(f"{self.where(index)}: no {self.language!r} in {sorted(question)}: see data.language")
-            question = question[self.language]
-        row["question"] = question
-        for part in ("question_id", "question", "image"):
-            if part in self.columns and row.get(part) in (None, "", []):
-                raise InputError(f"{self.where(index)}: no {part} in column {self.columns[part]!r}: drop the row")
-        return Example(
-            question_id=row.get("question_id", index),
-            question=str(question),
-            images=row["image"] if isinstance(row["image"], list) else [row["image"]],
-            answers=list(self.answers[index]),
-            question_types=as_texts(row.get("question_types")),
-            where=self.where(index),
-        )
+        return read_example(row, self.columns, self.language, self.where(index), index)
 
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
         return f"{self.name}, row {index}"
 
-    def _row(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        return {part: row[column] for part, column in self.columns.items()}
+
+def read_example(
+    row: Mapping[str, Any], columns: Mapping[str, str], language: str, where: str, number: int | str
+) -> Example:
+    """Make an example of a row.
+
+    Args:
+        row: the row by column; its images decoded or as they are stored.
+        columns: the column of each part, from `match_columns`.
+        language: which of the question's languages to take, where the column holds one text a language.
+        where: names the row in error messages.
+        number: the question's id where no column has one.
+
+    Raises:
+        InputError: when the row has no question or image, or an image can't be decoded.
+    """
+    parts = {part: row[column] for part, column in columns.items() if row[column] is not None}
+    question = parts.get("question")
+    if isinstance(question, Mapping):
+        if language not in question:
+            raise InputError(f"{where}: no {language!r} in {sorted(question)}: see data.language")
+        question = question[language]
+    parts["question"] = question
+    for part in ("question_id", "question", "image"):
+        if part in columns and parts.get(part) in (None, "", []):
+            raise InputError(f"{where}: no {part} in column {columns[part]!r}: drop the row")
+    return Example(
+        question_id=parts.get("question_id", number),
+        question=str(question),
+        images=open_images(parts["image"], where),
+        answers=as_texts(parts.get("answers")),
+        question_types=as_texts(parts.get("question_types")),
+        where=where,
+    )
 
 
-def _match_columns(names: Sequence[str], given: Mapping[str, str], where: str) -> dict[str, str]:
+def open_images(stored: Any, where: str) -> list[Image]:  # noqa: ANN401
+    """Return a row's image or images, decoded where they are stored as ``{"bytes": ..., "path": ...}``.
+
+    Raises:
+        InputError: names the row whose image can't be decoded.
+    """
+    images = stored if isinstance(stored, list) else [stored]
+    try:
+        return [datasets.Image().decode_example(i) if isinstance(i, Mapping) else i for i in images]
+    except Exception as error:
+        raise InputError(f"{where}: the row can't be read: {error}") from error
+
+
+def match_columns(names: Sequence[str], given: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return the column of each part of an example, among ``names``, that is ``given`` or one of `COLUMNS`.
+
+    Raises:
+        InputError: when there is no column for question or image, or a given one isn't there.
+    """
     unknown = sorted(set(given) - set(COLUMNS))
     if unknown:
         raise InputError(f"data.columns names {unknown[0]!r}, but an example's parts are {', '.join(COLUMNS)}")

@@ -1,0 +1,296 @@
+"""Data sets larger than a disk: rows that `datasets` streams from the Hub or a folder, never all of them at once.
+
+What is special here:
+
+- a consumer, one worker of one rank, has its own shards (files), or its own rows where there are too few shards; it
+  goes over them without an end, so that no rank waits for another at an epoch's end;
+- what is shuffled, shards and the rows of a window, is a function of seed, epoch and place: a resumed run reads the
+  window again and goes on at the very next question, which a buffer's lost content wouldn't allow;
+- images stay encoded until their question is asked for: memory is a window's files, however long the stream.
+"""
+
+import random
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from datasets.distributed import split_dataset_by_node
+from lightning import Trainer
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from idefics_lit.data import hub
+from idefics_lit.data.example import Example, Examples, as_texts
+from idefics_lit.data.official import find_official_splits
+from idefics_lit.distributed import gather_objects
+from idefics_lit.errors import InputError, first_line
+
+SHUFFLE_WINDOW = 500  # rows; one of Docmatix takes half a megabyte
+TURNS = "texts"  # several questions a row, as in the Cauldron and Docmatix: {"user": ..., "assistant": ...}
+
+
+class _Question(NamedTuple):
+    """A question of a row; the row's images are as they are stored."""
+
+    row: Mapping[str, Any]
+    number: str
+    page_id: Hashable
+    where: str
+
+
+class Stream:
+    """One split, of whose rows each has one question, or several in the form of Docmatix.
+
+    Args:
+        dataset: the split.
+        name: names the split in error messages.
+        columns: see `idefics_lit.data.hub.HubDocVQA`.
+        language: which of the question's languages to take.
+
+    Raises:
+        InputError: when a column isn't there. A row without question or image raises when it is read.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        language: str = "en",
+    ) -> None:
+        self.name, self.language = name, language
+        names = dataset.column_names
+        if names is None:
+            raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
+        alone = "question" in (columns or {}) or not set(names).isdisjoint(hub.COLUMNS["question"])
+        self.turns = TURNS in names and not alone
+        self.columns = hub.match_columns([*names, *["question", "answer"] * self.turns], columns or {}, name)
+        kept = {*self.columns.values(), *hub.PAGE_COLUMNS, *[TURNS] * self.turns}
+        # Undecoded first: `datasets` decodes ahead, in threads, what it is not told to leave alone.
+        self.dataset = dataset.decode(False).select_columns([column for column in names if column in kept])
+
+    def shard(self, index: int) -> datasets.IterableDataset:
+        """Return the rows of one file."""
+        return self.dataset.shard(self.dataset.num_shards, index)
+
+    def questions(self, row: Mapping[str, Any], shard: int, number: int) -> list[_Question]:
+        """Return the questions of a row of a shard.
+
+        Raises:
+            InputError: when the row has no list of questions and answers.
+        """
+        where = f"{self.name}, row {number}" + (f" of shard {shard}" if self.dataset.num_shards > 1 else "")
+        key = f"{shard}-{number}"
+        official = [str(row[column]) for column in hub.PAGE_COLUMNS if column in row]
+        page_id = " page ".join(official) if len(official) == len(hub.PAGE_COLUMNS) else key
+        if not self.turns:
+            return [_Question(row, key, page_id, where)]
+        try:
+            turns = [{**row, "question": turn["user"], "answer": turn["assistant"]} for turn in row[TURNS]]
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{where}: {TURNS!r} is no list of user's and assistant's texts: drop the row") from error
+        return [_Question(turn, f"{key}-{i}", page_id, f"{where}, question {i}") for i, turn in enumerate(turns)]
+
+    def open(self, question: _Question, like: Example | None = None) -> Example:
+        """Return a question with its pages, decoded, or those of a question of the same row."""
+        row = {**question.row, self.columns["image"]: like.images} if like else question.row
+        example = hub.read_example(row, self.columns, self.language, question.where, question.number)
+        example.page_id = question.page_id
+        return example
+
+    def first(self, limit: int) -> Examples:
+        """Read the first so many questions, in the order of the files."""
+        questions: list[_Question] = []
+        for shard in range(self.dataset.num_shards):
+            for number, row in enumerate(self.shard(shard)):
+                questions += self.questions(row, shard, number)
+                if len(questions) >= limit:
+                    return _First(self, questions[:limit])
+        return _First(self, questions)
+
+
+def find_streams(
+    source: str, subset: str | None, columns: Mapping[str, str] | None, language: str
+) -> dict[str, Stream]:
+    """Return the stream of each split; see `DocVQADataModule` for the arguments.
+
+    Raises:
+        InputError: when the source can't be read, or is none that `datasets` reads.
+    """
+    if source.partition(":")[0] == "synthetic" or (not hub.is_saved(source) and find_official_splits(Path(source))):
+        raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
+    splits = hub.load_splits(source, subset, streaming=True)
+    return {split: Stream(rows, f"{source} {split}", columns, language) for split, rows in splits.items()}
+
+
+class _First(Examples):
+    """The first questions of a stream, in memory, their images encoded."""
+
+    def __init__(self, stream: Stream, questions: Sequence[_Question]) -> None:
+        self.stream, self.questions = stream, questions
+        self.page_ids = [question.page_id for question in questions]
+        answers = stream.columns.get("answers")
+        self.answers = [as_texts(question.row[answers]) if answers else [] for question in questions]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.stream.open(self.questions[index])
+
+    def where(self, index: int) -> str:
+        return self.questions[index].where
+
+
+class StreamedQuestions(IterableDataset[Example]):
+    """The questions that one rank trains on, without an end; each of its workers has a part of its own.
+
+    Args:
+        stream: the split.
+        rank: this process' number.
+        world_size: the number of processes.
+        seed: with the epoch it decides the order.
+        questions_per_page: so many questions on a page follow one another.
+        held_out: pages to leave out.
+
+    Raises:
+        InputError: when a worker's part is empty, or a row can't be read.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        seed: int = 0,
+        questions_per_page: int = 1,
+        held_out: Collection[Hashable] = (),
+    ) -> None:
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+        self.seed, self.questions_per_page, self.held_out = seed, questions_per_page, frozenset(held_out)
+        # Epoch, shard in the epoch's order, window in it, what `datasets` reads that from, question in it.
+        self._state: dict[str, Any] = {"epoch": 0, "place": 0, "window": 0, "source": None, "offset": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next question is."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there, with the next ``iter``."""
+        self._state = dict(state)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield examples, each with its epoch."""
+        start = self.state_dict()
+        offset = start.pop("offset")
+        for window, questions in self._windows(**start):
+            last, example = None, None
+            for number, question in enumerate(questions[offset:], start=offset + 1):
+                self._state = {**window, "offset": number}
+                # A page is decoded once for the questions that follow one another.
+                stored = question.row[self.stream.columns["image"]]
+                example = self.stream.open(question, like=example if stored is last else None)
+                example.epoch, last = window["epoch"], stored
+                yield example
+            offset = 0
+
+    def _windows(
+        self, epoch: int, place: int, window: int, source: dict[str, Any] | None
+    ) -> Iterator[tuple[dict[str, Any], list[_Question]]]:
+        """Yield where a window is, and its questions in their order, from one window on."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        consumer, consumers = self.rank * workers + number, self.world_size * workers
+        shards = range(self.stream.dataset.num_shards)
+        # Its own shards; or of each shard a row in so many.
+        first, step = (0, 1) if len(shards) >= consumers else (consumer, consumers)
+        while True:
+            found = place > 0 or window > 0
+            order = random.Random(f"{self.seed} {epoch}").sample(shards, len(shards))
+            order = order[consumer::consumers] if step == 1 else order
+            while place < len(order):
+                shard = order[place]
+                rows = split_dataset_by_node(self.stream.shard(shard), first, step)
+                if source:
+                    rows.load_state_dict(source)
+                batches = rows.iter(SHUFFLE_WINDOW)  # not ``iter(rows)``: in a worker that takes a share of its own
+                while batch := self._read(batches, shard, window):
+                    read = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+                    questions = [
+                        question
+                        for i, row in enumerate(read, start=window * SHUFFLE_WINDOW)
+                        for question in self.stream.questions(row, shard, first + step * i)
+                        if question.page_id not in self.held_out
+                    ]
+                    found |= bool(questions)
+                    at = {"epoch": epoch, "place": place, "window": window, "source": source}
+                    yield at, self._shuffled(questions, f"{self.seed} {epoch} {shard} {window}")
+                    window, source = window + 1, rows.state_dict()
+                place, window, source = place + 1, 0, None
+            if not found:
+                raise InputError(
+                    f"{self.stream.name}: no question is left to train on for one of {consumers} workers: lower "
+                    f"data.num_workers or data.limit_val"
+                )
+            epoch, place = epoch + 1, 0
+
+    def _read(self, batches: Iterator[dict[str, Any]], shard: int, window: int) -> dict[str, Any] | None:
+        try:
+            return next(batches, None)
+        except Exception as error:
+            where = f"{self.stream.name}, shard {shard}, window {window} of {SHUFFLE_WINDOW} rows"
+            raise InputError(f"{where}: can't be read: {first_line(error)}") from error
+
+    def _shuffled(self, questions: Sequence[_Question], seed: str) -> list[_Question]:
+        generator, size = random.Random(seed), self.questions_per_page
+        pages: dict[Hashable, list[_Question]] = {}
+        for question in generator.sample(questions, len(questions)):
+            pages.setdefault(question.page_id, []).append(question)
+        runs = [page[i : i + size] for page in pages.values() for i in range(0, len(page), size)]
+        return [question for run in generator.sample(runs, len(runs)) for question in run]
+
+
+class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
+    """The loader of a stream's batches, as many as the whole training takes; its state is every rank's.
+
+    Without a length Lightning would fetch a batch ahead, and a checkpoint would leave it out.
+
+    Args:
+        dataset: this rank's part.
+        trainer: whose steps and ranks count.
+        options: a DataLoader's.
+
+    Raises:
+        InputError: when a state is of other ranks or workers.
+    """
+
+    def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(dataset, **options)
+        self.trainer, self.begun = trainer, False
+
+    def __len__(self) -> int:
+        """Count the batches, on this rank."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Any:  # noqa: ANN401
+        """Begin, or go on behind the last batch: an epoch of Lightning's is none of the stream's."""
+        if self.begun:
+            super().load_state_dict(super().state_dict())
+        self.begun = True
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where all ranks are; all of them must call it."""
+        return {"num_workers": self.num_workers, "ranks": gather_objects(self.trainer, super().state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where this rank was."""
+        ranks, workers = len(state_dict["ranks"]), state_dict["num_workers"]
+        if (ranks, workers) != (self.trainer.world_size, self.num_workers):
+            raise InputError(
+                f"the checkpoint's stream was read by {ranks} devices with data.num_workers {workers}, not by "
+                f"{self.trainer.world_size} with {self.num_workers}: resume with as many"
+            )
+        super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])
