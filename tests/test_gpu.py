@@ -40,6 +40,7 @@ def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, optio
     for graphs in (False, True):
         torch.manual_seed(0)
         module = Idefics2Module(tiny, lora=LoRA(dropout=dropout), cuda_graphs=graphs, **options)
+        module.trainer = Trainer(precision="32-true", logger=False, enable_checkpointing=False)
         module.configure_model()
         results = []
         for step in range(4):  # plain, captured, replayed, each batch
@@ -52,15 +53,15 @@ def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, optio
             with torch.no_grad():  # an optimizer's step: a graph reads what the adapter is now
                 for name, parameter in module.named_parameters():
                     if parameter.grad is not None:
-                        parameter.sub_(grads[name], alpha=0.1)
+                        parameter.sub_(grads[name], alpha=0.01)
             module.zero_grad()
         found.append(results)
     assert len({loss for loss, _ in found[0]}) == 4
     for (plain, plain_grads), (graphed, graphed_grads) in zip(*found, strict=True):
-        assert graphed == pytest.approx(plain, rel=2e-3)
+        assert graphed == pytest.approx(plain, rel=1e-4)
         assert graphed_grads.keys() == plain_grads.keys()
         for name, grad in plain_grads.items():
-            assert (graphed_grads[name] - grad).norm() <= 0.05 * grad.norm() + 1e-4
+            assert (graphed_grads[name] - grad).norm() <= 1e-2 * grad.norm() + 1e-5
 
 
 def test_two_forwards_before_a_backward_are_refused(tiny):

@@ -230,8 +230,8 @@ class Idefics2Module(LightningModule):
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=options.lr,
-            # With float16 Lightning unscales gradients before it clips them, which a fused step does itself.
-            fused=parameters[0].is_cuda and str(self.trainer.precision) != "16-mixed",
+            # Under mixed precision Lightning refuses to clip for an optimizer that can unscale gradients by itself.
+            fused=parameters[0].is_cuda and not self.trainer.gradient_clip_val,
         )
         scheduler = get_scheduler(
             options.schedule,
