@@ -17,10 +17,10 @@ from torch import Tensor
 from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.graphs import Graphed
 
-# Patches of all images, and of the largest, are filled up to multiples: graphs of few shapes for all pages.
+# Patches of the largest image and, for graphs, of all are filled up to multiples: few shapes for all pages.
 MULTIPLES = (1024, 256)
-SHARE = 64  # of many patches the multiple is at least such a part
-CHUNK = 16384  # patches that are projected at a time
+SHARE = 16  # of many patches the multiple is at least such a part
+CHUNK = 4096  # patches that are projected at a time
 MOST_IMAGES = 16  # that are connected at a time, in evaluation
 
 
@@ -110,8 +110,9 @@ class Idefics2Forward:
         lengths = [len(patches) for patches in features]
         patches = torch.cat(list(features))
         longest = max(lengths) + -max(lengths) % MULTIPLES[1]
-        multiple = max(MULTIPLES[0], 2 ** len(patches).bit_length() // SHARE)
-        patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
+        if self._graphs:
+            multiple = max(MULTIPLES[0], 2 ** len(patches).bit_length() // SHARE)
+            patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
         # Images lie one behind the other, unpadded, until they are attended to: row i takes its patches from there.
         places = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
         sees = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 MOST = 64  # shapes of a function that are captured; each takes memory
+ROOM = 0.5  # the share of the free memory that a new shape may need
 
 
 class Graphed(nn.Module):
@@ -34,6 +35,7 @@ class Graphed(nn.Module):
         # One pool: of a function's graphs only one is at work at a time. Another function's is another pool, since
         # what its forward keeps for its backward has to survive this one's.
         self._pool = torch.cuda.graph_pool_handle()
+        self._kept = 0  # bytes of it
 
     def forward(self, *arguments: Tensor) -> Tensor:
         """Call the function as it is."""
@@ -46,13 +48,13 @@ class Graphed(nn.Module):
         except torch.OutOfMemoryError:
             if not any(self._graphs.values()):
                 raise
-        # What runs for the first time lies beside the memory that the other shapes' graphs keep for themselves.
         self.forget()
         return self._replay(arguments)
 
     def forget(self) -> None:
         """Give back the memory of all graphs; they are captured again when their shapes come again."""
         self._graphs.clear()
+        self._kept = 0
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
@@ -60,12 +62,17 @@ class Graphed(nn.Module):
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
             if len(self._graphs) < MOST:
+                # It lies beside the memory that the other shapes' graphs keep for themselves, and takes about as much.
+                if self._kept > ROOM * _free():
+                    self.forget()
                 self._graphs[key] = None
             with _autocast():
                 return self(*arguments)
         graph = self._graphs[key]
         if graph is None:
+            free = _free()
             graph = self._graphs[key] = _Graph(self, arguments, self.trained, self._pool)
+            self._kept += free - _free()
         result: Tensor = _Replay.apply(graph, *arguments, *self.trained.values())
         return result
 
@@ -132,6 +139,12 @@ class Repeated:
             with _autocast(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 function()
         self._graph.replay()
+
+
+def _free() -> int:
+    """Bytes that can be allocated."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _autocast() -> AbstractContextManager[None]:
