@@ -116,7 +116,7 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
             def read(batch: Any = batch, name: str = name) -> None:
                 module.zero_grad()
                 states = module.parts.connect(features[name])
-                loss, tokens = module._loss(batch, module.parts.read(batch, list(states)))
+                loss, tokens = module.parts.loss(batch, module.parts.read(batch, list(states)))
                 (loss / tokens).backward()
 
             if name.startswith("64"):

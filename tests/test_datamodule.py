@@ -159,7 +159,7 @@ def test_drawn_answers_differ_between_epochs(data, official):
     module = data("fit", official(train=6, val=1), batch_size=12)
     answers = []
     for epoch in range(2):
-        batch = next(iter(module._loader("train", 12, [(i, epoch) for i in range(12)])))
+        batch = next(iter(module._loader("train", 12, [(i, epoch, False) for i in range(12)])))
         answers.append((batch["labels"] >= 0).sum(dim=1).tolist())
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 1
@@ -167,7 +167,7 @@ def test_drawn_answers_differ_between_epochs(data, official):
 
 def test_every_question_is_visited_once_an_epoch(data, official):
     module = data("fit", official(train=5, val=1))
-    visited = [index for index, _ in module.train_dataloader().sampler]
+    visited = [index for index, *_ in module.train_dataloader().sampler]
     assert sorted(visited) == list(range(10))
     assert visited != sorted(visited)
 

@@ -193,7 +193,7 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path, tiny):
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path):
     """Every question once, in the set's order, though an odd number is shared out and pages go to one rank."""
-    answers = []
+    answers, losses = [], []
     for devices in (1, 2):
         command = f"""{sys.executable} -m idefics_lit validate --model.pretrained tiny --model.quantization none
             --data.source synthetic --data.limit_val 33 --data.eval_batch_size 8 --data.num_workers 0
@@ -206,6 +206,8 @@ def test_two_processes_score_as_one(tmp_path):
         scored = sum(record["score"] for record in answers[-1]) / 33
         printed = re.search(r"val/anls +│ +(\S+)", done.stdout)
         assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-6)
+        losses.append(float(re.search(r"val/loss +│ +(\S+)", done.stdout)[1]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert answers[0] == answers[1] and len(answers[0]) == 33
     assert scored > 0.8
 

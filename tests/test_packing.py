@@ -11,8 +11,9 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator
-from idefics_lit.data.datamodule import DocVQADataModule, _PageByPage, _Visits
+from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
+from idefics_lit.data.order import PageByPage, Visits
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.generation import Answering
 from idefics_lit.model import LoRA
@@ -153,10 +154,10 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         assert ours.generate(collate(alone(examples))) == expected
         # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
         monkeypatch.setattr("idefics_lit.generation.ROWS", 2)
-        ours._answering = Answering(ours.parts, ours.processor, 12, graphs=True)
+        ours.evaluation.answering = Answering(ours.parts, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
         assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
-        ours._answering = None
+        ours.evaluation.forget()
 
 
 def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
@@ -164,7 +165,7 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
         batch["places"][place] = place
-    whole = ours._in_parts(batch, ours._evaluate)
+    whole = ours.evaluation.records(batch, ours.eval_loss)
     loss = ours.eval_loss.compute()
     read, sizes = ours.parts.read, []
 
@@ -176,10 +177,10 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
 
     monkeypatch.setattr(ours.parts, "read", too_large_for_two_rows)
     ours.eval_loss.reset()
-    assert ours._in_parts(batch, ours._evaluate) == whole
+    assert ours.evaluation.records(batch, ours.eval_loss) == whole
     assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
     assert sizes == [3, 2, 1, 1, 1]
-    ours._in_parts(batch, ours._evaluate)
+    ours.evaluation.records(batch)
     assert sizes[5:] == [1, 1, 1]
 
 
@@ -193,9 +194,9 @@ def test_evaluation_goes_page_by_page(tiny, ranks):
     data = DocVQADataModule("synthetic", tiny, limit_val=97, num_workers=0)
     data.setup("validate")
     examples = data.examples["val"]
-    shares = [list(_PageByPage(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
+    shares = [list(PageByPage(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
     assert {len(share) for share in shares} == {-(-97 // ranks)}
-    order = [index for share in shares for index in share][:97]
+    order = [index for share in shares for index, _, repeated in share if not repeated]
     assert sorted(order) == list(range(97))
     pages = [examples.page_ids[index] for index in order]
     changes = sum(a != b for a, b in pairwise(pages))
@@ -211,12 +212,10 @@ def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(tiny, questio
     data.setup("fit")
 
     def epoch(number):
-        samplers = [
-            _Visits(data.examples["train"], questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)
-        ]
+        samplers = [Visits(data.examples["train"], questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(number)
-        return [[index for index, _ in sampler] for sampler in samplers]
+        return [[index for index, *_ in sampler] for sampler in samplers]
 
     shares = epoch(0)
     assert len({len(share) for share in shares}) == 1

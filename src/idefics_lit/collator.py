@@ -182,7 +182,7 @@ class Idefics2Collator:
 
     def _answer(self, example: Example) -> str | None:
         if not self.train:
-            return example.answers[0] if example.answers else None
+            return example.answers[0] if example.answers and not example.repeated else None
         if not example.answers:
             raise InputError(f"{_name(example)}: no answer to train on: add one or drop the row")
         if example.epoch is None:  # torch seeds its generator in each worker and epoch

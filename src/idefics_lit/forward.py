@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor
 
 from idefics_lit.cache import FolderCache, MemoryCache
+from idefics_lit.errors import InputError
 from idefics_lit.graphs import Graphed
 
 # Patches of the largest image and, for graphs, of all are filled up to multiples: few shapes for all pages.
@@ -141,11 +142,17 @@ class Idefics2Forward:
 
         Returns:
             The text model's last hidden states (R, T, width).
+
+        Raises:
+            InputError: when a question is longer than the text model takes.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         positions = batch.get("position_ids")
         if positions is None:
+            self.check_length(ids.shape[1])
             positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        elif ids.shape[1] > self.config.text_config.max_position_embeddings:
+            self.check_length(int(positions.max()) + 1)  # a shared row may be longer than any of its questions
         # Without a shared row there is only causality, which needs no mask: padding is at the right.
         masks = [mask] if mask.ndim == 4 else []
         if window := self._window(ids.shape[1]):
@@ -179,6 +186,29 @@ class Idefics2Forward:
         """The sliding window, where so many tokens are more."""
         window: int | None = self.config.text_config.sliding_window
         return window if window and tokens > window else None
+
+    def loss(self, batch: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
+
+        Args:
+            batch: the collator's.
+            hidden: what `read` returned of it.
+        """
+        # Most tokens have no label: their logits would be the largest tensor of the step.
+        labelled = batch["labelled"]
+        scores = self.logits(hidden.flatten(0, 1).index_select(0, labelled))
+        labels = batch["labels"].flatten()[labelled + 1]
+        tokens = torch.full((), len(labels), device=labels.device)
+        return F.cross_entropy(scores.float(), labels, reduction="sum"), tokens
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse rows that are longer than what the text model was made for."""
+        limit = self.config.text_config.max_position_embeddings
+        if tokens > limit:
+            raise InputError(
+                f"a batch of {tokens} tokens, but {self.config.name_or_path} takes {limit}: lower data.max_length, "
+                f"which names the question that is too long"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn hidden states (..., width) into the logits of the next token (..., V)."""

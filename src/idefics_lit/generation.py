@@ -124,9 +124,13 @@ class Answering:
 
         Returns:
             B texts, stripped.
+
+        Raises:
+            InputError: when a prompt and its answer are longer than the text model takes.
         """
         rows, places = batch["prompt_rows"], batch["prompt_places"]
         count, first = places.shape
+        self.parts.check_length(first + self.max_new_tokens)
         found = hidden.new_zeros(count, self.max_new_tokens, dtype=torch.long)
         answers, go_on = self._room(memory.layers, self._rows(count), first + self.max_new_tokens)
         answers.start(memory.layers, rows, places, batch["prompt_attention_mask"].bool())

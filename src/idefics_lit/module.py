@@ -8,12 +8,11 @@ What is special here:
 - dropout is a function of seed, rank, epoch and batch, so that a resumed run repeats it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -22,12 +21,11 @@ from transformers import get_scheduler
 
 from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
-from idefics_lit.collator import take_rows
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation import Evaluation
 from idefics_lit.forward import Idefics2Forward, is_vision_trained
-from idefics_lit.generation import Answering, Memory
-from idefics_lit.metrics import ANLS, anls
+from idefics_lit.metrics import ANLS
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.pretrained import DTYPES, fingerprint, load_processor
 
@@ -72,7 +70,7 @@ class Idefics2Module(LightningModule):
 
     hparams: Any  # the arguments below, by name
     records: list[dict[str, Any]]
-    """What `predict_step` returns, for the questions of this rank's last validation or test."""
+    """`Evaluation.records` of the questions of this rank's last validation or test."""
 
     def __init__(
         self,
@@ -109,8 +107,6 @@ class Idefics2Module(LightningModule):
         self.eval_loss = MeanMetric()
         self.records = []
         self._step: _Step | None = None
-        self._answering: Answering | None = None
-        self._most_rows: int | None = None  # of a batch that an evaluation has memory for, where it had not enough
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -143,6 +139,9 @@ class Idefics2Module(LightningModule):
             self._feature_cache(DTYPES[precision]) if options.feature_cache else None,
             graphs=options.cuda_graphs and device.type == "cuda",
         )
+        self.evaluation = Evaluation(
+            self.parts, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
+        )
         tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
         if tokens > rows:
             raise InputError(
@@ -160,17 +159,7 @@ class Idefics2Module(LightningModule):
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
-        self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
-        return self._loss(batch, self.parts.read(batch, self.see(batch)))
-
-    def _loss(self, batch: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        # Most tokens have no label: their logits would be the largest tensor of the step.
-        labelled = batch["labelled"]
-        scores = self.parts.logits(hidden.flatten(0, 1).index_select(0, labelled))
-        labels = batch["labels"].flatten()[labelled + 1]
-        return F.cross_entropy(scores.float(), labels, reduction="sum"), torch.full(
-            (), len(labels), device=labels.device
-        )
+        return self.parts.loss(batch, self.parts.read(batch, self.see(batch)))
 
     # Training
 
@@ -245,11 +234,11 @@ class Idefics2Module(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the validation's."""
-        self.records += self._in_parts(batch, self._evaluate)
+        self.records += self.evaluation.records(batch, self.eval_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
-        self.records += self._in_parts(batch, self._evaluate)
+        self.records += self.evaluation.records(batch, self.eval_loss)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation's records."""
@@ -261,91 +250,27 @@ class Idefics2Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation comes to."""
-        self._answering = None  # training wants the memory
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what the test comes to."""
-        self._answering = None
         self._log_scores("test")
 
     def on_predict_epoch_end(self) -> None:
         """Give back the memory that answering took."""
-        self._answering = None
+        self.evaluation.forget()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return a record a question: id, text, prediction, references, score where there are any, place in the set."""
-        return self._in_parts(batch, lambda part: self._records(part, self.generate(part)))
+        """Return a record a question, see `Evaluation.records`."""
+        return self.evaluation.records(batch)
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts."""
-        return self._read_and_answer(batch)[1]
-
-    def _evaluate(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        hidden, answers = self._read_and_answer(batch)
-        loss, tokens = self._loss(batch, hidden)
-        self.eval_loss.update(loss / tokens, weight=tokens)
-        return self._records(batch, answers)
-
-    def _in_parts(
-        self, batch: Mapping[str, Any], evaluate: Callable[[Mapping[str, Any]], list[dict[str, Any]]]
-    ) -> list[dict[str, Any]]:
-        """Evaluate a batch, by so many rows at a time as there is memory for."""
-        rows = len(batch["input_ids"])
-        most = self._most_rows or rows
-        if most < rows:
-            parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
-            return [record for part in parts for record in self._in_parts(part, evaluate)]
-        try:
-            return evaluate(batch)
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-        # Behind the handler, which still holds what was too much.
-        self._answering = None
-        torch.cuda.empty_cache()
-        self._most_rows = -(-rows // 2)
-        return self._in_parts(batch, evaluate)
-
-    @torch.no_grad()
-    def _read_and_answer(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-        """Return the last hidden states of the rows and the answers to the prompts in them."""
-        options, memory = self.hparams, Memory()
-        self._check_length(batch["input_ids"].shape[1], batch.get("position_ids"))
-        self._check_length(batch["prompt_input_ids"].shape[1] + options.max_new_tokens)
-        if self._answering is None:
-            self._answering = Answering(
-                self.parts, self.processor, options.max_new_tokens, graphs=self.parts.has_graphs
-            )
-        with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
-            hidden = self.parts.read(batch, self.see(batch), memory)
-            return hidden, self._answering.answer(batch, hidden, memory)
-
-    def _records(self, batch: Mapping[str, Any], answers: Sequence[str]) -> list[dict[str, Any]]:
-        strip_period = self.hparams.strip_period
-        return [
-            {
-                "question_id": question_id,
-                "question": question,
-                "prediction": prediction,
-                "references": references,
-                "score": anls(prediction, references, strip_period=strip_period) if references else None,
-                "question_types": question_types,
-                "place": place,
-            }
-            for question_id, question, prediction, references, question_types, place in zip(
-                batch["question_ids"],
-                batch["questions"],
-                answers,
-                batch["references"],
-                batch["question_types"],
-                batch["places"],
-                strict=True,
-            )
-        ]
+        return self.evaluation.read_and_answer(batch)[1]
 
     def _log_scores(self, stage: str) -> None:
         records = self.records
+        self.evaluation.forget()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
@@ -388,16 +313,6 @@ class Idefics2Module(LightningModule):
         set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers
-
-    def _check_length(self, tokens: int, position_ids: Tensor | None = None) -> None:
-        limit = self.model.config.text_config.max_position_embeddings
-        if tokens > limit and position_ids is not None:  # a shared row may be longer than any of its questions
-            tokens = int(position_ids.max()) + 1
-        if tokens > limit:
-            raise InputError(
-                f"a batch of {tokens} tokens, but {self.hparams.pretrained} takes {limit}: "
-                f"lower data.max_length, which names the question that is too long"
-            )
 
     def _feature_cache(self, dtype: torch.dtype) -> MemoryCache | FolderCache:
         options = self.hparams

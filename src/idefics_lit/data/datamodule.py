@@ -2,10 +2,9 @@
 
 import os
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable
 from functools import cached_property, partial
-from itertools import chain, cycle, islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch.utils.data
 from lightning import LightningDataModule
@@ -13,7 +12,8 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader, DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator, PromptStyle
-from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.example import Examples
+from idefics_lit.data.order import PageByPage, Selected, Visits
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.streaming import Stream, StreamedQuestions, StreamLoader, find_streams
 from idefics_lit.errors import InputError
@@ -140,7 +140,7 @@ class DocVQADataModule(LightningDataModule):
         options = self.hparams
         if options.streaming:
             return self._loader("train", options.batch_size)
-        sampler = _Visits(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
+        sampler = Visits(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
         return self._loader("train", options.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -159,7 +159,7 @@ class DocVQADataModule(LightningDataModule):
         batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
         if batch_size == "auto":  # the module evaluates a batch that is too large in parts
             batch_size = 128 if torch.cuda.is_available() else 32
-        return self._loader(split, batch_size, _PageByPage(self.examples[split], 8 * batch_size, **self._ranks()))
+        return self._loader(split, batch_size, PageByPage(self.examples[split], 8 * batch_size, **self._ranks()))
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
@@ -250,7 +250,7 @@ class DocVQADataModule(LightningDataModule):
         if self._val_split():
             return examples
         held_out = self._held_out(examples)
-        return _Selected(examples, [i for i, page in enumerate(examples.page_ids) if page not in held_out])
+        return Selected(examples, [i for i, page in enumerate(examples.page_ids) if page not in held_out])
 
     def _val(self) -> Examples:
         if split := self._val_split():
@@ -259,7 +259,7 @@ class DocVQADataModule(LightningDataModule):
         if self.hparams.streaming:  # its first questions
             return examples
         held_out = self._held_out(examples)
-        return _Selected(examples, [i for i, page in enumerate(examples.page_ids) if page in held_out])
+        return Selected(examples, [i for i, page in enumerate(examples.page_ids) if page in held_out])
 
     def _predict(self) -> Examples:
         split = self.hparams.predict_split or self.hparams.test_split or "test"
@@ -281,7 +281,7 @@ class DocVQADataModule(LightningDataModule):
         return set(random.Random(self.hparams.seed).sample(pages, count))
 
     def _limited(self, examples: Examples, limit: int | None) -> Examples:
-        return _Selected(examples, range(len(examples))[:limit])
+        return Selected(examples, range(len(examples))[:limit])
 
     def _drawn(self, examples: Examples, count: int) -> Examples:
         """So many questions on pages drawn at random, in the set's order."""
@@ -289,86 +289,10 @@ class DocVQADataModule(LightningDataModule):
         random.Random(self.hparams.seed).shuffle(pages)
         places = {page: place for place, page in enumerate(pages)}
         drawn = sorted(range(len(examples)), key=lambda i: places[examples.page_ids[i]])
-        return _Selected(examples, sorted(drawn[:count]))
+        return Selected(examples, sorted(drawn[:count]))
 
     def _require_answers(self) -> None:
         for examples in self.examples.values():
             row = next((i for i, answers in enumerate(examples.answers) if not answers), None)
             if row is not None:
                 raise InputError(f"{examples.where(row)}: no answer: add one or drop the row; `predict` needs none")
-
-
-class _Selected(Examples):
-    """Some of the questions of a split, each visited in an epoch."""
-
-    def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
-        self.examples, self.indices = examples, indices
-        self.page_ids = [examples.page_ids[i] for i in indices]
-        self.answers = [examples.answers[i] for i in indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, visit: int | tuple[int, int]) -> Example:
-        index, epoch = visit if isinstance(visit, tuple) else (visit, None)
-        example = self.examples[self.indices[index]]
-        example.epoch, example.page_id, example.place = epoch, self.page_ids[index], index
-        return example
-
-    def where(self, index: int) -> str:
-        return self.examples.where(self.indices[index])
-
-
-class _Visits(DistributedSampler[Any]):
-    """Shuffled questions of a rank, each with its epoch, so that nothing drawn for it depends on a generator's state.
-
-    A `DistributedSampler` in single-device runs too: the order is a function of (seed, epoch), which Lightning sets.
-    With several questions a page, so many of a page follow one another.
-    """
-
-    def __init__(self, examples: Examples, questions_per_page: int, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(examples, **kwargs)
-        self.page_ids, self.questions_per_page = examples.page_ids, questions_per_page
-
-    def __iter__(self) -> Iterator[Any]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        groups: list[list[int]] = []
-        open_groups: dict[Hashable, list[int]] = {}
-        for index in torch.randperm(len(self.page_ids), generator=generator).tolist():
-            group = open_groups.get(self.page_ids[index])
-            if group is None or len(group) == self.questions_per_page:
-                group = open_groups[self.page_ids[index]] = []
-                groups.append(group)
-            group.append(index)
-        order = list(islice(cycle(chain.from_iterable(groups)), self.total_size))
-        # Ranks take turns by so many questions as a page has; what is left at the end is cut into equal shares.
-        whole = len(order) - len(order) % (self.questions_per_page * self.num_replicas)
-        runs = [order[i : i + self.questions_per_page] for i in range(0, whole, self.questions_per_page)]
-        share = (len(order) - whole) // self.num_replicas
-        rest = order[whole + self.rank * share :][:share]
-        mine = [*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest]
-        return (cast("Any", (index, self.epoch)) for index in mine)
-
-
-class _PageByPage(DistributedSampler[Any]):
-    """Questions on a page behind one another, as pages with as many questions are: a batch's rows are of one length.
-
-    Pages are sorted in windows of so many questions, so that every part of a set is like the whole. A rank's share is
-    in one piece.
-    """
-
-    def __init__(self, examples: Examples, window: int, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(examples, shuffle=False, **kwargs)
-        pages: dict[Hashable, list[int]] = {}
-        for index, page in enumerate(examples.page_ids):
-            pages.setdefault(page, []).append(index)
-        windows: list[list[list[int]]] = [[]]
-        for questions in pages.values():
-            if sum(map(len, windows[-1])) >= window:
-                windows.append([])
-            windows[-1].append(questions)
-        self.order = [index for some in windows for questions in sorted(some, key=len) for index in questions]
-
-    def __iter__(self) -> Iterator[Any]:
-        start = self.rank * self.num_samples
-        return islice(cycle(self.order), start, start + self.num_samples)

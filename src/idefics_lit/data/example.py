@@ -22,6 +22,7 @@ class Example:
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
         page_id: the key of its pages; questions with the same one share a row of a batch.
         place: where it stands in its set; answers are written in that order.
+        repeated: whether another rank evaluates it too; it has no labels then, and counts once.
     """
 
     question_id: int | str
@@ -33,6 +34,7 @@ class Example:
     epoch: int | None = None
     page_id: Hashable = None
     place: int = 0
+    repeated: bool = False
 
 
 class Examples(Dataset[Example]):

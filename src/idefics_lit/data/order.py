@@ -1,0 +1,95 @@
+"""Which questions of a split are visited, and in which order by which rank."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain, cycle, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from idefics_lit.data.example import Example, Examples
+
+
+class Selected(Examples):
+    """Some of the questions of a split, each visited in an epoch."""
+
+    def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
+        self.examples, self.indices = examples, indices
+        self.page_ids = [examples.page_ids[i] for i in indices]
+        self.answers = [examples.answers[i] for i in indices]
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self.indices)
+
+    def __getitem__(self, visit: int | tuple[int, int | None, bool]) -> Example:
+        """Return a question: its number alone, or with the epoch, and whether another rank has it too."""
+        index, epoch, repeated = visit if isinstance(visit, tuple) else (visit, None, False)
+        example = self.examples[self.indices[index]]
+        example.epoch, example.page_id, example.place = epoch, self.page_ids[index], index
+        example.repeated = repeated
+        return example
+
+    def where(self, index: int) -> str:
+        """Name a question's row for error messages."""
+        return self.examples.where(self.indices[index])
+
+
+class Visits(DistributedSampler[Any]):
+    """Shuffled questions of a rank, each with its epoch, so that nothing drawn for it depends on a generator's state.
+
+    A `DistributedSampler` in single-device runs too: the order is a function of (seed, epoch), which Lightning sets.
+    With several questions a page, so many of a page follow one another.
+    """
+
+    def __init__(self, examples: Examples, questions_per_page: int, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(examples, **kwargs)
+        self.page_ids, self.questions_per_page = examples.page_ids, questions_per_page
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what `Selected` takes."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        groups: list[list[int]] = []
+        open_groups: dict[Hashable, list[int]] = {}
+        for index in torch.randperm(len(self.page_ids), generator=generator).tolist():
+            group = open_groups.get(self.page_ids[index])
+            if group is None or len(group) == self.questions_per_page:
+                group = open_groups[self.page_ids[index]] = []
+                groups.append(group)
+            group.append(index)
+        order = list(islice(cycle(chain.from_iterable(groups)), self.total_size))
+        # Ranks take turns by so many questions as a page has; what is left at the end is cut into equal shares.
+        whole = len(order) - len(order) % (self.questions_per_page * self.num_replicas)
+        runs = [order[i : i + self.questions_per_page] for i in range(0, whole, self.questions_per_page)]
+        share = (len(order) - whole) // self.num_replicas
+        rest = order[whole + self.rank * share :][:share]
+        mine = [*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest]
+        return ((index, self.epoch, False) for index in mine)
+
+
+class PageByPage(DistributedSampler[Any]):
+    """Questions on a page behind one another, as pages with as many questions are: a batch's rows are of one length.
+
+    Pages are sorted in windows of so many questions, so that every part of a set is like the whole. A rank's share is
+    in one piece; the last rank's is filled up with questions that others have, and says so.
+    """
+
+    def __init__(self, examples: Examples, window: int, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(examples, shuffle=False, **kwargs)
+        pages: dict[Hashable, list[int]] = {}
+        for index, page in enumerate(examples.page_ids):
+            pages.setdefault(page, []).append(index)
+        windows: list[list[list[int]]] = [[]]
+        for questions in pages.values():
+            if sum(map(len, windows[-1])) >= window:
+                windows.append([])
+            windows[-1].append(questions)
+        self.order = [index for some in windows for questions in sorted(some, key=len) for index in questions]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield what `Selected` takes."""
+        start = self.rank * self.num_samples
+        return (
+            (self.order[i % len(self.order)], None, i >= len(self.order))
+            for i in range(start, start + self.num_samples)
+        )
