@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from idefics_lit.cli import COMMANDS, DocVQACLI, _explain, main
+from idefics_lit.module import Idefics2Module
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).parent / "data" / "docvqa-public-domain"
@@ -95,6 +96,13 @@ def test_every_config_is_printed_whole(capsys, command, config):
                 assert printed[group][name]["class_path"] == value["class_path"]
             elif name not in ("callbacks", "logger", "lora"):
                 assert printed[group][name] == value
+
+
+def test_image_splitting_goes_with_cuda_graphs(in_effect):
+    names = ("docvqa", "image_splitting", "gpu_80gb")
+    options = in_effect("fit", *(arg for name in names for arg in ("--config", ROOT / "configs" / f"{name}.yaml")))
+    assert options.data.image_splitting and options.model.cuda_graphs
+    Idefics2Module(**{**options.model, "lora": {}})  # refuses checkpointing
 
 
 def test_a_checkpoint_is_the_default(in_effect, checkpoint, tiny):
