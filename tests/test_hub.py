@@ -56,7 +56,7 @@ def make(row, rows=1, **changes):
 @pytest.mark.parametrize(
     ("form", "question_id", "question_types", "page_id"),
     [
-        ("nielsr", "train_0", [], "0"),
+        ("nielsr", "train_0", [], None),
         ("lmms-lab", "337", ["handwritten", "form"], "abcd0123 page 4"),
         ("HuggingFaceM4", 337, ["handwritten", "form"], "abcd0123 page 4"),
     ],
@@ -67,8 +67,36 @@ def test_published_forms_are_recognised(form, question_id, question_types, page_
     assert (example.question_id, example.question, example.answers) == (question_id, "What?", ["a", "b"])
     assert example.question_types == question_types
     assert [image.mode for image in example.images] == ["L"]
-    assert rows.page_ids == [page_id]
+    assert rows.page_ids == [page_id] if page_id else len(rows.page_ids) == 1
     assert example.where == "set train, row 0"
+
+
+def test_pages_without_an_id_are_told_apart_by_their_images(tmp_path, monkeypatch):
+    other = io.BytesIO()
+    Image.new("L", (40, 30), 7).save(other, "PNG")
+    own = HubDocVQA(make(FORMS["own"], rows=3, images=[PAGE, {"bytes": other.getvalue(), "path": None}]), "set")
+    assert own.page_ids[0] == own.page_ids[1] != own.page_ids[2]
+    rows = make(FORMS["nielsr"], rows=3, image={"bytes": other.getvalue(), "path": None})
+    ids = HubDocVQA(rows, "set").page_ids
+    assert ids[0] == ids[1] != ids[2]
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "set")
+    saved = load_splits(str(tmp_path / "set"))["train"]
+    whole = datasets.Dataset.map
+
+    def read_only(*args, keep_in_memory=False, **kwargs):
+        if not keep_in_memory:
+            raise PermissionError
+        return whole(*args, keep_in_memory=True, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "map", read_only)
+        assert HubDocVQA(saved, "set").page_ids == ids
+    assert HubDocVQA(saved, "set").page_ids == ids
+    IMAGE.save(tmp_path / "a.png")
+    IMAGE.save(tmp_path / "b.png")
+    files = [{"question": "What?", "image": str(tmp_path / name)} for name in ("a.png", "a.png", "b.png")]
+    ids = HubDocVQA(datasets.Dataset.from_list(files).cast_column("image", datasets.Image()), "set").page_ids
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_takes_the_question_in_another_language():

@@ -20,7 +20,7 @@ from idefics_lit.graphs import Graphed
 
 # Patches of the largest image and, for graphs, of all are filled up to multiples: few shapes for all pages.
 MULTIPLES = (1024, 256)
-SHARE = 16  # of many patches the multiple is at least such a part
+SHARE = 16  # where there are many, to such a part of the next power of two
 CHUNK = 4096  # patches that are projected at a time
 MOST_IMAGES = 16  # that are connected at a time, in evaluation
 

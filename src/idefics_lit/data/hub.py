@@ -1,5 +1,6 @@
 """Data sets that `datasets` reads, from the Hub or a local folder, with the published column forms of DocVQA."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ class HubDocVQA(Examples):
         if set(PAGE_COLUMNS) <= set(dataset.column_names):
             pages = zip(*(dataset[column] for column in PAGE_COLUMNS), strict=True)
             self.page_ids = [f"{document} page {page}" for document, page in pages]
-        else:  # every row counts as a page of its own
-            self.page_ids = [str(index) for index in range(len(dataset))]
+        else:
+            self.page_ids = _tell_pages_apart(self.dataset, self.columns["image"])
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -99,6 +100,32 @@ class HubDocVQA(Examples):
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
         return f"{self.name}, row {index}"
+
+
+def _tell_pages_apart(dataset: datasets.Dataset, column: str) -> list[str]:
+    """Return a key of each row's images as they are stored; where that aren't images, every row's own number.
+
+    `datasets` reads a set for it once, and keeps what it found beside a set that is on disk.
+    """
+    feature, encoded = dataset.features[column], datasets.Image(decode=False)
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, datasets.Image):
+        encoded = type(feature)(encoded)
+    elif not isinstance(feature, datasets.Image):
+        return [str(index) for index in range(len(dataset))]
+    stored = dataset.select_columns(column).cast_column(column, encoded)
+    options: dict[str, Any] = {"fn_kwargs": {"column": column}, "remove_columns": column, "desc": "Telling pages apart"}
+    try:
+        keys = stored.map(_key, **options)
+    except OSError:  # a folder that can't be written
+        keys = stored.map(_key, **options, keep_in_memory=True)
+    return list(keys["key"])
+
+
+def _key(row: Mapping[str, Any], column: str) -> dict[str, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    for image in row[column] if isinstance(row[column], list) else [row[column]]:
+        digest.update(image["bytes"] if image and image["bytes"] else str(image).encode())  # else a path, or nothing
+    return {"key": digest.hexdigest()}
 
 
 def read_example(
