@@ -173,19 +173,8 @@ def main() -> None:
     model, data = build(options, lambda folder: build_data(folder, options.tiny))
 
     def child(run: str, batch: int = 0, *more: str) -> list[str]:
-        arguments = [
-            "--run",
-            run,
-            *more,
-            "--model",
-            model,
-            "--data",
-            data,
-            "--batch",
-            batch,
-            "--steps",
-            max(4, 192 // max(batch, 1)),
-        ]
+        arguments = ["--run", run, *more, "--model", model, "--data", data]
+        arguments += ["--batch", batch, "--steps", max(4, 192 // max(batch, 1))]
         arguments += ["--tiny"] if options.tiny else []
         return [sys.executable, __file__, *map(str, arguments)]
 

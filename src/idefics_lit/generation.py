@@ -69,14 +69,15 @@ class Answers:
             kept.index_copy_(2, self.column, new)
         return self.layers[layer]
 
-    def start(self, read: Layers, rows: Tensor, places: Tensor, sees: Tensor) -> None:
+    def start(self, read: Layers, rows: Tensor, places: Tensor, sees: Tensor, padding: int) -> None:
         """Take n prompts: the row (n) and the columns (n, T) of each in what was read, which of them it has (n, T)."""
         count, length = places.shape
         for own, given in zip(self.layers, read, strict=True):
             for kept, of_rows in zip(own, given, strict=True):
                 kept[:count, :, :length] = of_rows.transpose(1, 2)[rows[:, None], places].transpose(1, 2)
-        for of_prompts in (self.ids, self.sees, self.positions, self.going):
+        for of_prompts in (self.sees, self.positions, self.going):
             of_prompts.zero_()
+        self.ids.fill_(padding)
         self.sees[:count, :length] = sees
         self.positions[:count] = sees.sum(1)
         self.going[:count] = True
@@ -131,9 +132,10 @@ class Answering:
         rows, places = batch["prompt_rows"], batch["prompt_places"]
         count, first = places.shape
         self.parts.check_length(first + self.max_new_tokens)
-        found = hidden.new_zeros(count, self.max_new_tokens, dtype=torch.long)
+        padding = self.tokenizer.pad_token_id
+        found = hidden.new_full((count, self.max_new_tokens), padding, dtype=torch.long)
         answers, go_on = self._room(memory.layers, self._rows(count), first + self.max_new_tokens)
-        answers.start(memory.layers, rows, places, batch["prompt_attention_mask"].bool())
+        answers.start(memory.layers, rows, places, batch["prompt_attention_mask"].bool(), padding)
         self._choose(answers, F.pad(hidden[rows, places[:, -1]], (0, 0, 0, len(answers.ids) - count)))
         questions = torch.arange(count, device=hidden.device)  # what each row answers
         for _ in range(self.max_new_tokens - 1):
