@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.files import replacing
 
 
 class MemoryCache:
@@ -100,19 +101,13 @@ class FolderCache:
 
     def put(self, page: str, features: Tensor) -> None:
         """Keep a page's features."""
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        os.close(handle)
+        # A copy: a slice would keep all of the batch it was made in.
+        stored = save({"features": features.detach().to("cpu", copy=True).contiguous()})
         try:
-            # A copy: a slice would keep all of the batch it was made in.
-            save_file({"features": features.detach().to("cpu", copy=True).contiguous()}, temporary)
-            os.replace(temporary, self._file(page))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"model.feature_cache {self.folder}: can't be written ({first_line(error)}): lower "
-                f"model.feature_cache_gb or leave it out"
-            ) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            with replacing(self._file(page), durable=False) as file:  # what is cut off is a miss
+                file.write(stored)
+        except InputError as error:
+            raise InputError(f"model.feature_cache: {error}, lower model.feature_cache_gb, or leave it out") from error
         self._bytes += features.nbytes
         if self._bytes > self.room:
             self._make_room()

@@ -1,12 +1,71 @@
-"""What a checkpoint must agree in with the run that loads it, and where the run wins."""
+"""Checkpoints: how they are written, read and found, and what they must agree in with the run that loads them."""
 
+import io
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from idefics_lit.errors import InputError
+from idefics_lit.errors import InputError, first_line
+from idefics_lit.files import replacing
+
+# Other answers can't be told from worse ones when these differ from what the adapter was trained with.
+TRAINED_WITH = {
+    "hyper_parameters": ("model", ("quantization",)),
+    "datamodule_hyper_parameters": ("data", ("prompt_style", "image_splitting", "image_size")),
+}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints so that a kill or a full disk leaves the last one whole; load no code with them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ANN401
+        """Write a checkpoint.
+
+        Raises:
+            InputError: when it can't be written.
+        """
+        if "://" in str(path):  # a bucket has its own way
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()  # torch's own writer has no error for a full disk
+        torch.save(checkpoint, content)
+        with replacing(Path(path)) as file:
+            file.write(content.getbuffer())
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint, its tensors on disk until they are used; no code in it is run.
+
+    Raises:
+        InputError: when there is none, or another program's, or it is damaged.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
+    except FileNotFoundError as error:
+        raise InputError(f"ckpt_path {path}: no such file") from error
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = first_line(error)
+        raise InputError(f"ckpt_path {path}: not a checkpoint of this program, or a damaged one ({reason})") from error
+    return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder and those in it that can be read; None when there is none."""
+    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+        except InputError as error:
+            rank_zero_warn(f"Passed over: {error}")
+        else:
+            return path
+    return None
 
 
 def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -25,17 +84,48 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         )
 
 
-def check_hyperparameters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> None:
     """Compare what gives the weights their meaning and doesn't show in their shapes.
+
+    Args:
+        checkpoint: what is loaded.
+        own: this run's, by the same names as in the checkpoint: ``hyper_parameters``, ``datamodule_hyper_parameters``.
 
     Raises:
         InputError: when the adapter had another scale.
     """
-    alpha, own_alpha = saved.get("lora", {}).get("alpha"), own["lora"]["alpha"]
+    saved = checkpoint.get("hyper_parameters", {})
+    alpha, own_alpha = saved.get("lora", {}).get("alpha"), own["hyper_parameters"]["lora"]["alpha"]
     if alpha not in (None, own_alpha):
         raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
-    if saved.get("pretrained", own["pretrained"]) != own["pretrained"]:
-        rank_zero_warn(f"The adapter was trained on {saved['pretrained']}, not on {own['pretrained']}.")
+    differing = [
+        f"{part}.{name} {saved_part[name]!r}, here {own[key][name]!r}"
+        for key, (part, names) in TRAINED_WITH.items()
+        if (saved_part := checkpoint.get(key)) and key in own
+        for name in names
+        if name in saved_part and saved_part[name] != own[key].get(name)
+    ]
+    if differing:
+        rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
+
+
+def base_weights(model: torch.nn.Module) -> Tensor:
+    """Return 8 x 8 of the embedding's weights on the CPU, float32: they tell one base model from another."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight[:8, :8].detach().float().cpu().clone()
+
+
+def check_base(saved: Tensor, own: Tensor, pretrained: str) -> None:
+    """Compare `base_weights`, which both precisions of 16 bits round.
+
+    Raises:
+        InputError: when they are of another base model.
+    """
+    if not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):
+        raise InputError(
+            f"the checkpoint's adapter was trained on another base model than model.pretrained {pretrained!r}, whose "
+            f"embeddings differ: give the one it was trained on"
+        )
 
 
 def set_rates(checkpoint: dict[str, Any], lr: float, weight_decay: float) -> None:

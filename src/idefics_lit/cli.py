@@ -4,8 +4,8 @@ import argparse
 import difflib
 import logging
 import os
-import pickle
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -15,19 +15,28 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from idefics_lit.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from idefics_lit.data.datamodule import DocVQADataModule
-from idefics_lit.errors import InputError, first_line
-from idefics_lit.outputs import PredictionWriter, ProgressBar, Results, SaveConfig
+from idefics_lit.errors import InputError
+from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SaveOnSigterm, SkippedExamples
+from idefics_lit.progress import ProgressBar
+from idefics_lit.runs import own_folder
+from idefics_lit.trainer import DocVQATrainer
 
 COMMANDS = {
     "fit": "Train the adapter, validate as often as the config says, keep the best checkpoint.",
     "validate": "Score a checkpoint, or the model without one, on the validation split.",
     "test": "Score a checkpoint, or the model without one, on the test split.",
     "predict": "Answer a split's questions, with or without references: submission.json and predictions.jsonl.",
+    "check": "Read all training and validation questions and say what training would meet; no model is loaded.",
 }
+WITHOUT_DATA: set[str] = set()  # commands for which no data.source is needed
 PARTS = {"model", "model.lora", "data", "data.pretrained"}
 TRAINER_OPTIONS = {
     "accelerator": "cpu, gpu or auto",
@@ -63,6 +72,7 @@ class DocVQACLI(LightningCLI):
             "validate": hidden | {"dataloaders"},
             "test": hidden | {"dataloaders"},
             "predict": hidden | {"dataloaders", "return_predictions"},
+            "check": hidden,
         }
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
@@ -88,8 +98,10 @@ class DocVQACLI(LightningCLI):
         self.config = self._parse(parser, args)
         command = self.config.subcommand
         path = self.config[command].ckpt_path
-        if path and path not in ("best", "last", "hpc"):
-            checkpoint = _read_checkpoint(path)
+        if path == "last":
+            path = self._newest_checkpoint()
+        if path and path not in ("best", "hpc"):
+            checkpoint = read_checkpoint(path)
             remembered = {
                 "model": checkpoint.get("hyper_parameters", {}),
                 "data": checkpoint.get("datamodule_hyper_parameters", {}),
@@ -97,6 +109,21 @@ class DocVQACLI(LightningCLI):
             remembered["data"].pop("pretrained", None)  # linked to the model's
             self._subcommand_parsers[command].set_defaults(_flat(remembered))
             self.config = self._parse(parser, args)
+        self.config[command].ckpt_path = path
+
+    def _newest_checkpoint(self) -> str | None:
+        """Find what "last" means; a fit that finds none begins, so that a job's script can always say it."""
+        options = self.config[self.config.subcommand]
+        logger = options.trainer.logger
+        args = logger.init_args if isinstance(logger, Namespace) else Namespace()
+        folder = Path(args.get("save_dir") or options.trainer.default_root_dir or ".", args.get("name") or "")
+        if logger is False:
+            folder /= "checkpoints"
+        path = newest_checkpoint(folder)
+        if path is None and self.config.subcommand != "fit":
+            raise InputError(f"ckpt_path last: no checkpoint in {folder}")
+        print(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins", file=sys.stderr)
+        return str(path) if path else None
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
         try:
@@ -111,7 +138,7 @@ class DocVQACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what can't work before anything is loaded, and let wandb run without an account."""
         options = self.config[self.config.subcommand]
-        if not options.data.source:
+        if not options.data.source and self.config.subcommand not in WITHOUT_DATA:
             raise InputError("data.source is missing: give --config FILE, or a folder, Hub id or synthetic")
         trainer = options.trainer
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
@@ -123,7 +150,9 @@ class DocVQACLI(LightningCLI):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
 
     def after_instantiate_classes(self) -> None:
-        """Find out now, not after training, that results can't be written."""
+        """Find out now, not after training, that results can't be written; write checkpoints whole or not at all."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         loggers = self.trainer.loggers
         folder = Path((loggers[0].save_dir if loggers else None) or self.trainer.default_root_dir)
         try:
@@ -133,6 +162,17 @@ class DocVQACLI(LightningCLI):
         except OSError as error:
             raise InputError(f"the output folder {folder} can't be written: {error}") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Give a fit a folder of its own."""
+        if subcommand != "fit" or not self.trainer.is_global_zero:
+            super()._run_subcommand(subcommand)
+            return
+        options = self.config[subcommand]
+        logger = options.trainer.logger
+        numbered = not isinstance(logger, Namespace) or logger.init_args.get("version") is None
+        with own_folder(self.trainer, numbered=numbered, resumed=options.ckpt_path):
+            super()._run_subcommand(subcommand)
+
     def after_fit(self) -> None:
         """Score all validation questions where the fit scored some: with the best checkpoint, if one is kept."""
         if self.datamodule.hparams.val_in_fit is not None:
@@ -141,8 +181,10 @@ class DocVQACLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # A checkpoint is data: nothing in it may run code.
-        ckpt_path = self.config_init[subcommand].ckpt_path
-        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": ckpt_path, "weights_only": True}
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        if hasattr(Trainer, subcommand):
+            given |= {"ckpt_path": self.config_init[subcommand].ckpt_path, "weights_only": True}
+        return given
 
 
 class _Help(DefaultHelpFormatter):
@@ -191,18 +233,6 @@ def _allow_wandb_offline() -> None:
         wandb.teardown()  # it has read the environment already
 
 
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"]
-    except FileNotFoundError as error:
-        raise InputError(f"ckpt_path {path}: no such file") from error
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = first_line(error)
-        raise InputError(f"ckpt_path {path}: not a checkpoint of this program, or a damaged one ({reason})") from error
-    return checkpoint
-
-
 def _hide_noise(*, training: bool) -> None:
     """Silence what libraries say about themselves and no user of this program can act on."""
     if not training:  # which callbacks a checkpoint remembers matters to a resumed fit only
@@ -233,14 +263,14 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+    """Run one of `COMMANDS`.
 
     Args:
         args: the command line, ``sys.argv`` unless given.
 
     Raises:
         SystemExit: with code 2 and one line on standard error after a user's mistake; ``--debug`` or the environment
-            variable ``IDEFICS_LIT_DEBUG=1`` shows the traceback instead.
+            variable ``IDEFICS_LIT_DEBUG=1`` shows the traceback instead. With code 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
@@ -251,11 +281,12 @@ def main(args: Sequence[str] | None = None) -> None:
         DocVQACLI(
             Idefics2Module,
             DocVQADataModule,
+            trainer_class=DocVQATrainer,
             args=[arg for arg in args if arg != "--debug"],
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [PredictionWriter(), Results()],
+                "callbacks": [SaveOnSigterm(), PredictionWriter(), Results(), SkippedExamples()],
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -278,3 +309,5 @@ def main(args: Sequence[str] | None = None) -> None:
         text = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except SIGTERMException:  # Lightning's has exit code 0
+        raise SystemExit(128 + signal.SIGTERM) from None

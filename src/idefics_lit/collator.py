@@ -71,11 +71,11 @@ class Idefics2Collator:
         Returns:
             What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
             are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W); ``pixel_attention_mask`` (R, N, H, W) bool.
-            Besides, of each row's images, ``image_sizes``, height and width in pixels, and ``image_keys``, other ones
-            for other pixels. Without ``train`` also ``prompt_input_ids`` and ``prompt_attention_mask`` (B, T'),
-            left-padded; ``prompt_rows`` (B) and ``prompt_places`` (B, T'), the row and the columns that each prompt has
-            in ``input_ids``; and the lists ``question_ids``, ``questions``, ``references``, ``question_types`` and
-            ``places``, in the set; an example without answers has no labels there.
+            Besides the list ``question_ids``, and of each row's images ``image_sizes``, height and width in pixels,
+            and ``image_keys``, other ones for other pixels. Without ``train`` also ``prompt_input_ids`` and
+            ``prompt_attention_mask`` (B, T'), left-padded; ``prompt_rows`` (B) and ``prompt_places`` (B, T'), the row
+            and the columns that each prompt has in ``input_ids``; and the lists ``questions``, ``references``,
+            ``question_types`` and ``places``, in the set; an example without answers has no labels there.
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
@@ -113,6 +113,7 @@ class Idefics2Collator:
         mask = images["pixel_attention_mask"].bool()
         sizes = [[(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask]
         collated: dict[str, Any] = {
+            "question_ids": [example.question_id for example in examples],
             **pack(rows, self.processor.tokenizer.pad_token_id),
             "pixel_values": images["pixel_values"].to(self.pixels),
             "pixel_attention_mask": mask,
@@ -147,7 +148,6 @@ class Idefics2Collator:
             "prompt_attention_mask": padded["attention_mask"],
             "prompt_rows": torch.tensor(rows),
             "prompt_places": pad_sequence(list(places), batch_first=True, padding_side="left"),
-            "question_ids": [example.question_id for example in examples],
             "questions": [example.question for example in examples],
             "references": [example.answers for example in examples],
             "question_types": [example.question_types for example in examples],

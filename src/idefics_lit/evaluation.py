@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
@@ -43,6 +44,8 @@ class Evaluation:
             batch: the collator's.
             loss: takes the batch's, weighted by its labelled tokens.
         """
+        if "input_ids" not in batch:  # bad examples alone
+            return []
         rows = len(batch["input_ids"])
         most = self.most_rows or rows
         if most < rows:
@@ -74,7 +77,11 @@ class Evaluation:
         hidden, answers = self.read_and_answer(batch)
         if loss is not None:
             value, tokens = self.parts.loss(batch, hidden)
-            loss.update(value / tokens.clamp(min=1), weight=tokens)
+            if value.isfinite():
+                loss.update(value / tokens.clamp(min=1), weight=tokens)
+            else:
+                named = ", ".join(map(str, batch["question_ids"]))
+                rank_zero_warn(f"The loss leaves out questions {named}, whose own is {float(value)}.")
         names = ("question_ids", "questions", "references", "question_types", "places")
         return [
             {

@@ -5,7 +5,8 @@ What is special here:
 - the loss of an optimizer step is the mean over all its answer tokens, over micro-batches and ranks;
 - validation generates answers and scores them, each question once;
 - a checkpoint holds the adapter alone, and is refused when it belongs to another model;
-- dropout is a function of seed, rank, epoch and batch, so that a resumed run repeats it.
+- dropout is a function of seed, rank, epoch and batch, and gradients that are accumulated go into the checkpoint, so
+  that a resumed run ends in the same adapter, wherever it was cut off.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,20 +14,21 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.cache import FolderCache, MemoryCache
-from idefics_lit.checkpoint import check_hyperparameters, check_weights, set_rates
+from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, set_rates
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation import Evaluation
 from idefics_lit.forward import Idefics2Forward, is_vision_trained
 from idefics_lit.metrics import ANLS
 from idefics_lit.model import LoRA, Quantization, load_model
+from idefics_lit.numerics import LossWatch, OverflowWatch
 from idefics_lit.pretrained import DTYPES, fingerprint, load_processor
 
 
@@ -107,6 +109,8 @@ class Idefics2Module(LightningModule):
         self.eval_loss = MeanMetric()
         self.records = []
         self._step: _Step | None = None
+        self._accumulated: dict[str, Any] = {}
+        self._losses, self._overflows = LossWatch(), OverflowWatch()
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -174,12 +178,29 @@ class Idefics2Module(LightningModule):
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
 
+    def on_train_start(self) -> None:
+        """Take up the gradients that a checkpoint holds."""
+        if not self._accumulated:
+            return
+        self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
+        gradients = self._accumulated["gradients"]
+        for name, parameter in self._trainable():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter)
+        self._accumulated = {}
+
+    def on_train_end(self) -> None:
+        """See that the last losses were finite too."""
+        self._losses.check(wait=True)
+
     def on_fit_end(self) -> None:
         """Forget what is captured: Lightning moves the weights away."""
         self.parts.forget_graphs()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # Lightning's rule, for its gradients
+            self._step = None
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -188,7 +209,12 @@ class Idefics2Module(LightningModule):
         Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
         The unit, the first micro-batch's number of tokens, only keeps float16 gradients at their usual size.
         """
-        loss, tokens = self.loss(batch)
+        if "labels" not in batch:  # bad examples alone: other ranks wait for gradients
+            nothing = sum((p.sum() * 0 for _, p in self._trainable()), torch.zeros((), device=self.device))
+            loss, tokens = nothing, torch.zeros((), dtype=torch.int64, device=self.device)
+        else:
+            loss, tokens = self.loss(batch)
+            self._losses.add(loss, batch["question_ids"])
         if self._step is None:
             unit = self._reduced(tokens.float(), "mean").clamp(min=1)
             self._step = _Step(unit, torch.zeros_like(tokens), torch.zeros_like(loss))
@@ -197,10 +223,13 @@ class Idefics2Module(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
+        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
+            self._overflows.step(scaler.get_scale())
         assert self._step is not None
         unit, tokens, loss = self._step
         self._step = None
         tokens, loss = self._reduced(torch.stack([tokens.double(), loss.double()]), "sum")
+        tokens = tokens.clamp(min=1)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * unit / tokens
         # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
         torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
@@ -222,11 +251,11 @@ class Idefics2Module(LightningModule):
             # Under mixed precision Lightning refuses to clip for an optimizer that can unscale gradients by itself.
             fused=parameters[0].is_cuda and not self.trainer.gradient_clip_val,
         )
+        steps = int(self.trainer.estimated_stepping_batches)
+        # It may have opened the loader, before a checkpoint's place in it was known.
+        self.trainer.fit_loop._combined_loader = None
         scheduler = get_scheduler(
-            options.schedule,
-            optimizer,
-            num_warmup_steps=options.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
+            options.schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -307,9 +336,33 @@ class Idefics2Module(LightningModule):
         check_weights(state_dict, dict(self._trainable()))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the gradients accumulated so far, of all ranks; all of them must call it.
+
+        Raises:
+            InputError: a loss wasn't finite: what would be saved is no good.
+        """
+        self._losses.check(wait=True)
+        checkpoint["base"] = base_weights(self.model)
+        if broken := next((name for name, p in self._trainable() if not p.isfinite().all()), None):
+            raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
+        if self._step is not None:
+            unit, tokens, loss = self._step
+            checkpoint["accumulated"] = {
+                "step": [self._reduced(value, "mean") for value in (unit, tokens.double(), loss)],
+                "gradients": {n: self._reduced(p.grad, "mean") for n, p in self._trainable() if p.grad is not None},
+            }
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another scale of the adapter, and let this run's learning rate and weight decay win over the saved."""
-        check_hyperparameters(checkpoint.get("hyper_parameters", {}), self.hparams)
+        """Refuse another base or scale of the adapter, say what else differs; this run's rates win over the saved."""
+        self._accumulated = checkpoint.get("accumulated", {})
+        own = {"hyper_parameters": self.hparams}
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, LightningDataModule):
+            own["datamodule_hyper_parameters"] = data.hparams
+        check_hyperparameters(checkpoint, own)
+        if "base" in checkpoint:
+            check_base(checkpoint["base"], base_weights(self.model), self.hparams.pretrained)
         set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers

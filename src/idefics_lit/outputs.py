@@ -1,29 +1,21 @@
-"""What a run leaves behind: its config, its answers, and the tables at the end of a fit."""
+"""What a run leaves behind: its config, its answers, what it skipped, and the tables at the end of a fit."""
 
 import json
-import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from idefics_lit.distributed import gather_objects
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of this run, the one that Lightning's checkpoints go to: log folder, name, version."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+from idefics_lit.files import replacing
+from idefics_lit.runs import run_folder
 
 
 class SaveConfig(SaveConfigCallback):
@@ -35,6 +27,18 @@ class SaveConfig(SaveConfigCallback):
             folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True)
+
+
+class SaveOnSigterm(Callback):
+    """Save ``sigterm.ckpt`` when a scheduler asks the process to end; Lightning ends it behind the batch in hand."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, on all ranks, once there is something to save."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step:
+            path = run_folder(trainer) / "checkpoints" / "sigterm.ckpt"
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                print(f"stopped by SIGTERM at step {trainer.global_step}: go on with --ckpt_path {path}, or last")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -62,68 +66,6 @@ class PredictionWriter(BasePredictionWriter):
             Console().print(
                 f"{len(records)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}"
             )
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs.
-
-    An evaluation's says the score so far and the questions a second.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shown: dict[str, Any] = {}
-        self.read_at = 0.0
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Return the batches of this epoch; Lightning takes the optimizer steps that are left for batches."""
-        trainer = self.trainer
-        if trainer.max_steps < 0:
-            return trainer.num_training_batches
-        # At an epoch's start the last epoch's batches still stand there.
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % max(int(trainer.num_training_batches), 1)
-        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, done + left)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what the bar shows, in training a second old at most: to read it is to wait for the GPU."""
-        if not trainer.training or time.perf_counter() - self.read_at > 1:
-            self.shown = {k: value for k, value in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-            self.read_at = time.perf_counter()
-        return self.shown
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count seconds."""
-        super().on_validation_start(trainer, pl_module)
-        self.started = time.perf_counter()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count seconds."""
-        super().on_test_start(trainer, pl_module)
-        self.started = time.perf_counter()
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
-        """Say how it goes."""
-        super().on_validation_batch_end(trainer, pl_module, *args)
-        if not trainer.sanity_checking:
-            self._describe(self.val_progress_bar_id, pl_module)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
-        """Say how it goes."""
-        super().on_test_batch_end(trainer, pl_module, *args)
-        self._describe(self.test_progress_bar_id, pl_module)
-
-    def _describe(self, bar: Any, module: Any) -> None:  # noqa: ANN401
-        if self.progress is None or bar is None:
-            return
-        scores = [record["score"] for record in module.records]
-        rate = len(scores) / (time.perf_counter() - self.started)
-        self.progress.update(bar, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        description = super()._get_train_description(current_epoch)
-        return description if (self.trainer.max_epochs or -1) > 0 else f"Epoch {current_epoch}"
 
 
 class Results(Callback):
@@ -187,6 +129,40 @@ class Results(Callback):
         return places
 
 
+class SkippedExamples(Callback):
+    """Write what is wrong with the examples that are left out to ``skipped.txt``, a line each, as it is met."""
+
+    def __init__(self) -> None:
+        self.written: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write what the data module knows from the start."""
+        # Ranks' loggers may number runs differently.
+        self.file = Path(trainer.strategy.broadcast(run_folder(trainer))) / "skipped.txt"
+        if trainer.is_global_zero:
+            self._write(getattr(trainer.datamodule, "skipped", ()))  # type: ignore[attr-defined]
+
+    def _write(self, lines: Iterable[str]) -> None:
+        new = [line for line in dict.fromkeys(lines) if line not in self.written]
+        if new:
+            self.written.update(new)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in new)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
+        """Write a batch's."""
+        self._write(batch.get("skipped", ()))
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end  # type: ignore[assignment]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Count them, on rank 0."""
+        if trainer.is_global_zero and self.file.exists():
+            count = len(set(self.file.read_text(encoding="utf-8").splitlines()))
+            Console().print(f"{count} examples were skipped: {self.file}")
+
+
 def _scores(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
     """ANLS in all and by type of question."""
     table = Table("ANLS", *(["before"] if before else []), "after", "questions")
@@ -228,11 +204,5 @@ def _as_int(question_id: int | str) -> int | str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write all lines or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
+from idefics_lit.data.loader import TrainingLoader
 from idefics_lit.data.order import PageByPage, Selected, Visits
+from idefics_lit.data.skipping import Tolerant, TolerantCollator
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.streaming import Stream, StreamedQuestions, StreamLoader, find_streams
 from idefics_lit.errors import InputError
@@ -62,7 +64,10 @@ class DocVQADataModule(LightningDataModule):
         batch_size: examples a training batch, on each device.
         eval_batch_size: examples a batch in validation, test and prediction: "auto", which is 128, or as many as there
             is memory for, on a GPU and 32 elsewhere; batch_size unless given.
-        num_workers: loader processes on each device, by the machine's cores unless given.
+        on_bad_example: "raise" ends the run at a row or page that is wrong, by name; "skip" leaves it out of training
+            and scores and names it in the run's skipped.txt.
+        num_workers: loader processes on each device, by the machine's cores unless given; in a resumed run as many as
+            the checkpoint's had.
         seed: decides held-out pages, order, answers and synthetic pages.
 
     Raises:
@@ -97,6 +102,7 @@ class DocVQADataModule(LightningDataModule):
         questions_per_page: int = 1,
         batch_size: int = 2,
         eval_batch_size: int | Literal["auto"] | None = None,
+        on_bad_example: Literal["raise", "skip"] = "raise",
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -109,7 +115,10 @@ class DocVQADataModule(LightningDataModule):
             raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
         if streaming and limit_train is not None:
             raise InputError("data.limit_train: a stream is trained on for trainer.max_steps steps: leave it out")
+        self.num_workers = num_workers
         self.examples: dict[str, Examples] = {}
+        self.skipped: list[str] = []
+        """What is wrong with the rows that were left out before any page was opened, a line each."""
         self._opened: dict[str, Examples] = {}
 
     def setup(self, stage: str) -> None:
@@ -132,8 +141,9 @@ class DocVQADataModule(LightningDataModule):
             self.examples["test"] = self._limited(self._named(options.test_split or "test"), options.limit_test)
         if stage == "predict":
             self.examples["predict"] = self._limited(self._predict(), options.limit_test)
-        else:
-            self._require_answers()
+        self.examples = {
+            split: self._without_faults(examples, split != "predict") for split, examples in self.examples.items()
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
@@ -154,6 +164,15 @@ class DocVQADataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
         return self._eval_loader("predict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another machine's cores might make another number."""
+        return {"num_workers": self.num_workers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it, where no number is given."""
+        if self.hparams.num_workers is None:
+            self.num_workers = state_dict["num_workers"]
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
@@ -176,21 +195,24 @@ class DocVQADataModule(LightningDataModule):
             seed=options.seed,
             pixels=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
         )
+        skip = options.on_bad_example == "skip"
         local_world_size = self.trainer.num_devices if self.trainer else 1
-        num_workers = options.num_workers
-        if num_workers is None:
-            num_workers = min(suggested_max_num_workers(local_world_size), 16)
+        if self.num_workers is None:
+            self.num_workers = min(suggested_max_num_workers(local_world_size), 16)
         loading: dict[str, Any] = {
             "batch_size": batch_size,
-            "collate_fn": collator,
-            "num_workers": num_workers,
-            "persistent_workers": num_workers > 0,
+            "collate_fn": TolerantCollator(collator) if skip else collator,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
         if sampler is None:
             assert self.trainer is not None
             return StreamLoader(self._streamed(), self.trainer, **loading)
-        return DataLoader(self.examples[split], sampler=sampler, **loading)
+        examples: Any = Tolerant(self.examples[split]) if skip else self.examples[split]
+        if split == "train":
+            return TrainingLoader(examples, self.trainer, sampler=sampler, **loading)
+        return DataLoader(examples, sampler=sampler, **loading)
 
     def _check_streaming(self, stage: str) -> None:
         limit = "limit_val" if stage in ("fit", "validate") else "limit_test"
@@ -291,8 +313,19 @@ class DocVQADataModule(LightningDataModule):
         drawn = sorted(range(len(examples)), key=lambda i: places[examples.page_ids[i]])
         return Selected(examples, sorted(drawn[:count]))
 
-    def _require_answers(self) -> None:
-        for examples in self.examples.values():
-            row = next((i for i, answers in enumerate(examples.answers) if not answers), None)
-            if row is not None:
-                raise InputError(f"{examples.where(row)}: no answer: add one or drop the row; `predict` needs none")
+    def _without_faults(self, examples: Examples, need_answers: bool) -> Examples:
+        """Leave out the rows that are known to be bad, or name the first."""
+        faults = dict(examples.faults)
+        if need_answers:
+            for row, answers in enumerate(examples.answers):
+                if not answers:
+                    fault = f"{examples.where(row)}: no answer: add one or drop the row; `predict` needs none"
+                    faults.setdefault(row, fault)
+        if not faults:
+            return examples
+        if self.hparams.on_bad_example == "raise":
+            raise InputError(faults[min(faults)])
+        self.skipped += [faults[row] for row in sorted(faults)]
+        if len(faults) == len(examples):
+            raise InputError(f"data.on_bad_example skip: no row is left, the first is wrong too: {faults[0]}")
+        return Selected(examples, [row for row in range(len(examples)) if row not in faults])

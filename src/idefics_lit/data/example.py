@@ -1,7 +1,8 @@
 """What every source of data yields: one question about one or several page images."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from PIL.Image import Image
 from torch.utils.data import Dataset
@@ -43,10 +44,12 @@ class Examples(Dataset[Example]):
     Attributes:
         page_ids: the key of every question's page, known without decoding it.
         answers: the references of every question; an empty list where it has none.
+        faults: what is wrong with the rows that are known to be bad without opening a page, by number, a line each.
     """
 
     page_ids: Sequence[Hashable]
     answers: Sequence[Sequence[str]]
+    faults: Mapping[int, str] = MappingProxyType({})
 
     def __len__(self) -> int:
         """Count the questions."""

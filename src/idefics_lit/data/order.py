@@ -17,6 +17,7 @@ class Selected(Examples):
         self.examples, self.indices = examples, indices
         self.page_ids = [examples.page_ids[i] for i in indices]
         self.answers = [examples.answers[i] for i in indices]
+        self.faults = {i: examples.faults[row] for i, row in enumerate(indices) if row in examples.faults}
 
     def __len__(self) -> int:
         """Count them."""

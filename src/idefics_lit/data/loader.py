@@ -1,0 +1,54 @@
+"""The loader of training batches, which a resumed run goes on with inside an epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+
+class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
+    """A loader that knows its place in an epoch.
+
+    A place is so many batches: another run finds the same questions behind it when as many devices, workers and
+    examples a batch make it. With others its epoch is begun anew, and says so.
+
+    Args:
+        dataset: the questions.
+        trainer: whose epoch it is.
+        options: a DataLoader's.
+    """
+
+    def __init__(self, dataset: Any, trainer: Trainer | None, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(dataset, **options)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin when the first batch is asked for: Lightning iterates before it tells the sampler its epoch."""
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place and what it holds for; no place at an epoch's end."""
+        ended = self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return {"made by": self._made_by(), "place": {} if ended else super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there, or begin the epoch anew."""
+        saved, own, place = state_dict["made by"], self._made_by(), state_dict["place"]
+        if place and saved != own:
+            differing = ", ".join(f"{name} {saved[name]}, here {own[name]}" for name in own if saved[name] != own[name])
+            rank_zero_warn(f"The checkpoint's epoch is begun anew, since its batches were others: {differing}.")
+            assert self.trainer is not None
+            self.trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
+            place = {}
+        super().load_state_dict(place)
+
+    def _made_by(self) -> dict[str, Any]:
+        return {
+            "trainer.devices": self.trainer.world_size if self.trainer else 1,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
+            "data.batch_size": self.batch_size,
+            "data.num_workers": self.num_workers,
+            "questions": len(self.dataset),
+        }

@@ -1,0 +1,57 @@
+"""Bad examples left out of their batches, and named there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from idefics_lit.data.example import Example, Examples
+from idefics_lit.errors import InputError
+
+
+class Tolerant(Dataset[Any]):
+    """A split whose bad examples are their error."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        """Count the questions."""
+        return len(self.examples)
+
+    def __getitem__(self, visit: Any) -> Example | InputError:  # noqa: ANN401
+        """Return a question with its pages, or what is wrong with it."""
+        try:
+            return self.examples[visit]
+        except InputError as error:
+            return error
+
+
+class TolerantCollator:
+    """Collate what is good; a batch's ``skipped`` are the lines that name the others.
+
+    A batch of bad examples alone holds nothing else.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Example]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Sequence[Example | InputError]) -> dict[str, Any]:
+        """Collate."""
+        errors = [example for example in examples if isinstance(example, InputError)]
+        good = [example for example in examples if isinstance(example, Example)]
+        try:
+            batch = self.collate(good) if good else {}
+        except InputError:  # which one is it?
+            by_itself = [self._error(example) for example in good]
+            errors += [error for error in by_itself if error]
+            good = [example for example, error in zip(good, by_itself, strict=True) if not error]
+            batch = self.collate(good) if good else {}
+        return {**batch, "skipped": [str(error) for error in errors]}
+
+    def _error(self, example: Example) -> InputError | None:
+        try:
+            self.collate([example])
+        except InputError as error:
+            return error
+        return None

@@ -1,0 +1,45 @@
+"""Files that are there as a whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from idefics_lit.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` when all is written and on disk; until then ``path`` is as it was.
+
+    A process that is killed meanwhile leaves ``path`` and a file ending in ``.tmp``.
+
+    Args:
+        path: the file; folders are made.
+        durable: wait for the disk, so that a power cut leaves one of the two files whole too.
+
+    Raises:
+        InputError: the file can't be written, as on a full disk; nothing but the old one is left then.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if durable and os.name == "posix":  # the new name must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        kept = "what was there is as it was" if path.exists() else "nothing is left of it"
+        raise InputError(f"{path} can't be written: {error.strerror or error}; {kept}: make room") from error
