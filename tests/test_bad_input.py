@@ -162,6 +162,13 @@ def test_options(fit_fails, tmp_path, args, message):
         ({"question": "What is <image>?"}, r"row 1 \(questionId 2, .*holds one of the model's special tokens: reword"),
         ({"answers": ["<end_of_utterance>"]}, r"row 1 \(questionId 2, .*holds one of the model's special tokens: rew"),
         ({"question": "a" * 4100}, r"row 1 \(questionId 2, .* tokens are more than 2048: shorten the question, or"),
+        ({"question": " \n"}, r"train.json, row 1 \(questionId 2, image p.png\): no 'question'"),
+        ({"question": "\ud800"}, r"row 1 \(questionId 2, .*'question' holds '\\ud800', a character that is no text"),
+        ({"question": ["What?"]}, r"row 1 \(questionId 2, .*'question' holds list where a text should be: mend it or"),
+        ({"answers": [None, float("nan"), " "]}, r"row 1 \(questionId 2, .*: no answer: add one or drop the row"),
+        ({"answers": [{"text": "a"}]}, r"row 1 \(questionId 2, .*'answers' holds dict where a text should be: mend it"),
+        ({"image": {"path": "p.png"}}, r"row 1 \(questionId 2, .*'image' holds dict where a text should be: mend it"),
+        ({"image": "a" * 5000}, r"row 1 \(questionId 2, image a{100}\): the image file is missing"),
     ],
 )
 def test_rows(fit_fails, folder, changes, message):
@@ -204,6 +211,8 @@ def test_json(fit_fails, tmp_path, text, message):
         ({"answers": []}, [], "data train, row 1: no answer: add one or drop the row"),
         ({"id": None}, [], "data train, row 1: no question_id in column 'id'"),
         ({"image": {"bytes": b"cut", "path": None}}, [], "data train, row 1: the row can't be read: cannot identify"),
+        ({"image": {"bytes": b"", "path": None}}, [], "data train, row 1: the row can't be read: cannot identify"),
+        ({"query": " "}, [], "data train, row 1: no question in column 'query'"),
     ],
 )
 def test_data_sets(fit_fails, tmp_path, change, args, message):

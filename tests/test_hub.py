@@ -4,6 +4,7 @@ import io
 import json
 
 import datasets
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -115,6 +116,41 @@ def test_a_test_split_has_no_answers():
     assert (rows.answers, rows[0].answers) == ([[]], [])
 
 
+def test_texts_of_mixed_kinds_are_read():
+    """`datasets` stores them as JSON."""
+    kinds = ["What?", 1976, {"en": "Who?"}, ["What?"], None]
+    answers = [["a", 5, None], "b", 2.5, {"text": "a"}, [True, float("nan"), " "]]
+    mixed = [{"question": q, "answers": a, "image": PAGE} for q, a in zip(kinds, answers, strict=True)]
+    made = datasets.Dataset.from_list(mixed, on_mixed_types="use_json").cast_column("image", datasets.Image())
+    rows = HubDocVQA(made, "set")
+    assert [rows[i].question for i in range(3)] == ["What?", "1976", "Who?"]
+    assert rows.answers == [["a", "5"], ["b"], ["2.5"], [], []]
+    assert rows.faults == {
+        3: "set, row 3: column 'question' holds list where a text should be: mend it or drop the row",
+        4: "set, row 4: no question in column 'question': drop the row",
+    }
+
+
+@pytest.mark.parametrize("part", [None, "", float("nan")])
+def test_a_page_without_its_official_id_is_one_of_its_own(part):
+    made = make(FORMS["lmms-lab"] | {"ucsf_document_page_no": part}, rows=2)
+    ids = HubDocVQA(made, "set").page_ids
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("column", ["question", "answers", "ucsf_document_id", "image"])
+def test_text_in_no_known_encoding_is_named(column):
+    """Parquet and arrow files don't say whether theirs is UTF-8."""
+    texts = {"question": ["What?", "Who?"], "answers": ["a", "b"], "image": ["p.png", "q.png"]}
+    columns = {name: pa.array(some) for name, some in {**texts, "ucsf_document_id": ["c", "d"]}.items()}
+    columns[column] = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    pages = {"ucsf_document_page_no": ["1", "1"]} if column == "ucsf_document_id" else {}
+    rows = HubDocVQA(datasets.Dataset(pa.table({**columns, **pages})), "set")
+    assert len(rows.page_ids) == len(rows.answers) == 2
+    with pytest.raises(InputError, match=r"set, row 1: the row can't be read: 'utf-8' codec can't decode"):
+        rows[1]
+
+
 def test_named_columns_win():
     columns = {"question": "ask", "image": "scan", "question_id": "number", "answers": "reply"}
     names = {"query": "ask", "image": "scan", "id": "number", "answers": "reply"}
@@ -152,6 +188,7 @@ def test_a_missing_column_is_named_with_its_cure(column):
 def test_an_incomplete_row_is_named(changes, message):
     rows = HubDocVQA(make(FORMS["lmms-lab"], 2, **changes), "set")
     assert rows[0].question == "What?"
+    assert list(rows.faults) == ([] if "image" in changes else [1])  # images aren't read before they are asked for
     with pytest.raises(InputError, match=message):
         rows[1]
 
@@ -206,7 +243,7 @@ def test_local_folders_are_read(tmp_path, save):
     lengths = save(tmp_path / "set")
     splits = load_splits(str(tmp_path / "set"))
     assert {split: len(rows) for split, rows in splits.items()} == lengths
-    example = HubDocVQA(splits["train"], "set")[0]
+    example = HubDocVQA(splits["train"], "set", folder=str(tmp_path / "set"))[0]
     assert (example.question, example.images[0].size) == ("What?", (40, 30))
     assert example.answers[0] == "a"
 

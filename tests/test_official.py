@@ -88,13 +88,58 @@ def test_opening_decodes_no_page(tmp_path, monkeypatch):
         ({"image": None}, "row 0 .*no 'image'"),
         ({"image": "documents/q.png"}, "row 0 .*image documents/q.png.*missing"),
         ({"image": "../outside.png"}, "row 0 .*lies outside"),
+        ({"image": "a" * 5000}, "row 0 .*missing"),
+        ({"image": "p\0.png"}, "row 0 .*missing"),
+        ({"image": ["documents/p.png"]}, "row 0 .*'image' holds list where a text should be: mend it or drop"),
+        ({"question": "  \n"}, r"row 0 \(questionId 7, .*no 'question'"),
+        ({"question": float("nan")}, r"row 0 \(questionId 7, .*no 'question'"),
+        ({"question": {"en": "What?"}}, "row 0 .*'question' holds dict where a text should be"),
+        ({"question": "\ud800"}, r"row 0 .*'question' holds '\\ud800', a character that is no text: mend it or drop"),
+        ({"answers": {"text": ["a"]}}, "row 0 .*'answers' holds dict where a text should be"),
+        ({"answers": [["a"]]}, "row 0 .*'answers' holds list where a text should be"),
+        ({"answers": ["a", "b\udfff"]}, r"row 0 .*'answers' holds '\\udfff', a character that is no text"),
+        ({"question_types": [{}]}, "row 0 .*'question_types' holds dict where a text should be"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, changes, message):
     file = write(tmp_path / "data", **changes)
     shutil.copy(tmp_path / "data" / "documents" / "p.png", tmp_path / "outside.png")
-    with pytest.raises(InputError, match=message):
-        OfficialDocVQA(file)
+    rows = OfficialDocVQA(file)
+    assert (len(rows), rows.answers, list(rows.faults)) == (1, [[]], [0])
+    with pytest.raises(InputError, match=message) as caught:
+        rows[0]
+    assert str(caught.value) == rows.faults[0]
+
+
+def test_a_bad_row_leaves_the_others_alone(tmp_path):
+    file = write(tmp_path, rows=3)
+    data = json.loads(file.read_text())
+    data["data"][1] = "a question"
+    file.write_text(json.dumps(data))
+    rows = OfficialDocVQA(file)
+    assert rows.faults == {1: f"{file}, row 1: not a JSON object: drop the row"}
+    assert rows.page_ids[0] == rows.page_ids[2] != rows.page_ids[1]
+    assert [rows[0].question_id, rows[2].question_id] == [7, 9]
+    assert rows.where(1) == f"{file}, row 1"
+
+
+@pytest.mark.parametrize(
+    ("answers", "read"),
+    [
+        ([5, 2.5, True], ["5", "2.5", "True"]),
+        (1976, ["1976"]),
+        ([None, "", " \t", float("nan"), "a"], ["a"]),
+        (["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000], ["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000]),
+    ],
+)
+def test_what_is_taken_for_an_answer(tmp_path, answers, read):
+    assert OfficialDocVQA(write(tmp_path, answers=answers))[0].answers == read
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    file = write(tmp_path)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert OfficialDocVQA(file)[0].question == "What?"
 
 
 def test_a_broken_page_is_named_when_it_is_asked_for(tmp_path):
@@ -112,11 +157,12 @@ def test_a_broken_page_is_named_when_it_is_asked_for(tmp_path):
         ('{"data": [{"questionId": 1, "que', "not a readable JSON file"),
         ('[{"questionId": 1}]', "not of the official DocVQA form"),
         ('{"data": {"questions": []}}', "not of the official DocVQA form"),
-        ('{"data": ["a question"]}', "row 0: not a JSON object"),
+        ("[" * 100_000, "not a readable JSON file"),
+        ('{"data": [], "dataset_split": ["a"]}', "'dataset_split' holds list where a text should be"),
     ],
 )
 def test_a_bad_json_is_named(tmp_path, text, message):
-    file = tmp_path / "train.json"
+    file = tmp_path / "mine.json"
     file.write_text(text)
-    with pytest.raises(InputError, match=rf"train.json.*{message}"):
-        OfficialDocVQA(file)
+    with pytest.raises(InputError, match=rf"mine.json.*{message}"):
+        [OfficialDocVQA(file) for file in find_official_splits(tmp_path).values()]

@@ -251,6 +251,24 @@ def test_a_row_that_can_not_be_read_is_named(tmp_path, form, changes, message, w
         list(islice(StreamedQuestions(stream(source), 49 % world_size, world_size), 200))
 
 
+def test_a_bad_row_among_the_first_is_known(tmp_path):
+    source = write(tmp_path / "set", single, rows=3, question=" ")
+    rows = stream(source).first(3)
+    assert rows.faults == {2: f"{source} train, row 2: no question in column 'question': drop the row"}
+    assert (rows.answers, rows[0].question) == ([["a", "b"], ["a", "b"], []], "0?")
+    with pytest.raises(InputError, match=r"row 2: no question in column"):
+        rows[2]
+
+
+def test_texts_of_mixed_kinds_are_streamed(tmp_path):
+    """`datasets` stores them as JSON."""
+    mixed = [{"question": q, "answers": ["a", 5], "image": PAGE} for q in ("What?", 1976)]
+    made = datasets.Dataset.from_list(mixed, on_mixed_types="use_json").cast_column("image", datasets.Image())
+    made.save_to_disk(str(tmp_path / "set"))
+    rows = stream(str(tmp_path / "set")).first(2)
+    assert [(row.question, row.answers) for row in (rows[0], rows[1])] == [("What?", ["a", "5"]), ("1976", ["a", "5"])]
+
+
 def test_a_broken_file_is_named(tmp_path):
     source = write(tmp_path / "set", turns, shards=2)
     file = tmp_path / "set" / "train-00001-of-00002.parquet"
@@ -258,6 +276,8 @@ def test_a_broken_file_is_named(tmp_path):
     file.write_bytes(content[:50] + b"\0" * 2000 + content[2050:])
     with pytest.raises(InputError, match=r"set train, shard 1, window 0 of 16 rows: can't be read"):
         list(islice(StreamedQuestions(stream(source)), 200))
+    with pytest.raises(InputError, match=r"set train, shard 1: can't be read"):
+        stream(source).first(200)
 
 
 def test_more_consumers_than_rows_are_refused(tmp_path):

@@ -8,8 +8,10 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # An exception raised in a loader's worker arrives as the text of its whole traceback: the last line is ours.
-        super().__init__(" ".join(message.rsplit("InputError: ", 1)[-1].split()))
+        # An exception raised in a loader's worker arrives as the text of its whole traceback, which ours ends.
+        if message.startswith("Caught InputError in DataLoader worker"):
+            message = message.rpartition(f"\n{InputError.__module__}.InputError: ")[2]
+        super().__init__(" ".join(message.split()))
 
 
 def first_line(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """What every source of data yields: one question about one or several page images."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from PIL.Image import Image
 from torch.utils.data import Dataset
+
+from idefics_lit.errors import InputError
 
 
 @dataclass
@@ -64,7 +66,52 @@ class Examples(Dataset[Example]):
         raise NotImplementedError
 
 
+def as_text(value: object) -> str:
+    """Return a stored text or number as text; what says nothing, such as None, NaN or white space, is "".
+
+    Raises:
+        ValueError: says what it holds that is no text: a list, an object, or a character that no UTF-8 file can hold.
+    """
+    if isinstance(value, (Mapping, list, tuple, bytes)):
+        raise ValueError(f"holds {type(value).__name__} where a text should be")
+    if value is None or value != value:
+        return ""
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {text[error.start]!r}, a character that is no text") from error
+    return text if text.strip() else ""
+
+
+def as_id(value: object) -> int | str:
+    """Return a stored id: a whole number as it is, anything else as `as_text` does."""
+    text = as_text(value)
+    return value if type(value) is int else text
+
+
 def as_texts(value: object) -> list[str]:
-    """Return a column of texts as a list: none, one or several may be stored."""
+    """Return a column of texts as a list: none, one or several may be stored.
+
+    Raises:
+        ValueError: as `as_text` does.
+    """
     texts = value if isinstance(value, (list, tuple)) else [value]
-    return [str(text) for text in texts if text not in (None, "")]
+    return [text for text in map(as_text, texts) if text]
+
+
+def read_answers(read: Callable[[int], list[str]], count: int) -> tuple[list[list[str]], dict[int, str]]:
+    """Return the answers of so many rows, and what is wrong with those that can't be read: they have none.
+
+    Args:
+        read: returns a row's answers; its `InputError` names the row.
+        count: the number of rows.
+    """
+    answers: list[list[str]] = [[] for _ in range(count)]
+    faults = {}
+    for row in range(count):
+        try:
+            answers[row] = read(row)
+        except InputError as error:
+            faults[row] = str(error)
+    return answers, faults

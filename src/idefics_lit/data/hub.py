@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL.Image import Image
+import pyarrow as pa
 
-from idefics_lit.data.example import Example, Examples, as_texts
-from idefics_lit.errors import InputError
+from idefics_lit.data.example import Example, Examples, as_id, as_text, as_texts, read_answers
+from idefics_lit.data.images import open_stored
+from idefics_lit.errors import InputError, first_line
 
 # What each part of an example is called in nielsr/docvqa_1200_examples, lmms-lab/DocVQA, HuggingFaceM4/DocumentVQA and
 # sets modelled on them; the first that is there is taken.
@@ -20,6 +22,7 @@ COLUMNS = {
     "answers": ("answers", "answer"),
     "question_types": ("question_types",),
 }
+READ = {"question_id": as_id, "question": as_text, "answers": as_texts, "question_types": as_texts}
 PAGE_COLUMNS = ("ucsf_document_id", "ucsf_document_page_no")  # the official ids of a page, where they were kept
 
 
@@ -63,8 +66,11 @@ class HubDocVQA(Examples):
             to the column that holds it, where it isn't one of `COLUMNS`.
         language: which of the question's languages to take, where the column holds one text a language.
 
+        folder: the local folder that it is from; its images' paths may lead nowhere else.
+
     Raises:
-        InputError: when a column isn't there. A row without question or image raises when it is asked for.
+        InputError: when a column isn't there. A row without question is one of the `faults`; one without an image that
+            can be decoded raises when it is asked for.
     """
 
     def __init__(
@@ -73,17 +79,20 @@ class HubDocVQA(Examples):
         name: str,
         columns: Mapping[str, str] | None = None,
         language: str = "en",
+        folder: str | None = None,
     ) -> None:
-        self.name, self.language = name, language
+        self.name, self.language, self.folder = name, language, folder
         self.columns = match_columns(dataset.column_names, columns or {}, name)
-        self.dataset = dataset.select_columns(sorted(set(self.columns.values())))
-        answers = self.columns.get("answers")
-        self.answers = [as_texts(a) for a in dataset[answers]] if answers else [[]] * len(dataset)
-        if set(PAGE_COLUMNS) <= set(dataset.column_names):
-            pages = zip(*(dataset[column] for column in PAGE_COLUMNS), strict=True)
-            self.page_ids = [f"{document} page {page}" for document, page in pages]
-        else:
-            self.page_ids = _tell_pages_apart(self.dataset, self.columns["image"])
+        self.features = undecoded(dataset.features)
+        self.dataset = dataset.with_format("arrow")  # as it is stored
+        official = [column for column in PAGE_COLUMNS if column in dataset.column_names]
+        texts = {column for part, column in self.columns.items() if part in READ}
+        self.page_ids: list[str] = [f"row {row}" for row in range(len(dataset))]
+        checked = self.dataset.select_columns(sorted({*texts, *official}))
+        self.answers, self.faults = read_answers(lambda row: self._check(checked, row), len(dataset))
+        if len(official) < len(PAGE_COLUMNS):
+            self.page_ids = _tell_pages_apart(self.dataset.select_columns(self.columns["image"]))
+        self.dataset = self.dataset.select_columns(sorted(set(self.columns.values())))
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -91,45 +100,111 @@ class HubDocVQA(Examples):
 
     def __getitem__(self, index: int) -> Example:
         """Return a question with its pages, decoded."""
-        try:
-            row = self.dataset[index]
-        except Exception as error:
-            raise InputError(f"{self.where(index)}: the row can't be read: {error}") from error
-        return read_example(row, self.columns, self.language, self.where(index), index)
+        if index in self.faults:
+            raise InputError(self.faults[index])
+        row = self._row(self.dataset, index)
+        return read_example(row, self.columns, self.language, self.where(index), index, self.folder)
 
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
         return f"{self.name}, row {index}"
 
+    def _row(self, dataset: datasets.Dataset, index: int) -> dict[str, Any]:
+        try:
+            return self.features.decode_example(dataset[index].to_pylist()[0])
+        except Exception as error:
+            raise InputError(f"{self.where(index)}: the row can't be read: {first_line(error)}") from error
 
-def _tell_pages_apart(dataset: datasets.Dataset, column: str) -> list[str]:
-    """Return a key of each row's images as they are stored; where that aren't images, every row's own number.
+    def _check(self, dataset: datasets.Dataset, index: int) -> list[str]:
+        """Find out which page a row is about, where it says so, and return its answers."""
+        row = self._row(dataset, index)
+        self.page_ids[index] = page_id(row) or self.page_ids[index]
+        return read_texts(row, self.columns, self.language, self.where(index), index)["answers"]
+
+
+def undecoded(features: datasets.Features) -> datasets.Features:
+    """Return the features of a data set whose files stay as they are stored.
+
+    `datasets` would open whatever path or address a row names, and decode ahead of what is asked for.
+    """
+
+    def leave(feature: Any) -> Any:  # noqa: ANN401
+        if isinstance(feature, dict):
+            return {name: leave(inner) for name, inner in feature.items()}
+        if isinstance(feature, (datasets.List, datasets.LargeList)):
+            return replace(feature, feature=leave(feature.feature))
+        decodes = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
+        return replace(feature, decode=False) if decodes else feature
+
+    return datasets.Features(leave(dict(features)))
+
+
+def page_id(row: Mapping[str, Any]) -> str | None:
+    """Return the key of a row's page by its `PAGE_COLUMNS`, where they say which it is."""
+    official = [row.get(column) for column in PAGE_COLUMNS]
+    unknown = any(part in (None, "") or part != part for part in official)  # NaN is none either
+    return None if unknown else " page ".join(map(str, official))
+
+
+def _tell_pages_apart(images: datasets.Dataset) -> list[str]:
+    """Return a key of each row's images as they are stored.
 
     `datasets` reads a set for it once, and keeps what it found beside a set that is on disk.
     """
-    feature, encoded = dataset.features[column], datasets.Image(decode=False)
-    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, datasets.Image):
-        encoded = type(feature)(encoded)
-    elif not isinstance(feature, datasets.Image):
-        return [str(index) for index in range(len(dataset))]
-    stored = dataset.select_columns(column).cast_column(column, encoded)
+    column = images.column_names[0]
     options: dict[str, Any] = {"fn_kwargs": {"column": column}, "remove_columns": column, "desc": "Telling pages apart"}
     try:
-        keys = stored.map(_key, **options)
+        keys = images.map(_key, **options)
     except OSError:  # a folder that can't be written
-        keys = stored.map(_key, **options, keep_in_memory=True)
-    return list(keys["key"])
+        keys = images.map(_key, **options, keep_in_memory=True)
+    return list(keys.with_format(None)["key"])
 
 
-def _key(row: Mapping[str, Any], column: str) -> dict[str, str]:
+def _key(row: pa.Table, column: str) -> dict[str, str]:
     digest = hashlib.blake2b(digest_size=16)
-    for image in row[column] if isinstance(row[column], list) else [row[column]]:
-        digest.update(image["bytes"] if image and image["bytes"] else str(image).encode())  # else a path, or nothing
+    try:
+        stored = row[column].to_pylist()[0]
+    except UnicodeDecodeError:  # a path that can't be read later either
+        stored = None
+    for image in stored if isinstance(stored, list) else [stored]:
+        content = image.get("bytes") if isinstance(image, Mapping) else image
+        digest.update(content if isinstance(content, bytes) else str(image).encode())  # else a path, or nothing
     return {"key": digest.hexdigest()}
 
 
-def read_example(
+def read_texts(
     row: Mapping[str, Any], columns: Mapping[str, str], language: str, where: str, number: int | str
+) -> dict[str, Any]:
+    """Return a row's id, question, answers and types; see `read_example`.
+
+    Raises:
+        InputError: when the row has no question or id, or something else where a text should be.
+    """
+    texts: dict[str, Any] = {"question_id": number, "answers": [], "question_types": []}
+    for part, column in columns.items():
+        if part not in READ:
+            continue
+        stored = row[column]
+        if part == "question" and isinstance(stored, Mapping):
+            if language not in stored:
+                raise InputError(f"{where}: no {language!r} in {sorted(stored)}: see data.language")
+            stored = stored[language]
+        try:
+            texts[part] = READ[part](stored)
+        except ValueError as error:
+            raise InputError(f"{where}: column {column!r} {error}: mend it or drop the row") from error
+        if texts[part] == "":
+            raise InputError(f"{where}: no {part} in column {column!r}: drop the row")
+    return texts
+
+
+def read_example(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    language: str,
+    where: str,
+    number: int | str,
+    folder: str | None = None,
 ) -> Example:
     """Make an example of a row.
 
@@ -139,41 +214,21 @@ def read_example(
         language: which of the question's languages to take, where the column holds one text a language.
         where: names the row in error messages.
         number: the question's id where no column has one.
+        folder: see `HubDocVQA`.
 
     Raises:
-        InputError: when the row has no question or image, or an image can't be decoded.
+        InputError: as `read_texts` does; also when the row has no image, or one that can't be decoded.
     """
-    parts = {part: row[column] for part, column in columns.items() if row[column] is not None}
-    question = parts.get("question")
-    if isinstance(question, Mapping):
-        if language not in question:
-            raise InputError(f"{where}: no {language!r} in {sorted(question)}: see data.language")
-        question = question[language]
-    parts["question"] = question
-    for part in ("question_id", "question", "image"):
-        if part in columns and parts.get(part) in (None, "", []):
-            raise InputError(f"{where}: no {part} in column {columns[part]!r}: drop the row")
-    return Example(
-        question_id=parts.get("question_id", number),
-        question=str(question),
-        images=open_images(parts["image"], where),
-        answers=as_texts(parts.get("answers")),
-        question_types=as_texts(parts.get("question_types")),
-        where=where,
-    )
-
-
-def open_images(stored: Any, where: str) -> list[Image]:  # noqa: ANN401
-    """Return a row's image or images, decoded where they are stored as ``{"bytes": ..., "path": ...}``.
-
-    Raises:
-        InputError: names the row whose image can't be decoded.
-    """
+    texts = read_texts(row, columns, language, where, number)
+    stored = row[columns["image"]]
     images = stored if isinstance(stored, list) else [stored]
+    if not images or None in images:
+        raise InputError(f"{where}: no image in column {columns['image']!r}: drop the row")
     try:
-        return [datasets.Image().decode_example(i) if isinstance(i, Mapping) else i for i in images]
+        pages = [open_stored(image, folder) for image in images]
     except Exception as error:
         raise InputError(f"{where}: the row can't be read: {error}") from error
+    return Example(**texts, images=pages, where=where)
 
 
 def match_columns(names: Sequence[str], given: Mapping[str, str], where: str) -> dict[str, str]:

@@ -8,8 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from idefics_lit.data.example import Example, Examples, as_texts
+from idefics_lit.data.example import Example, Examples, as_id, as_text, as_texts, read_answers
+from idefics_lit.data.images import open_page
 from idefics_lit.errors import InputError
+
+READ = {"questionId": as_id, "question": as_text, "image": as_text, "answers": as_texts, "question_types": as_texts}
 
 
 def find_official_splits(source: Path) -> dict[str, Path]:
@@ -27,7 +30,7 @@ def find_official_splits(source: Path) -> dict[str, Path]:
             continue
         # Official archives tell the split by the file's name; a file under another name says it inside.
         name = next((split for split in ("train", "val", "test") if file.name.startswith(split)), None)
-        name = name or str(_read(file).get("dataset_split", file.stem))
+        name = name or _split_inside(file)
         if name in splits:
             raise InputError(f"{source}: {splits[name].name} and {file.name} both hold split {name!r}: move one away")
         splits[name] = file
@@ -41,24 +44,16 @@ class OfficialDocVQA(Examples):
         file: the JSON. Its images lie in the same folder, under ``documents/`` or ``spdocvqa_images/``.
 
     Raises:
-        InputError: names the file and the row that has no id, question or image, or whose image file is missing. A
-            page that can't be decoded raises when its example is asked for.
+        InputError: when the file isn't readable. A row without id, question or image, or whose image file is missing,
+            is one of the `faults`; a page that can't be decoded raises when its example is asked for.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows = _read(file)["data"]
-        found: dict[str, Path] = {}
-        for index, row in enumerate(self.rows):
-            if not isinstance(row, dict):
-                raise InputError(f"{file}, row {index}: not a JSON object")
-            for key in ("questionId", "question", "image"):
-                if row.get(key) in (None, ""):
-                    raise InputError(f"{self.where(index)}: no {key!r}: add it or drop the row")
-            if row["image"] not in found:
-                found[row["image"]] = self._locate(index)
-        self.page_ids: list[str] = [str(found[row["image"]]) for row in self.rows]
-        self.answers = [as_texts(row.get("answers")) for row in self.rows]
+        self.page_ids: list[str] = [f"row {index}" for index in range(len(self.rows))]
+        self._found: dict[str, str] = {}
+        self.answers, self.faults = read_answers(self._check, len(self.rows))
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -66,48 +61,83 @@ class OfficialDocVQA(Examples):
 
     def __getitem__(self, index: int) -> Example:
         """Return a question with its page, decoded."""
-        row = self.rows[index]
+        if index in self.faults:
+            raise InputError(self.faults[index])
+        texts = self._texts(index)
         try:
             image = _open(self.page_ids[index])
         except Exception as error:
             raise InputError(f"{self.where(index)}: the image can't be read: {error}") from error
         return Example(
-            question_id=row["questionId"],
-            question=str(row["question"]),
+            question_id=texts["questionId"],
+            question=texts["question"],
             images=[image],
-            answers=list(self.answers[index]),
-            question_types=as_texts(row.get("question_types")),
+            answers=texts["answers"],
+            question_types=texts["question_types"],
             where=self.where(index),
         )
 
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
         row = self.rows[index]
-        return f"{self.file}, row {index} (questionId {row.get('questionId')}, image {row.get('image')})"
+        if not isinstance(row, dict):
+            return f"{self.file}, row {index}"
+        name = f"questionId {row.get('questionId')!s:.100}, image {row.get('image')!s:.100}"
+        return f"{self.file}, row {index} ({name.encode(errors='backslashreplace').decode()})"
 
-    def _locate(self, index: int) -> Path:
-        folder, image = self.file.parent, str(self.rows[index]["image"])
+    def _check(self, index: int) -> list[str]:
+        """Find the page of a row, and return its answers."""
+        texts = self._texts(index)
+        image = texts["image"]
+        if image not in self._found:
+            self._found[image] = str(self._locate(image, self.where(index)))
+        self.page_ids[index] = self._found[image]
+        return texts["answers"]
+
+    def _texts(self, index: int) -> dict[str, Any]:
+        """Return what a row holds, by the official names."""
+        row, where, texts = self.rows[index], self.where(index), {}
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: not a JSON object: drop the row")
+        for key, read in READ.items():
+            try:
+                texts[key] = read(row.get(key))
+            except ValueError as error:
+                raise InputError(f"{where}: {key!r} {error}: mend it or drop the row") from error
+            if texts[key] == "":
+                raise InputError(f"{where}: no {key!r}: add it or drop the row")
+        return texts
+
+    def _locate(self, image: str, where: str) -> Path:
+        folder = self.file.parent
         # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/.
-        path = next((p for p in (folder / image, folder / "spdocvqa_images" / Path(image).name) if p.is_file()), None)
+        paths = (folder / image, folder / "spdocvqa_images" / Path(image).name)
+        path = next((path for path in paths if os.path.isfile(path)), None)
         if path is None:
-            raise InputError(f"{self.where(index)}: the image file is missing in {folder}")
+            raise InputError(f"{where}: the image file is missing in {folder}")
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
-            raise InputError(f"{self.where(index)}: the image lies outside the data's folder {folder}")
+            raise InputError(f"{where}: the image lies outside the data's folder {folder}")
         return path
 
 
 @lru_cache(maxsize=4)
 def _open(path: str) -> Image.Image:
     """Decode a page, and keep it for a while: the questions of a page often come one after the other."""
-    with Image.open(path) as image:
-        image.load()
-    return image
+    return open_page(path)
+
+
+def _split_inside(file: Path) -> str:
+    """Return the split that a file says it is of, or its name."""
+    try:
+        return as_text(_read(file).get("dataset_split")) or file.stem
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{file}: 'dataset_split' {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a readable JSON file ({error}): fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise InputError(f"{file}: not of the official DocVQA form, a JSON object whose 'data' is a list of questions")

@@ -28,7 +28,8 @@ def find_splits(
         }
     if not is_saved(source) and (files := find_official_splits(Path(source))):
         return {split: partial(OfficialDocVQA, file) for split, file in files.items()}
+    folder = source if Path(source).exists() else None
     return {
-        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language)
+        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, folder)
         for split, rows in load_splits(source, subset).items()
     }

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from idefics_lit.data import hub
-from idefics_lit.data.example import Example, Examples, as_texts
+from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.official import find_official_splits
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError, first_line
@@ -37,6 +37,7 @@ class _Question(NamedTuple):
     number: str
     page_id: Hashable
     where: str
+    fault: str = ""
 
 
 class Stream:
@@ -47,6 +48,7 @@ class Stream:
         name: names the split in error messages.
         columns: see `idefics_lit.data.hub.HubDocVQA`.
         language: which of the question's languages to take.
+        folder: the local folder that it is from; its images' paths may lead nowhere else.
 
     Raises:
         InputError: when a column isn't there. A row without question or image raises when it is read.
@@ -58,8 +60,9 @@ class Stream:
         name: str,
         columns: Mapping[str, str] | None = None,
         language: str = "en",
+        folder: str | None = None,
     ) -> None:
-        self.name, self.language = name, language
+        self.name, self.language, self.folder = name, language, folder
         names = dataset.column_names
         if names is None:
             raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
@@ -68,46 +71,60 @@ class Stream:
         self.columns = hub.match_columns([*names, *["question", "answer"] * self.turns], columns or {}, name)
         kept = {*self.columns.values(), *hub.PAGE_COLUMNS, *[TURNS] * self.turns}
         # Undecoded first: `datasets` decodes ahead, in threads, what it is not told to leave alone.
-        self.dataset = dataset.decode(False).select_columns([column for column in names if column in kept])
+        stored = dataset.decode(False).cast(hub.undecoded(dataset.features))
+        self.dataset = stored.select_columns([column for column in names if column in kept])
 
     def shard(self, index: int) -> datasets.IterableDataset:
         """Return the rows of one file."""
         return self.dataset.shard(self.dataset.num_shards, index)
 
     def questions(self, row: Mapping[str, Any], shard: int, number: int) -> list[_Question]:
-        """Return the questions of a row of a shard.
-
-        Raises:
-            InputError: when the row has no list of questions and answers.
-        """
+        """Return the questions of a row of a shard; a row without one has one with a fault, raised when read."""
         where = f"{self.name}, row {number}" + (f" of shard {shard}" if self.dataset.num_shards > 1 else "")
         key = f"{shard}-{number}"
-        official = [str(row[column]) for column in hub.PAGE_COLUMNS if column in row]
-        page_id = " page ".join(official) if len(official) == len(hub.PAGE_COLUMNS) else key
+        page_id = hub.page_id(row) or key
         if not self.turns:
             return [_Question(row, key, page_id, where)]
         try:
             turns = [{**row, "question": turn["user"], "answer": turn["assistant"]} for turn in row[TURNS]]
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{where}: {TURNS!r} is no list of user's and assistant's texts: drop the row") from error
+        except (TypeError, KeyError):
+            fault = f"{where}: {TURNS!r} is no list of user's and assistant's texts: drop the row"
+            return [_Question(row, key, page_id, where, fault)]
         return [_Question(turn, f"{key}-{i}", page_id, f"{where}, question {i}") for i, turn in enumerate(turns)]
 
     def open(self, question: _Question, like: Example | None = None) -> Example:
         """Return a question with its pages, decoded, or those of a question of the same row."""
+        _raise(question.fault)
         row = {**question.row, self.columns["image"]: like.images} if like else question.row
-        example = hub.read_example(row, self.columns, self.language, question.where, question.number)
+        example = hub.read_example(row, self.columns, self.language, question.where, question.number, self.folder)
         example.page_id = question.page_id
         return example
+
+    def texts(self, question: _Question) -> dict[str, Any]:
+        """Return what there is to know of a question without its pages; see `idefics_lit.data.hub.read_texts`."""
+        _raise(question.fault)
+        return hub.read_texts(question.row, self.columns, self.language, question.where, question.number)
+
+    def _rows(self, shard: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        try:
+            yield from enumerate(self.shard(shard))
+        except Exception as error:
+            raise InputError(f"{self.name}, shard {shard}: can't be read: {first_line(error)}") from error
 
     def first(self, limit: int) -> Examples:
         """Read the first so many questions, in the order of the files."""
         questions: list[_Question] = []
         for shard in range(self.dataset.num_shards):
-            for number, row in enumerate(self.shard(shard)):
+            for number, row in self._rows(shard):
                 questions += self.questions(row, shard, number)
                 if len(questions) >= limit:
                     return _First(self, questions[:limit])
         return _First(self, questions)
+
+
+def _raise(fault: str) -> None:
+    if fault:
+        raise InputError(fault)
 
 
 def find_streams(
@@ -121,7 +138,8 @@ def find_streams(
     if source.partition(":")[0] == "synthetic" or (not hub.is_saved(source) and find_official_splits(Path(source))):
         raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
     splits = hub.load_splits(source, subset, streaming=True)
-    return {split: Stream(rows, f"{source} {split}", columns, language) for split, rows in splits.items()}
+    folder = source if Path(source).exists() else None
+    return {split: Stream(rows, f"{source} {split}", columns, language, folder) for split, rows in splits.items()}
 
 
 class _First(Examples):
@@ -130,8 +148,7 @@ class _First(Examples):
     def __init__(self, stream: Stream, questions: Sequence[_Question]) -> None:
         self.stream, self.questions = stream, questions
         self.page_ids = [question.page_id for question in questions]
-        answers = stream.columns.get("answers")
-        self.answers = [as_texts(question.row[answers]) if answers else [] for question in questions]
+        self.answers, self.faults = read_answers(lambda i: stream.texts(questions[i])["answers"], len(questions))
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -153,9 +170,10 @@ class StreamedQuestions(IterableDataset[Example]):
         seed: with the epoch it decides the order.
         questions_per_page: so many questions on a page follow one another.
         held_out: pages to leave out.
+        skip: yield what is wrong with a bad row in its place.
 
     Raises:
-        InputError: when a worker's part is empty, or a row can't be read.
+        InputError: when a worker's part is empty, or a row can't be read and isn't skipped.
     """
 
     def __init__(
@@ -167,8 +185,9 @@ class StreamedQuestions(IterableDataset[Example]):
         seed: int = 0,
         questions_per_page: int = 1,
         held_out: Collection[Hashable] = (),
+        skip: bool = False,
     ) -> None:
-        self.stream, self.rank, self.world_size = stream, rank, world_size
+        self.stream, self.rank, self.world_size, self.skip = stream, rank, world_size, skip
         self.seed, self.questions_per_page, self.held_out = seed, questions_per_page, frozenset(held_out)
         # Epoch, shard in the epoch's order, window in it, what `datasets` reads that from, question in it.
         self._state: dict[str, Any] = {"epoch": 0, "place": 0, "window": 0, "source": None, "offset": 0}
@@ -181,7 +200,7 @@ class StreamedQuestions(IterableDataset[Example]):
         """Go on there, with the next ``iter``."""
         self._state = dict(state)
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield examples, each with its epoch."""
         start = self.state_dict()
         offset = start.pop("offset")
@@ -191,7 +210,13 @@ class StreamedQuestions(IterableDataset[Example]):
                 self._state = {**window, "offset": number}
                 # A page is decoded once for the questions that follow one another.
                 stored = question.row[self.stream.columns["image"]]
-                example = self.stream.open(question, like=example if stored is last else None)
+                try:
+                    example = self.stream.open(question, like=example if stored is last else None)
+                except InputError as error:
+                    if not self.skip:
+                        raise
+                    yield error
+                    continue
                 example.epoch, last = window["epoch"], stored
                 yield example
             offset = 0
