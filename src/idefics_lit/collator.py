@@ -10,7 +10,7 @@ Shapes: B questions, R rows, T tokens, N images a row, C channels, H and W pixel
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +21,24 @@ from idefics_lit.errors import InputError
 from idefics_lit.packing import IGNORED_LABEL, Piece, Row, pack
 
 PromptStyle = Literal["recipe", "idefics"]
+
+
+class Tokens(NamedTuple):
+    """Examples tokenised and their pages processed, not yet in rows.
+
+    Attributes:
+        members: the examples' numbers, by row.
+        images: the processor's, a row each.
+        pages: the ids of each row's page, up to its last image token.
+        asked: the ids of each example's question, behind its page.
+        whole: the same with the answer.
+    """
+
+    members: list[list[int]]
+    images: BatchFeature
+    pages: list[list[int]]
+    asked: list[list[int]]
+    whole: list[list[int]]
 
 
 class Idefics2Collator:
@@ -78,19 +96,9 @@ class Idefics2Collator:
             ``question_types`` and ``places``, in the set; an example without answers has no labels there.
 
         Raises:
-            InputError: names the example that has no answer to train on, holds one of the model's special tokens,
-                has an image that can't be processed, or is longer than ``max_length``.
+            InputError: as `tokens` does.
         """
-        answers = [self._answer(example) for example in examples]
-        prompts = [self._text(example, None) for example in examples]
-        texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
-        members = self._members(examples)
-        images = self._process([examples[row[0]] for row in members], [prompts[row[0]] for row in members])
-        pages = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
-        # Behind an image the tokeniser starts anew: what follows doesn't depend on how often its token is repeated.
-        asked, whole = (
-            [self._split(ids)[1] for ids in self.processor.tokenizer(some).input_ids] for some in (prompts, texts)
-        )
+        members, images, pages, asked, whole = tokens = self.tokens(examples)
         rows = [
             Row(
                 Piece(page, self._labels(page, 0 if self.train_on_prompt else len(page))),
@@ -102,14 +110,6 @@ class Idefics2Collator:
             )
             for page, row in zip(pages, members, strict=True)
         ]
-        row_of = {i: number for number, row in enumerate(members) for i in row}
-        for i, example in enumerate(examples):
-            length = len(pages[row_of[i]]) + len(whole[i])
-            if length > self.max_length:
-                raise InputError(
-                    f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
-                    f"raise data.max_length"
-                )
         mask = images["pixel_attention_mask"].bool()
         sizes = [[(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask]
         collated: dict[str, Any] = {
@@ -123,17 +123,38 @@ class Idefics2Collator:
                 for of_row, key in zip(sizes, (self._key(examples[row[0]]) for row in members), strict=True)
             ],
         }
-        return collated if self.train else {**collated, **self._evaluation(examples, pages, members, asked, whole)}
+        return collated if self.train else {**collated, **self._evaluation(examples, tokens)}
 
-    def _evaluation(
-        self,
-        examples: Sequence[Example],
-        pages: Sequence[list[int]],
-        members: Sequence[list[int]],
-        asked: Sequence[list[int]],
-        whole: Sequence[list[int]],
-    ) -> dict[str, Any]:
+    def tokens(self, examples: Sequence[Example]) -> Tokens:
+        """Tokenise questions and answers and process each page once.
+
+        Raises:
+            InputError: names the example that has no answer to train on, holds one of the model's special tokens,
+                has an image that can't be processed, or is longer than ``max_length``.
+        """
+        answers = [self._answer(example) for example in examples]
+        prompts = [self._text(example, None) for example in examples]
+        texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
+        members = self._members(examples)
+        images = self._process([examples[row[0]] for row in members], [prompts[row[0]] for row in members])
+        pages = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
+        # Behind an image the tokeniser starts anew: what follows doesn't depend on how often its token is repeated.
+        asked, whole = (
+            [self._split(ids)[1] for ids in self.processor.tokenizer(some).input_ids] for some in (prompts, texts)
+        )
+        row_of = {i: number for number, row in enumerate(members) for i in row}
+        for i, example in enumerate(examples):
+            length = len(pages[row_of[i]]) + len(whole[i])
+            if length > self.max_length:
+                raise InputError(
+                    f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
+                    f"raise data.max_length"
+                )
+        return Tokens(members, images, pages, asked, whole)
+
+    def _evaluation(self, examples: Sequence[Example], tokens: Tokens) -> dict[str, Any]:
         """Where the prompts are, and what isn't tensors."""
+        members, _, pages, asked, whole = tokens
         found = {}
         for number, (page, row) in enumerate(zip(pages, members, strict=True)):
             start = len(page)

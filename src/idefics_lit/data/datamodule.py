@@ -15,7 +15,7 @@ from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loader import TrainingLoader
 from idefics_lit.data.order import PageByPage, Selected, Visits
-from idefics_lit.data.skipping import Tolerant, TolerantCollator
+from idefics_lit.data.skipping import Tolerant, TolerantCollator, known_faults
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.streaming import Stream, StreamedQuestions, StreamLoader, find_streams
 from idefics_lit.errors import InputError
@@ -122,7 +122,14 @@ class DocVQADataModule(LightningDataModule):
         self._opened: dict[str, Examples] = {}
 
     def setup(self, stage: str) -> None:
-        """Open the splits that the stage needs and load the processor."""
+        """Open the splits that the stage needs, without the rows that are known to be bad, and load the processor."""
+        self.open(stage)
+        self.examples = {
+            split: self._without_faults(examples, split != "predict") for split, examples in self.examples.items()
+        }
+
+    def open(self, stage: str) -> None:
+        """Open the splits that the stage needs, bad rows included, and load the processor."""
         options = self.hparams
         # Forked workers and the tokeniser's own threads don't mix.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -141,9 +148,6 @@ class DocVQADataModule(LightningDataModule):
             self.examples["test"] = self._limited(self._named(options.test_split or "test"), options.limit_test)
         if stage == "predict":
             self.examples["predict"] = self._limited(self._predict(), options.limit_test)
-        self.examples = {
-            split: self._without_faults(examples, split != "predict") for split, examples in self.examples.items()
-        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
@@ -164,6 +168,26 @@ class DocVQADataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
         return self._eval_loader("predict")
+
+    def collator(self, split: str) -> Idefics2Collator:
+        """Return what makes a split's batches: "train", or one that is evaluated."""
+        options = self.hparams
+        return Idefics2Collator(
+            self.processor,
+            train=split == "train",
+            prompt_style=options.prompt_style,
+            train_on_prompt=options.train_on_prompt,
+            max_length=options.max_length,
+            seed=options.seed,
+            pixels=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
+        )
+
+    def workers(self) -> int:
+        """Return the number of loader processes."""
+        if self.num_workers is None:
+            local_world_size = self.trainer.num_devices if self.trainer else 1
+            self.num_workers = min(suggested_max_num_workers(local_world_size), 16)
+        return self.num_workers
 
     def state_dict(self) -> dict[str, Any]:
         """Return what another machine's cores might make another number."""
@@ -186,24 +210,14 @@ class DocVQADataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, sampler: DistributedSampler[Any] | None = None) -> DataLoader[Any]:
         options = self.hparams
-        collator = Idefics2Collator(
-            self.processor,
-            train=split == "train",
-            prompt_style=options.prompt_style,
-            train_on_prompt=options.train_on_prompt,
-            max_length=options.max_length,
-            seed=options.seed,
-            pixels=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
-        )
+        collator = self.collator(split)
         skip = options.on_bad_example == "skip"
-        local_world_size = self.trainer.num_devices if self.trainer else 1
-        if self.num_workers is None:
-            self.num_workers = min(suggested_max_num_workers(local_world_size), 16)
+        num_workers = self.workers()
         loading: dict[str, Any] = {
             "batch_size": batch_size,
             "collate_fn": TolerantCollator(collator) if skip else collator,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
         if sampler is None:
@@ -234,6 +248,7 @@ class DocVQADataModule(LightningDataModule):
             seed=options.seed,
             questions_per_page=options.questions_per_page,
             held_out=held_out,
+            skip=options.on_bad_example == "skip",
         )
 
     @cached_property
@@ -315,12 +330,7 @@ class DocVQADataModule(LightningDataModule):
 
     def _without_faults(self, examples: Examples, need_answers: bool) -> Examples:
         """Leave out the rows that are known to be bad, or name the first."""
-        faults = dict(examples.faults)
-        if need_answers:
-            for row, answers in enumerate(examples.answers):
-                if not answers:
-                    fault = f"{examples.where(row)}: no answer: add one or drop the row; `predict` needs none"
-                    faults.setdefault(row, fault)
+        faults = known_faults(examples, need_answers)
         if not faults:
             return examples
         if self.hparams.on_bad_example == "raise":
