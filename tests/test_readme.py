@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 SHELL = "\n".join(code for language, code in BLOCKS if language == "bash").replace("\\\n", " ")
-COMMANDS = [line for line in SHELL.splitlines() if re.match(r"python -m idefics_lit (fit|validate|test|predict)", line)]
+COMMANDS = [line for line in SHELL.splitlines() if re.match(r"python -m idefics_lit \w", line)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,7 +29,7 @@ from idefics_lit.errors import InputError
 from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SaveOnSigterm, SkippedExamples
 from idefics_lit.progress import ProgressBar
 from idefics_lit.runs import own_folder
-from idefics_lit.trainer import DocVQATrainer
+from idefics_lit.trainer import OPTIONS, DocVQATrainer
 
 COMMANDS = {
     "fit": "Train the adapter, validate as often as the config says, keep the best checkpoint.",
@@ -35,8 +37,10 @@ COMMANDS = {
     "test": "Score a checkpoint, or the model without one, on the test split.",
     "predict": "Answer a split's questions, with or without references: submission.json and predictions.jsonl.",
     "check": "Read all training and validation questions and say what training would meet; no model is loaded.",
+    "ask": "Ask a checkpoint, or the model without one, questions about the pages of images and PDFs.",
+    "export": "Write a checkpoint's adapter as a folder that plain peft loads, or merged into its base.",
 }
-WITHOUT_DATA: set[str] = set()  # commands for which no data.source is needed
+WITHOUT_DATA = {"ask", "export"}  # commands for which no data.source is needed, and which leave no run behind
 PARTS = {"model", "model.lora", "data", "data.pretrained"}
 TRAINER_OPTIONS = {
     "accelerator": "cpu, gpu or auto",
@@ -73,11 +77,16 @@ class DocVQACLI(LightningCLI):
             "test": hidden | {"dataloaders"},
             "predict": hidden | {"dataloaders", "return_predictions"},
             "check": hidden,
+            **{command: hidden | options.keys() for command, options in OPTIONS.items()},
         }
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
         usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
         super()._add_subcommands(parser, **{c: {"description": COMMANDS[c], "usage": usage} for c in COMMANDS})
+        for name, options in OPTIONS.items():  # by a method's signature a list would be typed as --image+ alone
+            for option, how in options.items():
+                self._subcommand_parsers[name].add_argument(f"--{option}", **how)
+            self._subcommand_method_arguments[name] = [*options, "ckpt_path"]
         assert parser._subcommands_action is not None
         for command in parser._subcommands_action._choices_actions:  # Lightning's lines are cut off
             command.help = COMMANDS[command.dest]
@@ -141,6 +150,10 @@ class DocVQACLI(LightningCLI):
         if not options.data.source and self.config.subcommand not in WITHOUT_DATA:
             raise InputError("data.source is missing: give --config FILE, or a folder, Hub id or synthetic")
         trainer = options.trainer
+        if self.config.subcommand in WITHOUT_DATA:
+            trainer.logger = trainer.enable_progress_bar = False
+            trainer.devices = 1 if trainer.devices == "auto" else trainer.devices
+            self.trainer_defaults["callbacks"] = []
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
             _allow_wandb_offline()
         if trainer.enable_progress_bar is not False:
@@ -153,6 +166,8 @@ class DocVQACLI(LightningCLI):
         """Find out now, not after training, that results can't be written; write checkpoints whole or not at all."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.config.subcommand in WITHOUT_DATA:
+            return
         loggers = self.trainer.loggers
         folder = Path((loggers[0].save_dir if loggers else None) or self.trainer.default_root_dir)
         try:
@@ -233,8 +248,13 @@ def _allow_wandb_offline() -> None:
         wandb.teardown()  # it has read the environment already
 
 
-def _hide_noise(*, training: bool) -> None:
+def _hide_noise(*, training: bool, quiet: bool) -> None:
     """Silence what libraries say about themselves and no user of this program can act on."""
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING if quiet else logging.NOTSET)
+    if quiet and not are_progress_bars_disabled():
+        transformers.logging.disable_progress_bar()  # of loading; it takes the Hub's along
+        enable_progress_bars()
     if not training:  # which callbacks a checkpoint remembers matters to a resumed fit only
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
@@ -274,7 +294,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
-    _hide_noise(training="fit" in args)
+    _hide_noise(training="fit" in args, quiet=not WITHOUT_DATA.isdisjoint(args))
     from idefics_lit.module import Idefics2Module  # bitsandbytes talks when it is imported
 
     try:
