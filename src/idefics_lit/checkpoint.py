@@ -35,8 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         content = io.BytesIO()  # torch's own writer has no error for a full disk
         torch.save(checkpoint, content)
-        with replacing(Path(path)) as file:
-            file.write(content.getbuffer())
+        try:
+            with replacing(Path(path)) as file:
+                file.write(content.getbuffer())
+        except InputError as error:
+            raise InputError(f"{error}, then go on with --ckpt_path last") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def load_model(
     Raises:
         InputError: when there is no such model, or ``target_modules`` match none of its layers.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    # No one else's code is run: neither a repository's own nor what a pickle holds.
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    options |= {"dtype": dtype, "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

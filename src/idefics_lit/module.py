@@ -180,6 +180,7 @@ class Idefics2Module(LightningModule):
 
     def on_train_start(self) -> None:
         """Take up the gradients that a checkpoint holds."""
+        self._go_on()
         if not self._accumulated:
             return
         self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
@@ -188,6 +189,20 @@ class Idefics2Module(LightningModule):
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter)
         self._accumulated = {}
+
+    def _go_on(self) -> None:
+        """Mend where Lightning (2.6) goes on from an epoch's end: it would skip an epoch, then or at the next resume.
+
+        It counts an epoch twice, or not at all: "ready" are those begun, "processed" those whose batches are done.
+        """
+        loop, epochs = self.trainer.fit_loop, self.trainer.fit_loop.epoch_progress
+        if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:  # saved behind its last batch
+            epochs.increment_ready()
+            epochs.increment_started()
+        elif loop.restarted_on_epoch_end:  # saved by its end's callbacks
+            epochs.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
 
     def on_train_end(self) -> None:
         """See that the last losses were finite too."""

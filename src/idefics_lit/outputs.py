@@ -35,6 +35,10 @@ class SaveOnSigterm(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, on all ranks, once there is something to save."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step:
+            loop = trainer.fit_loop
+            if loop.epoch_progress.total.completed == loop.epoch_progress.total.ready:
+                # Between epochs Lightning has not yet forgotten the last one's batches, and would skip the next one's.
+                loop.epoch_loop.batch_progress.reset_on_run()
             path = run_folder(trainer) / "checkpoints" / "sigterm.ckpt"
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:

@@ -39,7 +39,7 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
         InputError: when there is no processor, or the size is more than the model was trained for.
     """
     try:
-        processor = AutoProcessor.from_pretrained(resolve(pretrained))
+        processor = AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
     images = processor.image_processor

@@ -58,9 +58,9 @@ class ProgressBar(RichProgressBar):
         self._describe(self.test_progress_bar_id, pl_module)
 
     def _describe(self, bar: Any, module: Any) -> None:  # noqa: ANN401
-        if self.progress is None or bar is None:
-            return
         scores = [record["score"] for record in module.records]
+        if self.progress is None or bar is None or not scores:
+            return
         rate = len(scores) / (time.perf_counter() - self.started)
         self.progress.update(bar, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")
 

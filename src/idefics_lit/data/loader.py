@@ -29,9 +29,10 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place and what it holds for; no place at an epoch's end."""
-        ended = self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return {"made by": self._made_by(), "place": {} if ended else super().state_dict()}
+        """Return the place and what it holds for; no place between epochs."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        inside = batches is None or (batches.current.ready > 0 and not batches.is_last_batch)
+        return {"made by": self._made_by(), "place": super().state_dict() if inside else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there, or begin the epoch anew."""
