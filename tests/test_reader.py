@@ -59,7 +59,7 @@ def test_it_is_small_and_in_the_hubs_form():
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in files)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
     before = fine_tuned(steps=0)
     assert before <= 0.2
@@ -69,7 +69,7 @@ def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
 # Labels that are not masked as they should be; rows stay shared, for speed.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_on_the_prompt_too_hurts(right, monkeypatch):
     def labels(self, ids, ignored):
         return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
@@ -78,7 +78,7 @@ def test_training_on_the_prompt_too_hurts(right, monkeypatch):
     assert fine_tuned() <= right - 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_on_image_tokens_hurts(right, monkeypatch):
     """What labels come to that are copied from the ids, with padding alone left out."""
     monkeypatch.setattr(Idefics2Collator, "_labels", lambda self, ids, ignored: list(ids))

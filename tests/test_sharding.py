@@ -85,7 +85,7 @@ def assert_same(path, other):
         assert torch.allclose(state["exp_avg"], states[1][number]["exp_avg"], atol=1e-7), number
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_shards_train_and_resume_as_one_model(run, tmp_path, tiny):
     """The same checkpoints, which go on with shards and without."""
     alone = ["--trainer.devices", 1, "--trainer.strategy", "auto", "--data.batch_size", 4]

@@ -127,7 +127,7 @@ def _count(file: str) -> int:
         if _is_pdf(file):
             with PdfDocument(file) as pdf:
                 return len(pdf)
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=[*FORMATS]) as image:
             # The further frames of other formats are no pages, such as the previews in a phone's photograph.
             return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except FileNotFoundError as error:

@@ -16,7 +16,9 @@ from PIL.ExifTags import Base
 
 FULL_SCALES = (1, 2**8 - 1, 2**16 - 1, 2**32 - 1)
 # What scanners, cameras and browsers write. Pillow knows others too, among them PostScript, which is a program.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+Image.init()
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+FORMATS &= Image.OPEN.keys()  # an older Pillow has no AVIF
 CACHES = (datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE)
 
 
@@ -40,7 +42,7 @@ def open_page(stored: Any, frame: int = 0) -> Image.Image:  # noqa: ANN401
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns from half the size on that it refuses
         try:
-            with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=[*FORMATS]) as image:
                 if frame:
                     image.seek(frame)
                 return _as_page(image)
