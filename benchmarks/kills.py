@@ -57,13 +57,17 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def unfinished(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.tmp"))
+
+
 def steps_of(checkpoint: Path | None) -> int:
     return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint else 0
 
 
 def kill(folder: Path, args: list[str], moment: str, chance: random.Random) -> dict[str, Any] | None:
     """Start, kill, and say where; None where the fit ended first."""
-    before = newest(folder)
+    before, left = newest(folder), unfinished(folder)
     with (folder / "log").open("a") as log:
         process = subprocess.Popen(args, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         started = time.monotonic()
@@ -73,7 +77,7 @@ def kill(folder: Path, args: list[str], moment: str, chance: random.Random) -> d
             while newest(folder) == before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 2))
-            while moment == "writing" and process.poll() is None and not list(folder.rglob("*.tmp")):
+            while moment == "writing" and process.poll() is None and not unfinished(folder) - left:
                 pass
         if process.poll() is not None:
             assert process.returncode == 0, (folder / "log").read_text()
@@ -85,7 +89,7 @@ def kill(folder: Path, args: list[str], moment: str, chance: random.Random) -> d
         "moment": moment,
         "seconds": round(seconds, 2),
         "steps saved": steps_of(newest(folder)),
-        "unfinished files": len(list(folder.rglob("*.tmp"))),
+        "left unfinished": len(unfinished(folder) - left),
     }
 
 
@@ -123,7 +127,7 @@ def main() -> None:
         "torch": torch.__version__,
         "kills": len(kills),
         "steps": options.steps,
-        "in the middle of a write": sum(done["unfinished files"] > 0 for done in kills),
+        "in the middle of a write": sum(done["left unfinished"] for done in kills),
         "same bits": same,
         "each": kills,
     }

@@ -10,6 +10,7 @@ Besides, the step of the quickstart's fit, which the costs are a share of.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +35,8 @@ ROUNDS = 7
 
 
 class Pages(Dataset):
+    """Batches of a megabyte."""
+
     def __len__(self) -> int:
         return 16_000
 
@@ -76,7 +79,7 @@ def a_step(steps: int) -> float:
     flags += ["--trainer.val_check_interval", "10000", "--trainer.enable_progress_bar", "false"]
     with contextlib.redirect_stdout(io.StringIO()):
         command_line(["fit", "--config", str(config), *flags])
-    return statistics.median(b - a for a, b in zip(ends[5:], ends[6:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(ends[5:]))
 
 
 def main() -> None:

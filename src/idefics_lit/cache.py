@@ -10,14 +10,18 @@ import tempfile
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.files import replacing
+from idefics_lit.model import is_vision_trained
+from idefics_lit.pretrained import fingerprint
 
 
 class MemoryCache:
@@ -132,3 +136,27 @@ class FolderCache:
     def _file(self, page: str) -> Path:
         name = hashlib.sha256(f"{self.made_by} {page}".encode()).hexdigest()[:40]
         return self.folder / f"{name}.safetensors"
+
+
+def open_cache(options: Any, model: PeftModel, dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
+    """Return the cache of a model's features.
+
+    Args:
+        options: `Idefics2Module`'s, of which ``feature_cache`` is given.
+        model: whose features it holds.
+        dtype: what they are made in.
+
+    Raises:
+        InputError: the vision tower is trained, or the folder can't be written.
+    """
+    if is_vision_trained(model):
+        raise InputError(
+            "model.feature_cache keeps what a frozen vision tower sees, but model.lora.target_modules train it: leave "
+            "one of them out"
+        )
+    if options.feature_cache == "memory":
+        return MemoryCache(options.feature_cache_gb)
+    revision = getattr(model.get_base_model().config, "_commit_hash", None) or fingerprint(options.pretrained)
+    quantized = options.quantization if options.quantize_vision else "none"
+    made_by = f"{options.pretrained} {revision} {dtype} {quantized}"
+    return FolderCache(options.feature_cache, options.feature_cache_gb, made_by)

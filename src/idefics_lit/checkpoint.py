@@ -59,6 +59,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def go_on(loop: Any) -> None:  # noqa: ANN401
+    """Mend where Lightning (2.6) goes on from an epoch's end: it would skip an epoch, then or at the next resume.
+
+    Args:
+        loop: the Trainer's fit loop, restored. It counts an epoch twice, or not at all: "ready" are the epochs begun,
+            "processed" those whose batches are done.
+    """
+    epochs = loop.epoch_progress
+    if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:  # saved behind its last batch
+        epochs.increment_ready()
+        epochs.increment_started()
+    elif loop.restarted_on_epoch_end:  # saved by its end's callbacks
+        epochs.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.restarting = False
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint in a folder and those in it that can be read; None when there is none."""
     for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):

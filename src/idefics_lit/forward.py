@@ -17,6 +17,7 @@ from torch import Tensor
 from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.errors import InputError
 from idefics_lit.graphs import Graphed
+from idefics_lit.model import is_vision_trained
 
 # Patches of the largest image and, for graphs, of all are filled up to multiples: few shapes for all pages.
 MULTIPLES = (1024, 256)
@@ -291,9 +292,3 @@ def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, se
     )
     result: Tensor = attention.o_proj(found.transpose(1, 2).flatten(2))
     return result
-
-
-def is_vision_trained(model: PeftModel) -> bool:
-    """Whether the vision tower has an adapter."""
-    base: Any = model.get_base_model()
-    return any(parameter.requires_grad for parameter in base.model.vision_model.parameters())

@@ -137,3 +137,9 @@ def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
         raise InputError(f"model.lora.target_modules {pattern!r} is no regular expression: {error}") from error
     except Exception as error:
         raise InputError(f"model.lora: {error}") from error
+
+
+def is_vision_trained(model: PeftModel) -> bool:
+    """Whether the vision tower has an adapter."""
+    base: Any = model.get_base_model()
+    return any(parameter.requires_grad for parameter in base.model.vision_model.parameters())

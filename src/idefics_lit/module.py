@@ -20,16 +20,16 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from idefics_lit.cache import FolderCache, MemoryCache
-from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, set_rates
+from idefics_lit.cache import open_cache
+from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, go_on, set_rates
 from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation import Evaluation
-from idefics_lit.forward import Idefics2Forward, is_vision_trained
+from idefics_lit.forward import Idefics2Forward
 from idefics_lit.metrics import ANLS
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.numerics import LossWatch, OverflowWatch
-from idefics_lit.pretrained import DTYPES, fingerprint, load_processor
+from idefics_lit.pretrained import DTYPES, load_processor
 
 
 class _Step(NamedTuple):
@@ -140,7 +140,7 @@ class Idefics2Module(LightningModule):
         )
         self.parts = Idefics2Forward(
             self.model,
-            self._feature_cache(DTYPES[precision]) if options.feature_cache else None,
+            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
             graphs=options.cuda_graphs and device.type == "cuda",
         )
         self.evaluation = Evaluation(
@@ -180,7 +180,7 @@ class Idefics2Module(LightningModule):
 
     def on_train_start(self) -> None:
         """Take up the gradients that a checkpoint holds."""
-        self._go_on()
+        go_on(self.trainer.fit_loop)
         if not self._accumulated:
             return
         self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
@@ -189,20 +189,6 @@ class Idefics2Module(LightningModule):
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter)
         self._accumulated = {}
-
-    def _go_on(self) -> None:
-        """Mend where Lightning (2.6) goes on from an epoch's end: it would skip an epoch, then or at the next resume.
-
-        It counts an epoch twice, or not at all: "ready" are those begun, "processed" those whose batches are done.
-        """
-        loop, epochs = self.trainer.fit_loop, self.trainer.fit_loop.epoch_progress
-        if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:  # saved behind its last batch
-            epochs.increment_ready()
-            epochs.increment_started()
-        elif loop.restarted_on_epoch_end:  # saved by its end's callbacks
-            epochs.increment_completed()
-            loop.reset_restart_stage()
-            loop.epoch_loop.restarting = False
 
     def on_train_end(self) -> None:
         """See that the last losses were finite too."""
@@ -381,21 +367,6 @@ class Idefics2Module(LightningModule):
         set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers
-
-    def _feature_cache(self, dtype: torch.dtype) -> MemoryCache | FolderCache:
-        options = self.hparams
-        if is_vision_trained(self.model):
-            raise InputError(
-                "model.feature_cache keeps what a frozen vision tower sees, but model.lora.target_modules train it: "
-                "leave one of them out"
-            )
-        if options.feature_cache == "memory":
-            return MemoryCache(options.feature_cache_gb)
-        base = self.model.get_base_model()
-        revision = getattr(base.config, "_commit_hash", None) or fingerprint(options.pretrained)
-        quantized = options.quantization if options.quantize_vision else "none"
-        made_by = f"{options.pretrained} {revision} {dtype} {quantized}"
-        return FolderCache(options.feature_cache, options.feature_cache_gb, made_by)
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
