@@ -21,6 +21,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from idefics_lit.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
@@ -131,7 +132,8 @@ class DocVQACLI(LightningCLI):
         path = newest_checkpoint(folder)
         if path is None and self.config.subcommand != "fit":
             raise InputError(f"ckpt_path last: no checkpoint in {folder}")
-        print(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins", file=sys.stderr)
+        found = f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins"
+        rank_zero_only(print)(found, file=sys.stderr)
         return str(path) if path else None
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401

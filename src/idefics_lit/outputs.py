@@ -40,7 +40,7 @@ class SaveOnSigterm(Callback):
                 # Between epochs Lightning has not yet forgotten the last one's batches, and would skip the next one's.
                 loop.epoch_loop.batch_progress.reset_on_run()
             path = run_folder(trainer) / "checkpoints" / "sigterm.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # more than the weights
             if trainer.is_global_zero:
                 print(f"stopped by SIGTERM at step {trainer.global_step}: go on with --ckpt_path {path}, or last")
 
