@@ -14,7 +14,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from idefics_lit.data import streaming
 from idefics_lit.data.datamodule import DocVQADataModule
-from idefics_lit.data.streaming import StreamedQuestions, StreamLoader, find_streams
+from idefics_lit.data.loader import StreamLoader
+from idefics_lit.data.streaming import StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 
 Image.new("L", (40, 30), 255).save(PNG := io.BytesIO(), "PNG")

@@ -25,7 +25,7 @@ def own_folder(trainer: Trainer, *, numbered: bool, resumed: str | None) -> Iter
 
     Args:
         trainer: the run's.
-        numbered: its logger chose the folder's number; with another one's run it isn't shared anyway.
+        numbered: its logger numbers the folder, which is then taken here, before another run can take it too.
         resumed: the checkpoint that a fit goes on from.
 
     Raises:

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
-from idefics_lit.data.loader import TrainingLoader
+from idefics_lit.data.loader import StreamLoader, TrainingLoader
 from idefics_lit.data.order import PageByPage, Selected, Visits
 from idefics_lit.data.skipping import Tolerant, TolerantCollator, known_faults
 from idefics_lit.data.source import find_splits
-from idefics_lit.data.streaming import Stream, StreamedQuestions, StreamLoader, find_streams
+from idefics_lit.data.streaming import Stream, StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 

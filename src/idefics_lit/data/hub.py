@@ -65,7 +65,6 @@ class HubDocVQA(Examples):
         columns: maps a part of an example (``question_id``, ``question``, ``image``, ``answers``, ``question_types``)
             to the column that holds it, where it isn't one of `COLUMNS`.
         language: which of the question's languages to take, where the column holds one text a language.
-
         folder: the local folder that it is from; its images' paths may lead nowhere else.
 
     Raises:

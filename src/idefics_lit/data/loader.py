@@ -1,4 +1,4 @@
-"""The loader of training batches, which a resumed run goes on with inside an epoch."""
+"""The loaders of training batches, of a set and of a stream, which a resumed run goes on with where it was."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from idefics_lit.data.streaming import StreamedQuestions
+from idefics_lit.distributed import gather_objects
+from idefics_lit.errors import InputError
 
 
 class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -53,3 +57,47 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
             "data.num_workers": self.num_workers,
             "questions": len(self.dataset),
         }
+
+
+class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
+    """The loader of a stream's batches, as many as the whole training takes; its state is every rank's.
+
+    Without a length Lightning would fetch a batch ahead, and a checkpoint would leave it out.
+
+    Args:
+        dataset: this rank's part.
+        trainer: whose steps and ranks count.
+        options: a DataLoader's.
+
+    Raises:
+        InputError: when a state is of other ranks or workers.
+    """
+
+    def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(dataset, **options)
+        self.trainer, self.begun = trainer, False
+
+    def __len__(self) -> int:
+        """Count the batches, on this rank."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Any:  # noqa: ANN401
+        """Begin, or go on behind the last batch: an epoch of Lightning's is none of the stream's."""
+        if self.begun:
+            super().load_state_dict(super().state_dict())
+        self.begun = True
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where all ranks are; all of them must call it."""
+        return {"num_workers": self.num_workers, "ranks": gather_objects(self.trainer, super().state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where this rank was."""
+        ranks, workers = len(state_dict["ranks"]), state_dict["num_workers"]
+        if (ranks, workers) != (self.trainer.world_size, self.num_workers):
+            raise InputError(
+                f"the checkpoint's stream was read by {ranks} devices with data.num_workers {workers}, not by "
+                f"{self.trainer.world_size} with {self.num_workers}: resume with as many"
+            )
+        super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])

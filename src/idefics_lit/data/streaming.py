@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 
 import datasets
 from datasets.distributed import split_dataset_by_node
-from lightning import Trainer
 from torch.utils.data import IterableDataset, get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from idefics_lit.data import hub
 from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.official import find_official_splits
-from idefics_lit.distributed import gather_objects
 from idefics_lit.errors import InputError, first_line
 
 SHUFFLE_WINDOW = 500  # rows; one of Docmatix takes half a megabyte
@@ -275,47 +272,3 @@ class StreamedQuestions(IterableDataset[Example]):
             pages.setdefault(question.page_id, []).append(question)
         runs = [page[i : i + size] for page in pages.values() for i in range(0, len(page), size)]
         return [question for run in generator.sample(runs, len(runs)) for question in run]
-
-
-class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
-    """The loader of a stream's batches, as many as the whole training takes; its state is every rank's.
-
-    Without a length Lightning would fetch a batch ahead, and a checkpoint would leave it out.
-
-    Args:
-        dataset: this rank's part.
-        trainer: whose steps and ranks count.
-        options: a DataLoader's.
-
-    Raises:
-        InputError: when a state is of other ranks or workers.
-    """
-
-    def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
-        super().__init__(dataset, **options)
-        self.trainer, self.begun = trainer, False
-
-    def __len__(self) -> int:
-        """Count the batches, on this rank."""
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def __iter__(self) -> Any:  # noqa: ANN401
-        """Begin, or go on behind the last batch: an epoch of Lightning's is none of the stream's."""
-        if self.begun:
-            super().load_state_dict(super().state_dict())
-        self.begun = True
-        return super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where all ranks are; all of them must call it."""
-        return {"num_workers": self.num_workers, "ranks": gather_objects(self.trainer, super().state_dict())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where this rank was."""
-        ranks, workers = len(state_dict["ranks"]), state_dict["num_workers"]
-        if (ranks, workers) != (self.trainer.world_size, self.num_workers):
-            raise InputError(
-                f"the checkpoint's stream was read by {ranks} devices with data.num_workers {workers}, not by "
-                f"{self.trainer.world_size} with {self.num_workers}: resume with as many"
-            )
-        super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])
