@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hub_files(tmp_path_factory):
     """Idefics2-8b's small files in the Hub's own form, with the tokeniser's model."""
-    import shutil
-
     import mistral_common
 
     folder = tmp_path_factory.mktemp("idefics2-8b")
@@ -67,3 +66,19 @@ def short_fit(tiny, docvqa):
         return [str(flag) for flag in (*flags, *more)]
 
     return short_fit
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
+    from playwright.sync_api import Error, sync_playwright
+
+    with sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except Error as error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip(f"no browser, `playwright install chromium` fetches one: {error.message.splitlines()[0]}")
+        yield chromium
+        chromium.close()
