@@ -1,5 +1,7 @@
 """What only a GPU can show; `pytest -m gpu` runs it."""
 
+import shutil
+
 import pytest
 import torch
 from lightning import Trainer
@@ -24,6 +26,38 @@ def test_fit_in_mixed_precision(run, tiny, docvqa, precision, graphs):
     folder = run("fit", *options)
     checkpoint = torch.load(next(folder.rglob("*.ckpt")), weights_only=True)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("graphs", ["false", "true"])
+def test_a_resumed_fit_is_as_near_as_the_same_fit_again(run, short_fit, graphs, capsys):
+    """A GPU's sums aren't the same bits twice; a captured shape's first steps run uncaptured in the resumed fit."""
+    args = short_fit("--model.cuda_graphs", graphs, "--model.quantization", "nf4", "--data.num_workers", 2)
+    args += ["--trainer.accelerator", "gpu", "--trainer.precision", "16-mixed"]
+    every = ["--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint"]
+    every += ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.callbacks.save_top_k", "-1"]
+
+    def adapter(*more):
+        folder = run(*args, *every, *more)
+        checkpoints = {
+            torch.load(path, weights_only=True)["global_step"]: path for path in folder.rglob("*step=*.ckpt")
+        }
+        return checkpoints, torch.load(checkpoints[max(checkpoints)], weights_only=True)["state_dict"]
+
+    checkpoints, whole = adapter()
+    middle = shutil.copy(checkpoints[4], "middle.ckpt")
+    shutil.rmtree("lightning_logs")
+    _, again = adapter()
+    shutil.rmtree("lightning_logs")
+    _, resumed = adapter("--ckpt_path", middle)
+    begun = torch.load(middle, weights_only=True)["state_dict"]
+
+    def apart(first, second):
+        return sum((first[name] - second[name]).double().norm() ** 2 for name in first) ** 0.5
+
+    noise, difference, moved = apart(whole, again), apart(whole, resumed), apart(whole, begun)
+    with capsys.disabled():
+        print(f"\nadapters apart: the same fit again {noise:.1e}, resumed {difference:.1e}; moved by {moved:.1e} since")
+    assert difference <= max(3 * noise, 0.02 * moved)
 
 
 @pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"dequantize": True, "compile": True}], ids=str)

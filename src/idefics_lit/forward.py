@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.cache import FolderCache, MemoryCache
 from idefics_lit.errors import InputError
@@ -246,9 +247,10 @@ class Idefics2Forward:
         context = torch.cat([self.connector.modality_projection(some) for some in patches.split(CHUNK)])
         latents = resampler.latents.expand(len(places), -1, -1)
         for layer in resampler.layers:
-            own = layer.input_latents_norm(latents)
-            latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), places, sees)
-            latents = latents + layer.mlp(layer.post_attention_layernorm(latents))
+            inputs = (layer, latents, context, places, sees)
+            # The adapters' inputs are as long as a page has patches: made again for the backward, which costs little.
+            # Graphs can't capture that.
+            latents = _resample(*inputs) if self._graphs else checkpoint(_resample, *inputs, use_reentrant=False)
         states: Tensor = resampler.norm(latents)
         return states
 
@@ -259,6 +261,14 @@ class Idefics2Forward:
             hidden = layer(hidden, mask, None, memory, position_embeddings=turns)
         states: Tensor = self.text_model.norm(hidden)
         return states
+
+
+def _resample(layer: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401
+    """Run a layer of the resampler; shapes are `_attend`'s."""
+    own = layer.input_latents_norm(latents)
+    latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), places, sees)
+    states: Tensor = latents + layer.mlp(layer.post_attention_layernorm(latents))
+    return states
 
 
 def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401
