@@ -16,7 +16,7 @@ import torch
 from full_size import arguments, build, command, measure, save, versions
 from train_throughput import build_data
 
-WARM_UP = 12
+WARM_UP = 28
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     for devices in (1, 2):
         fixed = ["--trainer.limit_val_batches", 0, "--trainer.callbacks", "full_size.StepTimes"]
         fixed += ["--trainer.accumulate_grad_batches", 2 // devices, "--model.lora.dropout", 0]
-        fixed += ["--trainer.max_steps", 18 if options.tiny else 38]
+        fixed += ["--trainer.max_steps", 34 if options.tiny else 60]
         trained = measure(f"train_{devices}", ours("fit", devices, *fixed), work)
         steps = trained.get("step_s", [])[WARM_UP:]
         report["train"][devices] = round(32 / statistics.median(steps), 2) if steps else trained.get("failed")

@@ -239,7 +239,7 @@ def main() -> None:
         "trainer_8": (trainer(8, workers, 10, "--bf16"), 16, 4),
         "packed_cached": (ours(fast, *cached, steps=2 * epoch), 16, epoch + 8),
         "packed_first": (ours(fast), 16, warm_up),
-        "uncached": (ours(fast, *single), 16, warm_up),
+        "uncached": (ours(fast, *single, steps=epoch + 28), 16, epoch + 8),
         "uncached_8": (ours(fast, *single, "--trainer.accumulate_grad_batches", 2, batch=8), 16, warm_up),
         "cached": (ours(fast, *single, *cached, steps=epoch + 28), 16, epoch + 8),
         "trl": (
