@@ -265,6 +265,8 @@ def _hide_noise(*, training: bool, quiet: bool) -> None:
     # A stream's length is the training's, whatever its workers read.
     warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's loader calls it
+    # DDP's gradients arrive on the stream that graphs are replayed on.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # With float16 the first steps are skipped until the scale fits.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     for name in (

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 
 from idefics_lit.cache import open_cache
 from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, go_on, set_rates
-from idefics_lit.distributed import gather_objects
+from idefics_lit.distributed import gather_objects, summed
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation import Evaluation
 from idefics_lit.forward import Idefics2Forward
@@ -31,11 +31,14 @@ from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.numerics import LossWatch, OverflowWatch
 from idefics_lit.pretrained import DTYPES, load_processor
 
+# Answer tokens that a micro-batch's summed loss is divided by, which keeps float16 gradients near their usual size; a
+# power of two changes no bits.
+UNIT = 64
+
 
 class _Step(NamedTuple):
     """Sums over the micro-batches of an optimizer step, on this rank."""
 
-    unit: Tensor
     tokens: Tensor
     loss: Tensor
 
@@ -205,10 +208,9 @@ class Idefics2Module(LightningModule):
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the summed loss over a unit that all micro-batches of the step share.
+        """Return the summed loss over `UNIT`.
 
         Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
-        The unit, the first micro-batch's number of tokens, only keeps float16 gradients at their usual size.
         """
         if "labels" not in batch:  # bad examples alone: other ranks wait for gradients
             nothing = sum((p.sum() * 0 for _, p in self._trainable()), torch.zeros((), device=self.device))
@@ -217,21 +219,19 @@ class Idefics2Module(LightningModule):
             loss, tokens = self.loss(batch)
             self._losses.add(loss, batch["question_ids"])
         if self._step is None:
-            unit = self._reduced(tokens.float(), "mean").clamp(min=1)
-            self._step = _Step(unit, torch.zeros_like(tokens), torch.zeros_like(loss))
-        self._step = self._step._replace(tokens=self._step.tokens + tokens, loss=self._step.loss + loss.detach())
-        return loss / self._step.unit
+            self._step = _Step(torch.zeros_like(tokens), torch.zeros_like(loss))
+        self._step = _Step(self._step.tokens + tokens, self._step.loss + loss.detach())
+        return loss / UNIT
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
         if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
             self._overflows.step(scaler.get_scale())
         assert self._step is not None
-        unit, tokens, loss = self._step
+        tokens, loss = summed(self.trainer, torch.stack([self._step.tokens.double(), self._step.loss.double()]))
         self._step = None
-        tokens, loss = self._reduced(torch.stack([tokens.double(), loss.double()]), "sum")
         tokens = tokens.clamp(min=1)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * unit / tokens
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / tokens
         # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
         torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
@@ -348,10 +348,12 @@ class Idefics2Module(LightningModule):
         if broken := next((name for name, p in self._trainable() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
         if self._step is not None:
-            unit, tokens, loss = self._step
+            ranks = self.trainer.world_size
             checkpoint["accumulated"] = {
-                "step": [self._reduced(value, "mean") for value in (unit, tokens.double(), loss)],
-                "gradients": {n: self._reduced(p.grad, "mean") for n, p in self._trainable() if p.grad is not None},
+                "step": [summed(self.trainer, value) / ranks for value in self._step],
+                "gradients": {
+                    n: summed(self.trainer, p.grad) / ranks for n, p in self._trainable() if p.grad is not None
+                },
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -370,6 +372,3 @@ class Idefics2Module(LightningModule):
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-    def _reduced(self, tensor: Tensor, op: str) -> Tensor:
-        return self.trainer.strategy.reduce(tensor, reduce_op=op)
