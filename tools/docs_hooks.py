@@ -113,7 +113,7 @@ def _block(language: str, text: str) -> str:
 
 def _configs() -> Iterator[str]:
     """Each config: what is typed, what it is for, and its keys with their comments."""
-    for path in sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (len(path.parts), path != CONFIGS / "docvqa.yaml", path)):
+    for path in sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (len(path.parts), path.name != "docvqa.yaml", path)):
         head, _, body = path.read_text().partition("\n\n")
         command, *why = head.replace("\n#", "\n").removeprefix("# ").splitlines()
         yield f"### {path.relative_to(CONFIGS)}\n\n{_block('bash', command)}"
@@ -123,6 +123,7 @@ def _configs() -> Iterator[str]:
 
 def _keys() -> Iterator[str]:
     """Each command with its own options, and the keys of a fit, which all have."""
+    yield "### Commands\n"
     for command, meaning in COMMANDS.items():
         own = "".join(f" `--{option}`: {how['help']}." for option, how in OPTIONS.get(command, {}).items())
         yield f"`{command}`\n:   {meaning}{own}\n"
@@ -141,12 +142,12 @@ def _keys() -> Iterator[str]:
             type_, default = _type(getattr(keys[key], "_typehint", str)), _default(keys[key].default)
             meaning = TRAINER_OPTIONS.get(key.removeprefix("trainer."), keys[key].help)
             meaning = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(meaning.split()))  # Lightning's reStructuredText
-            yield f"`{key}` {type_}{default}\n:   {meaning}\n"
+            yield f"`{key}`: {type_}{default}\n:   {meaning}\n"
 
 
 def _type(hint: Any) -> str:  # noqa: ANN401
     if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
+        return " or ".join(f"`{value}`" for value in get_args(hint))
     parts = [_type(part) for part in get_args(hint)]
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(dict.fromkeys(parts))
