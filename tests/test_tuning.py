@@ -49,8 +49,8 @@ def test_a_resumed_fit_goes_on_counting(run, stopping):
 
 
 @pytest.fixture
-def new_wandb():
-    """W&B as a process begins with it, which reads the environment once."""
+def end_wandb():
+    """End W&B's run and process, which reads the environment when it begins; before a test, in it, and after it."""
     import wandb
 
     def end():
@@ -58,11 +58,11 @@ def new_wandb():
         wandb.teardown()
 
     end()
-    yield
+    yield end
     end()
 
 
-def test_a_sweeps_agent_starts_a_fit_with_its_parameters(run, small, tmp_path, monkeypatch, new_wandb):
+def test_a_sweeps_agent_starts_a_fit_with_its_parameters(run, small, tmp_path, monkeypatch, end_wandb):
     """The agent's own code, with a trial as the server sends it, up to the start of the process."""
     from wandb import wandb_agent
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
@@ -87,6 +87,7 @@ def test_a_sweeps_agent_starts_a_fit_with_its_parameters(run, small, tmp_path, m
     assert command[:4] == ["/usr/bin/env", "python", "-m", "idefics_lit"]
 
     folder = run(*command[4:], *small, "--trainer.max_steps=1") / "lightning_logs"
+    end_wandb()
     saved = yaml.safe_load((folder / "idefics_lit" / "trial1" / "config.yaml").read_text())
     assert (saved["model"]["lr"], saved["model"]["lora"]["r"], saved["model"]["weight_decay"]) == (0.0002, 4, 0.1)
     logged = next(folder.glob("wandb/offline-run-*-trial1/*.wandb")).read_bytes()
