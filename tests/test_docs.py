@@ -106,13 +106,9 @@ def site(tmp_path_factory):
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # the theme's news about itself
     args = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True)
-    said = [re.sub(r"(directory: |built in ).*", r"\1", line) for line in (done.stdout + done.stderr).splitlines()]
-    assert said == [
-        "INFO    -  Cleaning site directory",
-        "INFO    -  Building documentation to directory: ",
-        "INFO    -  Documentation built in ",
-    ]
-    assert done.returncode == 0
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert len(log.splitlines()) == 3, log  # it begins, where it writes, how long it took
     return {file: Links(file) for file in folder.rglob("*.html")}
 
 
