@@ -43,11 +43,11 @@ def test_every_block_is_tried(name):
 
 @pytest.mark.parametrize(("args", "config"), [command for name in PAGES for command in commands(name)])
 def test_a_command_is_understood(args, config, tmp_path, monkeypatch, capsys):
-    """What runs on the small model, and isn't the quickstart's minutes, runs."""
+    """What reads data with the small model runs; a fit takes minutes, other commands need files or a browser."""
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     Path("my.yaml").write_text(config)
-    if "tiny" in args:
+    if "tiny" in args and args[0] in ("validate", "test", "predict", "check"):
         main(args)
         return
     with pytest.raises(SystemExit) as stop:
