@@ -93,7 +93,7 @@ def test_every_config_is_printed_whole(capsys, command, config):
         for name, value in values.items() if isinstance(values, dict) else ():
             if name == "strategy":
                 assert printed[group][name]["class_path"] == value["class_path"]
-            elif name not in ("callbacks", "logger", "lora"):
+            elif name not in ("callbacks", "callbacks+", "logger", "lora"):
                 assert printed[group][name] == value
 
 

@@ -12,6 +12,7 @@ RUNS = {  # the files, and the batches of an optimizer step
     "gpu_15gb": (["docvqa.yaml", "gpu_15gb.yaml"], 2),
     "gpu_80gb": (["docvqa.yaml", "gpu_80gb.yaml"], 1),
     "fsdp": (["docvqa.yaml", "fsdp.yaml"], 1),
+    "early_stopping": (["docvqa.yaml", "early_stopping.yaml"], 8),
     "quickstart": (["quickstart.yaml"], 1),
 }
 
@@ -29,7 +30,7 @@ def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
     changed += ["--data.image_size", 112, "--data.limit_train", 16, "--trainer.val_check_interval", batches]
     changed += ["--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
     changed += ["--model.max_new_tokens", 2]
-    if name in ("docvqa", "image_splitting", "gpu_15gb"):  # a CPU has no 16-mixed
+    if name in ("docvqa", "image_splitting", "gpu_15gb", "early_stopping"):  # a CPU has no 16-mixed
         changed += ["--trainer.precision", "32-true"]
     if name == "fsdp":  # its strategy takes processes of its own, in test_sharding.py
         changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
