@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from idefics_lit.collator import Idefics2Collator
-from idefics_lit.data.hub import COLUMNS, PAGE_COLUMNS, HubDocVQA
+from idefics_lit.data.forms import COLUMNS, PAGE_COLUMNS
+from idefics_lit.data.hub import HubDocVQA
 from idefics_lit.data.official import OfficialDocVQA, find_official_splits
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
 
+from idefics_lit.answer_pages import likeliest_pages
 from idefics_lit.collator import take_rows
 from idefics_lit.forward import Idefics2Forward
 from idefics_lit.generation import Answering, Memory
@@ -40,6 +41,10 @@ class Evaluation:
     def records(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[dict[str, Any]]:
         """Return a record a question: id, text, prediction, references, score where there are any, place in the set.
 
+        Where the data says which page the answer is on, that is its ``reference_page``, and ``answer_page`` is the one
+        that it is found on, see `likeliest_pages`. Without a loss, in predictions, that is found of all questions with
+        several pages.
+
         Args:
             batch: the collator's.
             loss: takes the batch's, weighted by its labelled tokens.
@@ -63,18 +68,41 @@ class Evaluation:
         return self.records(batch, loss)
 
     @torch.no_grad()
-    def read_and_answer(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-        """Return the last hidden states of a batch's rows (R, T, width), and the B answers to the prompts in them."""
+    def read_and_answer(
+        self, batch: Mapping[str, Any], every_page: bool = False
+    ) -> tuple[Tensor, list[str], list[int | None]]:
+        """Read a batch and answer its questions.
+
+        Args:
+            batch: the collator's.
+            every_page: find the page of all questions with several, not only of those whose data says which it is.
+
+        Returns:
+            The last hidden states of the batch's rows (R, T, width); the B answers to the prompts in them; the page
+            that each answer is on, or None where there is no need to tell.
+        """
         if self.answering is None:
             graphs = self.parts.has_graphs
             self.answering = Answering(self.parts, self.processor, self.max_new_tokens, graphs=graphs)
-        memory = Memory()
+        memory, tokenizer = Memory(), self.processor.tokenizer
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
-            hidden = self.parts.read(batch, self.parts.see(batch), memory)
-            return hidden, self.answering.answer(batch, hidden, memory)
+            seen = self.parts.see(batch)
+            hidden = self.parts.read(batch, seen, memory)
+            ids = self.answering.answer(batch, hidden, memory)
+            counts = [batch["page_counts"][row] for row in batch["prompt_rows"].tolist()]
+            references = batch["reference_pages"]
+            pages = [None if page is None else 0 for page in references]
+            several = {i: ids[i] for i, n in enumerate(counts) if n > 1 and (every_page or references[i] is not None)}
+            if several:
+                del memory
+                images = self.answering.never.tolist()
+                found = likeliest_pages(self.parts, batch, seen, several, tokenizer.pad_token_id, images)
+                pages = [found.get(i, page) for i, page in enumerate(pages)]
+        answers = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return hidden, answers, pages
 
     def _records(self, batch: Mapping[str, Any], loss: MeanMetric | None) -> list[dict[str, Any]]:
-        hidden, answers = self.read_and_answer(batch)
+        hidden, answers, pages = self.read_and_answer(batch, every_page=loss is None)
         if loss is not None:
             value, tokens = self.parts.loss(batch, hidden)
             if value.isfinite():
@@ -82,7 +110,7 @@ class Evaluation:
             else:
                 named = ", ".join(map(str, batch["question_ids"]))
                 rank_zero_warn(f"The loss leaves out questions {named}, whose own is {float(value)}.")
-        names = ("question_ids", "questions", "references", "question_types", "places")
+        names = ("question_ids", "questions", "references", "question_types", "reference_pages", "places")
         return [
             {
                 "question_id": question_id,
@@ -91,9 +119,11 @@ class Evaluation:
                 "references": references,
                 "score": anls(answer, references, strip_period=self.strip_period) if references else None,
                 "question_types": question_types,
+                **({} if page is None else {"answer_page": page}),
+                **({} if reference_page is None else {"reference_page": reference_page}),
                 "place": place,
             }
-            for answer, question_id, question, references, question_types, place in zip(
-                answers, *(batch[name] for name in names), strict=True
+            for answer, page, question_id, question, references, question_types, reference_page, place in zip(
+                answers, pages, *(batch[name] for name in names), strict=True
             )
         ]
