@@ -250,8 +250,8 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     labelled = batch["labelled"]
     row_of = batch["prompt_rows"]
     asked = ((row_of >= start) & (row_of < stop)).nonzero()[:, 0]
-    of_rows = ("input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask")
-    of_rows = (*of_rows, "image_sizes", "image_keys", "page_counts")
+    of_rows = ["input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask"]
+    of_rows += ["image_sizes", "image_keys", "page_counts"]
     taken = {name: batch[name][start:stop] for name in of_rows if name in batch}
     taken["labelled"] = labelled[(labelled >= start * width) & (labelled < stop * width)] - start * width
     taken["prompt_rows"] = row_of[asked] - start

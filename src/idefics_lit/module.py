@@ -297,7 +297,7 @@ class Idefics2Module(LightningModule):
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts."""
-        return self.evaluation.read_and_answer(batch)[1]
+        return self.evaluation.read_and_answer(batch).texts
 
     def _log_scores(self, stage: str) -> None:
         records = self.records
