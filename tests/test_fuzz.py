@@ -302,7 +302,9 @@ def open_file(file, content, collators):
 
 @fuzz(100)
 @given(
-    rows=st.lists(st.tuples(WORDS, mostly(st.just("p.png"), PATHS | CELLS), CELLS, CELLS), max_size=4),
+    rows=st.lists(
+        st.tuples(WORDS, mostly(st.just("p.png"), PATHS | CELLS), CELLS, mostly(st.just(""), CELLS)), max_size=4
+    ),
     cut=st.none() | st.floats(0, 1),
     junk=st.binary(max_size=4),
 )
