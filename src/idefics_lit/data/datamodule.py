@@ -35,9 +35,8 @@ class DocVQADataModule(LightningDataModule):
     order, and with answers drawn, that depend on the seed and the epoch alone.
 
     Args:
-        source: a folder or JSON file of the official DocVQA form; a folder of train.csv or train.jsonl, or such a file;
-            a Hub data set id or a local folder that `datasets` reads; or "synthetic", pages drawn here, with families
-            to choose as in "synthetic:form,table".
+        source: a folder or file of official JSON, CSV or JSONL; a Hub data set id, or a folder that `datasets` reads;
+            or "synthetic", pages drawn here, with families to choose as in "synthetic:form,table".
         pretrained: whose processor to use; the model's on the command line.
         subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
         columns: which column holds what, where a data set names them its own way: a mapping from question_id,
