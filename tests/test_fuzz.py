@@ -1,5 +1,6 @@
 """Whatever a file or a data set holds: a row is read or named in one line, and nothing else is raised."""
 
+import csv
 import io
 import json
 
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from idefics_lit.collator import Idefics2Collator
-from idefics_lit.data.hub import COLUMNS, PAGE_COLUMNS, HubDocVQA
+from idefics_lit.data.forms import COLUMNS, PAGE_COLUMNS
+from idefics_lit.data.hub import HubDocVQA
 from idefics_lit.data.official import OfficialDocVQA, find_official_splits
+from idefics_lit.data.table import TableDocVQA
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
@@ -45,6 +48,9 @@ def folder(tmp_path_factory):
     for path in (folder / "p.png", folder / "documents" / "q.png", folder.parent / "outside.png"):
         path.write_bytes(PNG.getvalue())
     (folder / "broken.png").write_bytes(PNG.getvalue()[:60])
+    (folder / "images").mkdir()
+    for name in ("q.png", "x_p0.jpg", "x_p1.jpg"):
+        (folder / "images" / name).write_bytes(PNG.getvalue())
     return folder
 
 
@@ -116,7 +122,13 @@ ROWS = st.fixed_dictionaries(
         "image": mostly(st.sampled_from(["p.png", "documents/q.png", "/q.png"]), PATHS | VALUES),
         "answers": mostly(st.lists(mostly(WORDS, TEXTS), min_size=1, max_size=3)),
     },
-    optional={"question_types": mostly(st.just(["form"]), TEXTS | VALUES)},
+    optional={
+        "question_types": mostly(st.just(["form"]), TEXTS | VALUES),
+        "operation/reasoning": mostly(st.just(["counting"]), TEXTS | VALUES),
+        "image_local_name": mostly(st.just("q.png"), PATHS | VALUES),
+        "page_ids": mostly(st.lists(st.sampled_from(["x_p0", "x_p1"]), min_size=1), PATHS | VALUES),
+        "answer_page_idx": mostly(st.integers(-1, 3), VALUES),
+    },
 )
 PARTS = st.dictionaries(st.sampled_from(["questionId", "question", "image", "answers"]), PATHS | VALUES)
 DOCUMENTS = st.fixed_dictionaries(
@@ -168,7 +180,8 @@ STORED = st.one_of(
     VALUES,
 )
 IMAGES = st.one_of(STORED, st.lists(STORED, max_size=2), st.lists(st.just(PAGE), max_size=2))
-NAMES = [*sorted({name for names in COLUMNS.values() for name in names} | set(PAGE_COLUMNS)), "other"]
+TURN = st.fixed_dictionaries({"user": mostly(WORDS, TEXTS | VALUES), "assistant": mostly(WORDS, TEXTS | VALUES)})
+NAMES = [*sorted({name for names in COLUMNS.values() for name in names} | set(PAGE_COLUMNS)), "other", "page_ids"]
 TABLE_ROWS = st.fixed_dictionaries(
     {},
     optional={
@@ -176,6 +189,10 @@ TABLE_ROWS = st.fixed_dictionaries(
         **{name: mostly(TEXTS) for name in COLUMNS["question"]},
         **{name: mostly(st.lists(TEXTS, max_size=2)) for name in COLUMNS["answers"]},
         **dict.fromkeys(COLUMNS["image"], IMAGES),
+        "texts": mostly(st.lists(TURN, max_size=3)),
+        "doc_id": TEXTS,
+        "image_1": STORED,
+        "image_2": STORED,
     },
 )
 ALIKE = st.fixed_dictionaries(
@@ -234,3 +251,71 @@ def test_any_data_set(collators, rows, columns, decoded):
 )
 def test_data_sets_of_the_published_form(collators, rows, columns, language, decoded):
     open_table(rows, columns, language, decoded, collators)
+
+
+# Rows of one kind, so that there is such a data set at all, in the forms of the Cauldron and of MP-DocVQA.
+TURNED = st.fixed_dictionaries(
+    {
+        "images": mostly(st.lists(st.just(PAGE), min_size=1, max_size=3), st.just([])),
+        "texts": mostly(
+            st.lists(
+                st.fixed_dictionaries({"user": mostly(WORDS, TEXTS), "assistant": mostly(WORDS, TEXTS)}), max_size=3
+            ),
+            st.none(),
+        ),
+    }
+)
+LISTED = st.sampled_from(
+    ["[]", "['a', 'it\\'s']", '["a"]', "None", "a", "['a'", "[[1], {}]", "['\\ud800']", "[" * 300, ""]
+)
+NUMBERED = st.fixed_dictionaries(
+    {
+        "question": mostly(WORDS, TEXTS),
+        "doc_id": WORDS,
+        "page_ids": LISTED,
+        "answers": LISTED,
+        "answer_page_idx": mostly(st.sampled_from(["0", "1", "7"]), LISTED | TEXTS),
+        "image_1": mostly(st.just(PAGE), st.none()),
+        "image_2": st.sampled_from([PAGE, None]),
+    }
+)
+
+
+@fuzz(100)
+@given(rows=st.lists(TURNED, min_size=1, max_size=3) | st.lists(NUMBERED, min_size=1, max_size=3))
+def test_data_sets_of_several_pages_and_questions(collators, rows):
+    open_table(rows, None, "en", False, collators)
+
+
+CELLS = st.one_of(WORDS, st.sampled_from(["", "[", "[1]", '["a", null]', "[[]]", '"', "a,b", "a\nb"]), PATHS)
+
+
+def open_file(file, content, collators):
+    file.write_bytes(content)
+    try:
+        examples = TableDocVQA(file)
+    except InputError as error:
+        named(error, str(file))
+        return
+    read(examples, collators)
+
+
+@fuzz(100)
+@given(
+    rows=st.lists(
+        st.tuples(WORDS, mostly(st.just("p.png"), PATHS | CELLS), CELLS, mostly(st.just(""), CELLS)), max_size=4
+    ),
+    cut=st.none() | st.floats(0, 1),
+    junk=st.binary(max_size=4),
+)
+def test_csv_files(folder, collators, rows, cut, junk):
+    csv.writer(text := io.StringIO()).writerows([("question", "image", "answers", "answer_page"), *rows])
+    content = text.getvalue().encode()
+    at = len(content) if cut is None else int(cut * len(content))
+    open_file(folder / "mine.csv", content[:at] + (b"" if cut is None else junk) + content[at:], collators)
+
+
+@fuzz(100)
+@given(rows=st.lists(mostly(ROWS, PARTS | VALUES), max_size=3))
+def test_jsonl_files(folder, collators, rows):
+    open_file(folder / "mine.jsonl", "\n".join(map(json.dumps, rows)).encode(), collators)

@@ -92,8 +92,9 @@ class Idefics2Collator:
             Besides the list ``question_ids``, and of each row's images ``image_sizes``, height and width in pixels,
             and ``image_keys``, other ones for other pixels. Without ``train`` also ``prompt_input_ids`` and
             ``prompt_attention_mask`` (B, T'), left-padded; ``prompt_rows`` (B) and ``prompt_places`` (B, T'), the row
-            and the columns that each prompt has in ``input_ids``; and the lists ``questions``, ``references``,
-            ``question_types`` and ``places``, in the set; an example without answers has no labels there.
+            and the columns that each prompt has in ``input_ids``; and the lists ``page_counts``, of each row,
+            ``questions``, ``references``, ``question_types``, ``reference_pages``, of the answers where they are known,
+            and ``places``, in the set; an example without answers has no labels there.
 
         Raises:
             InputError: as `tokens` does.
@@ -169,9 +170,11 @@ class Idefics2Collator:
             "prompt_attention_mask": padded["attention_mask"],
             "prompt_rows": torch.tensor(rows),
             "prompt_places": pad_sequence(list(places), batch_first=True, padding_side="left"),
+            "page_counts": [len(examples[row[0]].images) for row in members],
             "questions": [example.question for example in examples],
             "references": [example.answers for example in examples],
             "question_types": [example.question_types for example in examples],
+            "reference_pages": [_reference_page(example) for example in examples],
             "places": [example.place for example in examples],
         }
 
@@ -247,19 +250,25 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     labelled = batch["labelled"]
     row_of = batch["prompt_rows"]
     asked = ((row_of >= start) & (row_of < stop)).nonzero()[:, 0]
-    of_rows = ("input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask")
-    taken = {name: batch[name][start:stop] for name in (*of_rows, "image_sizes", "image_keys") if name in batch}
+    of_rows = ["input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask"]
+    of_rows += ["image_sizes", "image_keys", "page_counts"]
+    taken = {name: batch[name][start:stop] for name in of_rows if name in batch}
     taken["labelled"] = labelled[(labelled >= start * width) & (labelled < stop * width)] - start * width
     taken["prompt_rows"] = row_of[asked] - start
     for name in ("prompt_input_ids", "prompt_attention_mask", "prompt_places"):
         taken[name] = batch[name][asked]
-    for name in ("question_ids", "questions", "references", "question_types", "places"):
+    for name in ("question_ids", "questions", "references", "question_types", "reference_pages", "places"):
         taken[name] = [batch[name][i] for i in asked.tolist()]
     return taken
 
 
 def _text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
+
+
+def _reference_page(example: Example) -> int | None:
+    page = example.answer_page
+    return page if page is not None and page < len(example.images) else None  # of pages that it doesn't have none
 
 
 def _name(example: Example) -> str:

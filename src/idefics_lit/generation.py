@@ -115,7 +115,7 @@ class Answering:
         self._kept: dict[int, tuple[Answers, Repeated]] = {}  # by rows, with the graph that goes on with them
         self._columns = 0
 
-    def answer(self, batch: Mapping[str, Any], hidden: Tensor, memory: Memory) -> list[str]:
+    def answer(self, batch: Mapping[str, Any], hidden: Tensor, memory: Memory) -> list[list[int]]:
         """Answer a batch's prompts.
 
         Args:
@@ -124,7 +124,7 @@ class Answering:
             memory: what it remembered.
 
         Returns:
-            B texts, stripped.
+            B answers' token ids, with the one that ends it.
 
         Raises:
             InputError: when a prompt and its answer are longer than the text model takes.
@@ -149,8 +149,10 @@ class Answering:
                 answers.go_on(whole, going)
             go_on(partial(self._read_on, answers))
         found[questions] = answers.ids[: len(questions), first : first + self.max_new_tokens]
-        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        ends = (found[..., None] == self.ends).any(-1).tolist()
+        return [
+            ids[: end.index(True) + 1 if True in end else None] for ids, end in zip(found.tolist(), ends, strict=True)
+        ]
 
     def _rows(self, going: int) -> int:
         """How many rows to go on with."""

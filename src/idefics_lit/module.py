@@ -47,7 +47,8 @@ class Idefics2Module(LightningModule):
     """Idefics2 with a 4-bit base and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step; ``val/loss``, ``val/anls`` and ``val/anls/TYPE`` for every
-    question type in the data; the same under ``test/``. Batches are `Idefics2Collator`'s.
+    question type in the data, and ``val/answer_page_accuracy`` where it says which page an answer is on; the same under
+    ``test/``. Batches are `Idefics2Collator`'s.
 
     Args:
         pretrained: a Hub id or a folder in the Hub's form; "tiny" is the small one that comes with the package.
@@ -296,7 +297,7 @@ class Idefics2Module(LightningModule):
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts."""
-        return self.evaluation.read_and_answer(batch)[1]
+        return self.evaluation.read_and_answer(batch).texts
 
     def _log_scores(self, stage: str) -> None:
         records = self.records
@@ -309,6 +310,11 @@ class Idefics2Module(LightningModule):
         for question_type in sorted(set().union(*gather_objects(self.trainer, types))):
             of_type = [record for record in records if question_type in record["question_types"]]
             self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
+        known = [record for record in records if "reference_page" in record]
+        right = {record["question_id"]: record["answer_page"] == record["reference_page"] for record in known}
+        once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
+        if once:  # the same on every rank
+            self.log(f"{stage}/answer_page_accuracy", sum(once.values()) / len(once))
 
     def _score(self, records: list[dict[str, Any]]) -> Tensor:
         self.anls.update(

@@ -49,7 +49,9 @@ class PredictionWriter(BasePredictionWriter):
     """Write ``submission.json`` (the RRC's form) and ``predictions.jsonl`` when a prediction ends.
 
     Both hold every question once. The submission is one JSON array of ``{"questionId", "answer"}``; a line of the
-    other file is ``{"question_id", "question", "prediction", "references", "score", "question_types"}``.
+    other file is ``{"question_id", "question", "prediction", "references", "score", "question_types"}``. Where
+    questions have several pages, both have ``answer_page`` too, from 0, and the lines ``reference_page`` where it is
+    known.
     """
 
     def __init__(self) -> None:
@@ -62,8 +64,15 @@ class PredictionWriter(BasePredictionWriter):
         records = _unique(trainer, [record for batch in predictions for record in batch])
         if trainer.is_global_zero:
             folder = run_folder(trainer)
+            if any("answer_page" in record for record in records):  # those with one page are answered on that
+                records = [{**record, "answer_page": record.get("answer_page", 0)} for record in records]
             answers = [
-                {"questionId": _as_int(record["question_id"]), "answer": record["prediction"]} for record in records
+                {
+                    "questionId": _as_int(record["question_id"]),
+                    "answer": record["prediction"],
+                    **({"answer_page": record["answer_page"]} if "answer_page" in record else {}),
+                }
+                for record in records
             ]
             _write(folder / "submission.json", [json.dumps(answers, ensure_ascii=False)])
             _write_records(folder / "predictions.jsonl", records)

@@ -35,12 +35,12 @@ class DocVQADataModule(LightningDataModule):
     order, and with answers drawn, that depend on the seed and the epoch alone.
 
     Args:
-        source: a folder or JSON file of the official DocVQA form; a Hub data set id or a local folder that `datasets`
-            reads; or "synthetic", pages drawn here, with families to choose as in "synthetic:form,table".
+        source: a folder or file of official JSON, CSV or JSONL; a Hub data set id, or a folder that `datasets` reads;
+            or "synthetic", pages drawn here, with families to choose as in "synthetic:form,table".
         pretrained: whose processor to use; the model's on the command line.
         subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
         columns: which column holds what, where a data set names them its own way: a mapping from question_id,
-            question, image, answers, question_types.
+            question, image, answers, question_types, answer_page.
         language: which language of the question, where a data set has several (nielsr/docvqa_1200_examples).
         streaming: read a Hub data set or a folder of parquet or arrow files as it is needed, without an end, for so
             many steps as trainer.max_steps says. Scored are the first limit_val or limit_test questions of a split;

@@ -20,6 +20,7 @@ class Example:
         images: the pages, decoded; most data sets have one page a question.
         answers: the accepted answers; empty where the data has none (a test split).
         question_types: the data's own types of question, such as ``table/list``; may be empty.
+        answer_page: which of its pages, from 0, the answer is on, where the data says so.
         where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
@@ -33,6 +34,7 @@ class Example:
     images: list[Image]
     answers: list[str] = field(default_factory=list)
     question_types: list[str] = field(default_factory=list)
+    answer_page: int | None = None
     where: str = ""
     epoch: int | None = None
     page_id: Hashable = None
@@ -98,6 +100,22 @@ def as_texts(value: object) -> list[str]:
     """
     texts = value if isinstance(value, (list, tuple)) else [value]
     return [text for text in map(as_text, texts) if text]
+
+
+def as_page(value: object) -> int | None:
+    """Return the number of a page, from 0, or None where there is none.
+
+    Raises:
+        ValueError: as `as_text` does; says what it holds that is no number.
+    """
+    text = as_text(value)
+    try:
+        number = float(text or -1)  # a column with gaps may be one of floats
+    except ValueError:
+        number = 0.5
+    if not number.is_integer():
+        raise ValueError(f"holds {text!r:.100} where the number of a page should be")
+    return int(number) if number >= 0 else None
 
 
 def read_answers(read: Callable[[int], list[str]], count: int) -> tuple[list[list[str]], dict[int, str]]:

@@ -65,10 +65,10 @@ def open_stored(stored: Any, folder: str | None = None) -> Image.Image:  # noqa:
         stored = stored.get("path") if content is None else content
         if stored is None:
             raise ValueError("the image has neither bytes nor a path")
-    return open_page(_own(stored, folder) if isinstance(stored, str) else stored)
+    return open_page(own_file(stored, folder) if isinstance(stored, str) else stored)
 
 
-def _own(path: str, folder: str | None) -> Path | bytes:
+def own_file(path: str, folder: str | None) -> Path | bytes:
     """Return the file, or the content of what isn't one, that a path of the data's own leads to."""
     *members, place = path.split("::")  # what is in an archive is called zip://page.png::archive.zip
     # The folder as it is written, links are the user's own, and as `datasets` resolves it.

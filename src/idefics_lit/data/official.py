@@ -1,35 +1,53 @@
-"""DocVQA as the Robust Reading Competition publishes it: one JSON a split, page images in a folder beside it."""
+"""DocVQA, InfographicVQA and MP-DocVQA as the Robust Reading Competition publishes them, its tasks 1, 3 and 4.
+
+One JSON a split, page images in a folder beside it.
+"""
 
 import json
 import os
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from idefics_lit.data.example import Example, Examples, as_id, as_text, as_texts, read_answers
+from idefics_lit.data.example import Example, Examples, as_id, as_page, as_text, as_texts, read_answers
+from idefics_lit.data.forms import INFOGRAPHIC_TYPES
 from idefics_lit.data.images import open_page
+from idefics_lit.data.table import KINDS
 from idefics_lit.errors import InputError
 
-READ = {"questionId": as_id, "question": as_text, "image": as_text, "answers": as_texts, "question_types": as_texts}
+SPLITS = ("train", "val", "test")
+IMAGE_FOLDERS = ("spdocvqa_images", "infographicsvqa_images", "images")
+TYPES = ("question_types", *INFOGRAPHIC_TYPES)
+READ: dict[str, Callable[[object], Any]] = {
+    "questionId": as_id,
+    "question": as_text,
+    "answers": as_texts,
+    **dict.fromkeys(TYPES, as_texts),
+    "answer_page_idx": as_page,
+}
 
 
 def find_official_splits(source: Path) -> dict[str, Path]:
     """Return the JSON file of each split (``train``, ``val``, ``test``); none when there is no JSON.
 
     Args:
-        source: a folder that holds files such as ``train_v1.0_withQT.json``, or one such file.
+        source: a folder that holds files such as ``train_v1.0_withQT.json`` or ``infographicsVQA_val_v1.0.json``, or
+            one such file.
 
     Raises:
         InputError: when a file is not of the official form or two files hold one split.
     """
     splits: dict[str, Path] = {}
+    if source.suffix.lower() in KINDS:
+        return splits
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
         if file.name == "dataset_infos.json":  # the Hub's, about data of another form
             continue
         # Official archives tell the split by the file's name; a file under another name says it inside.
-        name = next((split for split in ("train", "val", "test") if file.name.startswith(split)), None)
+        name = next((split for split in SPLITS if file.name.startswith(split) or f"VQA_{split}_" in file.name), None)
         name = name or _split_inside(file)
         if name in splits:
             raise InputError(f"{source}: {splits[name].name} and {file.name} both hold split {name!r}: move one away")
@@ -41,7 +59,8 @@ class OfficialDocVQA(Examples):
     """The questions of one official JSON file.
 
     Args:
-        file: the JSON. Its images lie in the same folder, under ``documents/`` or ``spdocvqa_images/``.
+        file: the JSON. Its images lie in the same folder: DocVQA's under ``documents/`` or ``spdocvqa_images/``,
+            InfographicVQA's under ``infographicsvqa_images/`` or ``images/``, MP-DocVQA's under ``images/``.
 
     Raises:
         InputError: when the file isn't readable. A row without id, question or image, or whose image file is missing,
@@ -51,7 +70,7 @@ class OfficialDocVQA(Examples):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows = _read(file)["data"]
-        self.page_ids: list[str] = [f"row {index}" for index in range(len(self.rows))]
+        self.page_ids: list[Hashable] = [f"row {index}" for index in range(len(self.rows))]
         self._found: dict[str, str] = {}
         self.answers, self.faults = read_answers(self._check, len(self.rows))
 
@@ -63,18 +82,19 @@ class OfficialDocVQA(Examples):
         """Return a question with its page, decoded."""
         if index in self.faults:
             raise InputError(self.faults[index])
-        texts = self._texts(index)
+        texts, where = self._texts(index), self.where(index)
         try:
-            image = _open(self.page_ids[index])
+            images = [_open(self._found[image]) for image in self._images(index)]
         except Exception as error:
-            raise InputError(f"{self.where(index)}: the image can't be read: {error}") from error
+            raise InputError(f"{where}: the image can't be read: {error}") from error
         return Example(
             question_id=texts["questionId"],
             question=texts["question"],
-            images=[image],
+            images=images,
             answers=texts["answers"],
-            question_types=texts["question_types"],
-            where=self.where(index),
+            question_types=[kind for types in TYPES for kind in texts[types]],
+            answer_page=texts["answer_page_idx"],
+            where=where,
         )
 
     def where(self, index: int) -> str:
@@ -82,16 +102,18 @@ class OfficialDocVQA(Examples):
         row = self.rows[index]
         if not isinstance(row, dict):
             return f"{self.file}, row {index}"
-        name = f"questionId {row.get('questionId')!s:.100}, image {row.get('image')!s:.100}"
+        key = _image_key(row)
+        name = f"questionId {row.get('questionId')!s:.100}, {key} {row.get(key)!s:.100}"
         return f"{self.file}, row {index} ({name.encode(errors='backslashreplace').decode()})"
 
     def _check(self, index: int) -> list[str]:
-        """Find the page of a row, and return its answers."""
-        texts = self._texts(index)
-        image = texts["image"]
-        if image not in self._found:
-            self._found[image] = str(self._locate(image, self.where(index)))
-        self.page_ids[index] = self._found[image]
+        """Find the pages of a row, and return its answers."""
+        texts, images, where = self._texts(index), self._images(index), self.where(index)
+        for image in images:
+            if image not in self._found:
+                self._found[image] = str(self._locate(image, where))
+        pages = tuple(self._found[image] for image in images)
+        self.page_ids[index] = pages if len(pages) > 1 else pages[0]
         return texts["answers"]
 
     def _texts(self, index: int) -> dict[str, Any]:
@@ -108,16 +130,35 @@ class OfficialDocVQA(Examples):
                 raise InputError(f"{where}: no {key!r}: add it or drop the row")
         return texts
 
+    def _images(self, index: int) -> list[str]:
+        """Return what a row calls its images."""
+        row, where = self.rows[index], self.where(index)
+        key = _image_key(row)
+        stored = row.get(key)
+        try:
+            images = list(map(as_text, stored if key == "page_ids" and isinstance(stored, list) else [stored]))
+        except ValueError as error:
+            raise InputError(f"{where}: {key!r} {error}: mend it or drop the row") from error
+        if not images or "" in images:
+            raise InputError(f"{where}: no {key!r}: add it or drop the row")
+        return [f"images/{image}.jpg" for image in images] if key == "page_ids" else images
+
     def _locate(self, image: str, where: str) -> Path:
         folder = self.file.parent
-        # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/.
-        paths = (folder / image, folder / "spdocvqa_images" / Path(image).name)
+        # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/; InfographicVQA's JSON names
+        # no folder.
+        paths = [folder / image, *(folder / name / Path(image).name for name in IMAGE_FOLDERS)]
         path = next((path for path in paths if os.path.isfile(path)), None)
         if path is None:
             raise InputError(f"{where}: the image file is missing in {folder}")
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
             raise InputError(f"{where}: the image lies outside the data's folder {folder}")
         return path
+
+
+def _image_key(row: dict[str, Any]) -> str:
+    """Return the name under which a row names its image: task 1's, task 3's or, for all its pages, task 4's."""
+    return next((key for key in ("image_local_name", "page_ids") if key in row), "image")
 
 
 @lru_cache(maxsize=4)

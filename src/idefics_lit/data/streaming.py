@@ -20,17 +20,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from idefics_lit.data import hub
 from idefics_lit.data.example import Example, Examples, read_answers
+from idefics_lit.data.forms import Form
 from idefics_lit.data.official import find_official_splits
+from idefics_lit.data.table import find_tables
 from idefics_lit.errors import InputError, first_line
 
 SHUFFLE_WINDOW = 500  # rows; one of Docmatix takes half a megabyte
-TURNS = "texts"  # several questions a row, as in the Cauldron and Docmatix: {"user": ..., "assistant": ...}
 
 
 class _Question(NamedTuple):
     """A question of a row; the row's images are as they are stored."""
 
     row: Mapping[str, Any]
+    turn: int | None
     number: str
     page_id: Hashable
     where: str
@@ -43,7 +45,7 @@ class Stream:
     Args:
         dataset: the split.
         name: names the split in error messages.
-        columns: see `idefics_lit.data.hub.HubDocVQA`.
+        columns: see `idefics_lit.data.forms.Form`.
         language: which of the question's languages to take.
         folder: the local folder that it is from; its images' paths may lead nowhere else.
 
@@ -59,17 +61,14 @@ class Stream:
         language: str = "en",
         folder: str | None = None,
     ) -> None:
-        self.name, self.language, self.folder = name, language, folder
+        self.name = name
         names = dataset.column_names
         if names is None:
             raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
-        alone = "question" in (columns or {}) or not set(names).isdisjoint(hub.COLUMNS["question"])
-        self.turns = TURNS in names and not alone
-        self.columns = hub.match_columns([*names, *["question", "answer"] * self.turns], columns or {}, name)
-        kept = {*self.columns.values(), *hub.PAGE_COLUMNS, *[TURNS] * self.turns}
+        self.form = Form(names, columns, language, folder, name)
         # Undecoded first: `datasets` decodes ahead, in threads, what it is not told to leave alone.
         stored = dataset.decode(False).cast(hub.undecoded(dataset.features))
-        self.dataset = stored.select_columns([column for column in names if column in kept])
+        self.dataset = stored.select_columns([*self.form.text_columns, *self.form.image_columns])
 
     def shard(self, index: int) -> datasets.IterableDataset:
         """Return the rows of one file."""
@@ -79,28 +78,26 @@ class Stream:
         """Return the questions of a row of a shard; a row without one has one with a fault, raised when read."""
         where = f"{self.name}, row {number}" + (f" of shard {shard}" if self.dataset.num_shards > 1 else "")
         key = f"{shard}-{number}"
-        page_id = hub.page_id(row) or key
-        if not self.turns:
-            return [_Question(row, key, page_id, where)]
+        page_id = self.form.page_id(row) or key
         try:
-            turns = [{**row, "question": turn["user"], "answer": turn["assistant"]} for turn in row[TURNS]]
-        except (TypeError, KeyError):
-            fault = f"{where}: {TURNS!r} is no list of user's and assistant's texts: drop the row"
-            return [_Question(row, key, page_id, where, fault)]
-        return [_Question(turn, f"{key}-{i}", page_id, f"{where}, question {i}") for i, turn in enumerate(turns)]
+            turns = self.form.turns(row, where)
+        except InputError as error:
+            return [_Question(row, None, key, page_id, where, str(error))]
+        places = [where if turn is None else f"{where}, question {turn}" for turn in turns]
+        return [_Question(row, turn, key, page_id, place) for turn, place in zip(turns, places, strict=True)]
 
     def open(self, question: _Question, like: Example | None = None) -> Example:
         """Return a question with its pages, decoded, or those of a question of the same row."""
-        _raise(question.fault)
-        row = {**question.row, self.columns["image"]: like.images} if like else question.row
-        example = hub.read_example(row, self.columns, self.language, question.where, question.number, self.folder)
-        example.page_id = question.page_id
+        row, turn, number, page_id, where, fault = question
+        _raise(fault)
+        example = self.form.example(row, turn, where, number, like.images if like else None)
+        example.page_id = page_id
         return example
 
     def texts(self, question: _Question) -> dict[str, Any]:
-        """Return what there is to know of a question without its pages; see `idefics_lit.data.hub.read_texts`."""
+        """Return what there is to know of a question without its pages; see `idefics_lit.data.forms.Form.read`."""
         _raise(question.fault)
-        return hub.read_texts(question.row, self.columns, self.language, question.where, question.number)
+        return self.form.read(question.row, question.turn, question.where, question.number)
 
     def _rows(self, shard: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
@@ -132,7 +129,9 @@ def find_streams(
     Raises:
         InputError: when the source can't be read, or is none that `datasets` reads.
     """
-    if source.partition(":")[0] == "synthetic" or (not hub.is_saved(source) and find_official_splits(Path(source))):
+    path = Path(source)
+    small = not hub.is_saved(source) and (find_official_splits(path) or find_tables(path))
+    if small or source.partition(":")[0] == "synthetic":
         raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
     splits = hub.load_splits(source, subset, streaming=True)
     folder = source if Path(source).exists() else None
@@ -206,15 +205,14 @@ class StreamedQuestions(IterableDataset[Example]):
             for number, question in enumerate(questions[offset:], start=offset + 1):
                 self._state = {**window, "offset": number}
                 # A page is decoded once for the questions that follow one another.
-                stored = question.row[self.stream.columns["image"]]
                 try:
-                    example = self.stream.open(question, like=example if stored is last else None)
+                    example = self.stream.open(question, like=example if question.row is last else None)
                 except InputError as error:
                     if not self.skip:
                         raise
                     yield error
                     continue
-                example.epoch, last = window["epoch"], stored
+                example.epoch, last = window["epoch"], question.row
                 yield example
             offset = 0
 

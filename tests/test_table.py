@@ -1,0 +1,195 @@
+"""CSV and JSONL files with images beside them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from idefics_lit.data.source import find_splits
+from idefics_lit.data.table import TableDocVQA, find_tables
+from idefics_lit.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of two scans, one in a folder of its own, and a page beside it."""
+    folder = tmp_path / "pages"
+    (folder / "scans").mkdir(parents=True)
+    for path, grey in ((folder / "a.png", 0), (folder / "scans" / "b.png", 255), (tmp_path / "outside.png", 7)):
+        Image.new("L", (40, 30), grey).save(path)
+    return folder
+
+
+def write(folder, text, name="train.csv", encoding="utf-8"):
+    (folder / name).write_bytes(text.encode(encoding))
+    return folder / name
+
+
+def read(examples):
+    assert not examples.faults
+    rows = [examples[i] for i in range(len(examples))]
+    return [(e.question_id, e.question, e.answers, [i.getpixel((0, 0)) for i in e.images]) for e in rows]
+
+
+CSV = """\
+id,question,image,answer
+007,What?,a.png,0.10
+8,"Who, then?",scans/b.png,"[""Ann"", ""Ann, of course"", 5]"
+9,"When
+is it?",a.png,1976-07-04
+
+10,Which?,./a.png,N/A
+"""
+ROWS = [
+    ("007", "What?", ["0.10"], [0]),
+    ("8", "Who, then?", ["Ann", "Ann, of course", "5"], [255]),
+    ("9", "When\nis it?", ["1976-07-04"], [0]),
+    ("10", "Which?", ["N/A"], [0]),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_csv_is_read_as_it_is_written(folder, encoding, ends):
+    file = write(folder, CSV.replace("\n", ends), encoding=encoding)
+    examples = TableDocVQA(file)
+    assert [(a, b.replace("\r\n", "\n"), c, d) for a, b, c, d in read(examples)] == ROWS
+    assert examples.answers == [row[2] for row in ROWS]
+    assert examples.page_ids[0] == examples.page_ids[2] != examples.page_ids[1]
+    assert [examples.where(i) for i in range(4)] == [f"{file}, row {i} (line {n})" for i, n in enumerate((2, 3, 4, 7))]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_jsonl_is_read_as_it_is_written(folder, encoding):
+    rows = [
+        {"id": 7, "question": "Wann?", "image": "a.png", "answers": ["1976-07-04"]},
+        {"id": 8, "question": "Qui ?", "image": "a.png", "answers": "[1]", "question_types": ["form", "date"]},
+        {"id": 9, "question": "¿Quién?", "image": ["scans/b.png", "a.png"], "note": {"by": "me"}},
+    ]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows[:2]) + "\n\n" + json.dumps(rows[2])
+    file = write(folder, text, "pages.jsonl", encoding)
+    examples = TableDocVQA(file)
+    assert read(examples) == [
+        (7, "Wann?", ["1976-07-04"], [0]),
+        (8, "Qui ?", ["[1]"], [0]),
+        (9, "¿Quién?", [], [255, 0]),
+    ]
+    assert examples[1].question_types == ["form", "date"]
+    assert examples.where(2) == f"{file}, row 2 (line 4)"
+
+
+def test_lists_in_cells(folder):
+    text = "question,images,answers,question_types,answer_page\n"
+    text += 'a?,"[""a.png"", ""scans/b.png""]",[1],,1\nb?,a.png,"[x, y",form,\n'
+    examples = TableDocVQA(write(folder, text))
+    assert read(examples) == [(0, "a?", ["1"], [0, 255]), (1, "b?", ["[x, y"], [0])]
+    assert [(examples[i].question_types, examples[i].answer_page) for i in range(2)] == [([], 1), (["form"], None)]
+
+
+def test_columns_may_be_named(folder):
+    file = write(folder, "ask,scan,gold,number\na?,a.png,b,5\n")
+    columns = {"question": "ask", "image": "scan", "answers": "gold", "question_id": "number"}
+    assert read(TableDocVQA(file, columns)) == [("5", "a?", ["b"], [0])]
+    with pytest.raises(InputError, match=r"train.csv: no column for question among ask, scan, gold, number: name it"):
+        TableDocVQA(file)
+
+
+def test_files_tell_their_split(folder):
+    row = "question,image,answer\na?,a.png,b\n"
+    assert find_tables(folder) == {}
+    (folder / "notes.txt").write_text("")
+    train, val, test = (write(folder, row, name) for name in ("train.csv", "val_2024.csv", "test.csv"))
+    other = write(folder, json.dumps({"question": "a?", "image": "a.png"}), "pages.jsonl")
+    assert find_tables(folder) == {"train": train, "val": val, "test": test}
+    assert find_tables(other) == {"train": other} and find_tables(test) == {"test": test}
+    assert {name: len(some()) for name, some in find_splits(str(folder), None, None, "en", 0).items()} == {
+        **{"train": 1, "val": 1, "test": 1}
+    }
+    assert len(find_splits(str(other), None, None, "en", 0)["train"]()) == 1
+    write(folder, "{}", "train.jsonl")
+    with pytest.raises(InputError, match=r"train.csv and train.jsonl both hold split 'train': join them"):
+        find_tables(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question;image;answer\na?;a.png;b\n", "its columns are divided by ';': save it with commas"),
+        ("question\timage\ta?\n", r"divided by '\\t': save it with commas"),
+        ("question,image,answer\na?,a.png,b, c\n", "line 2: 4 cells, but the header has 3: a text with a comma in it"),
+        ('question,image,answer\na?,a.png,"b\nc"\nd?,a.png\n', "line 4: 2 cells, but the header has 3"),
+        ('question,image,answer\na?,a.png,"b\n', "line 2: unexpected end of data: mend its double quotes"),
+        ('question,image,answer\na?,a.png,"b"c\n', "line 2: .* expected after .*: mend its double quotes"),
+        ("question,image,question\na?,a.png,b\n", "two columns have the same name, of question, image, question"),
+        ("question,image\n", "it has no rows"),
+        ("", "it has no rows"),
+    ],
+)
+def test_a_bad_csv_is_named(folder, text, message):
+    with pytest.raises(InputError, match=rf"pages/train.csv.*{message}"):
+        TableDocVQA(write(folder, text))
+
+
+def test_text_that_is_no_utf_8_is_named(folder):
+    with pytest.raises(InputError, match=r"train.csv: not a readable text file in UTF-8 .*: save it as one"):
+        TableDocVQA(write(folder, "question,image\nquién?,a.png\n", encoding="latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a?", "image"', "line 2: not a JSON object .*: mend it"),
+        ('["a?", "a.png"]', "line 2: list is not a JSON object: mend it"),
+        ('{"question": "\\ud800"}', "line 2: not a JSON object .*surrogates not allowed.*: mend it"),
+        ("[" * 100_000, "line 2: not a JSON object .*: mend it"),
+        ('{"question": "a?", "image": "a.png", "id": 99999999999999999999999}', "can't be read"),
+    ],
+)
+def test_a_bad_jsonl_is_named(folder, line, message):
+    with pytest.raises(InputError, match=rf"train.jsonl.*{message}"):
+        TableDocVQA(write(folder, '{"question": "a?", "image": "a.png"}\n' + line, "train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("c.png", r"the image file 'c.png' is missing in .*pages"),
+        ("../outside.png", r"the image path ../outside.png lies outside the data's folder"),
+        ("/etc/passwd", r"the image path /etc/passwd lies outside the data's folder"),
+        ("https://example.com/a.png", r"the image path https://example.com/a.png lies outside the data's folder"),
+        ("scans", r"the image file 'scans' is missing"),
+        ("", r"no image in column 'image': drop the row"),
+    ],
+)
+def test_an_image_that_is_not_there_is_known_before_it_is_opened(folder, image, message):
+    examples = TableDocVQA(write(folder, f"question,image\na?,a.png\nb?,{image}\n"))
+    assert examples[0].question == "a?"
+    assert image == "" or list(examples.faults) == [1]
+    with pytest.raises(InputError, match=rf"train.csv, row 1 \(line 3\): {message}"):
+        examples[1]
+
+
+def test_a_row_without_question_is_named(folder):
+    examples = TableDocVQA(write(folder, "question,image\n ,a.png\nb?,a.png\n"))
+    assert list(examples.faults.values()) == [
+        f"{folder}/train.csv, row 0 (line 2): no question in column 'question': drop the row"
+    ]
+    assert examples[1].question == "b?"
+
+
+def test_a_fit_and_a_prediction(run, tiny, folder, capfd):
+    write(folder, CSV)
+    write(folder, json.dumps({"id": "v1", "question": "a?", "image": "a.png", "answers": ["b"]}), "validation.jsonl")
+    flags = ["--model.pretrained", tiny, "--model.quantization", "none", "--model.max_new_tokens", 2]
+    flags += ["--data.source", folder, "--data.image_size", 112, "--data.num_workers", 0]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.logger", "false"]
+    run("check", *flags, "--trainer.max_steps", 1)
+    assert capfd.readouterr().err == ""
+    run("fit", *flags, "--trainer.max_steps", 1, "--trainer.enable_checkpointing", "false")
+    run("predict", *flags, "--data.predict_split", "train")
+    submission = json.loads((folder.parent / "submission.json").read_text())
+    assert [answer["questionId"] for answer in submission] == [7, 8, 9, 10]
+    assert "Telling pages apart" not in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run("fit", *flags, "--data.streaming", "true", "--data.limit_val", 1, "--trainer.max_steps", 1)
+    assert "can't be streamed, and needn't be" in capfd.readouterr().err
