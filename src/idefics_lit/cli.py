@@ -29,6 +29,7 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SaveOnSigterm, SkippedExamples
 from idefics_lit.progress import ProgressBar
+from idefics_lit.report import Report
 from idefics_lit.runs import own_folder
 from idefics_lit.trainer import OPTIONS, DocVQATrainer
 
@@ -299,6 +300,7 @@ def main(args: Sequence[str] | None = None) -> None:
     _hide_noise(training="fit" in args, quiet=not WITHOUT_DATA.isdisjoint(args))
     from idefics_lit.module import Idefics2Module  # bitsandbytes talks when it is imported
 
+    results = Results()
     try:
         DocVQACLI(
             Idefics2Module,
@@ -308,7 +310,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [SaveOnSigterm(), PredictionWriter(), Results(), SkippedExamples()],
+                "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",
