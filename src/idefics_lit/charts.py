@@ -33,7 +33,7 @@ class Axis:
         numbers = [*map(float, MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high))]
         self.low, self.high = (low, high) if tight else (numbers[0], numbers[-1])
         self.start, self.stop = start, stop
-        self.ticks = [(self.place(number), f"{number:,.4g}") for number in numbers if self.low <= number <= self.high]
+        self.ticks = [(self.place(number), f"{number:,.6g}") for number in numbers if self.low <= number <= self.high]
 
     def place(self, value: float) -> float:
         """Return where a value goes, to a hundredth."""

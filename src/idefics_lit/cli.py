@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -158,7 +159,7 @@ class DocVQACLI(LightningCLI):
             trainer.devices = 1 if trainer.devices == "auto" else trainer.devices
             self.trainer_defaults["callbacks"] = []
         if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
-            _allow_wandb_offline()
+            _allow_wandb_offline(trainer.logger.init_args.get("save_dir") or ".")
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
@@ -172,6 +173,9 @@ class DocVQACLI(LightningCLI):
         if self.config.subcommand in WITHOUT_DATA:
             return
         loggers = self.trainer.loggers
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger._wandb_init.pop("anonymous", None)  # wandb warns of it, asked for or not
         folder = Path((loggers[0].save_dir if loggers else None) or self.trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -243,9 +247,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _allow_wandb_offline() -> None:
+def _allow_wandb_offline(folder: str) -> None:
     import wandb  # only where it is used: its import takes a second
 
+    # What waits to be uploaded lies with the runs that it is of, and not in the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(os.path.join(folder, "wandb")))
     if not wandb.login(prompt=False, verify=False):
         os.environ.setdefault("WANDB_MODE", "offline")
         wandb.teardown()  # it has read the environment already
