@@ -166,7 +166,7 @@ def test_it_fits_a_phone(fitted, opened, scheme):
 
 
 def test_the_readmes_picture_is_a_screenshot(fitted, opened, tmp_path):
-    """``REPORT=lightning_logs/version_0/report.html pytest tests/test_report.py`` takes it anew, of that report."""
+    """``REPORT=lightning_logs/version_0/report.html pytest tests/test_report.py -k picture`` takes it anew."""
     report = Path(os.environ.get("REPORT", fitted / "report.html")).resolve()
     path = DOCS / "report.png" if "REPORT" in os.environ else tmp_path / "report.png"
     page = opened(report)
@@ -188,6 +188,13 @@ def test_tensorboard_has_curves_and_pictures(fitted):
     with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
         assert picture.width == 448 and picture.height > 336  # the page, and the question below
     assert image.step == STEPS
+
+
+def test_tensorboard_is_asked_for_by_name(run, short_fit, monkeypatch, capsys):
+    monkeypatch.setattr("idefics_lit.cli.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run(*short_fit("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."))
+    assert capsys.readouterr().err.endswith("with tensorboard: pip install tensorboard\n")
 
 
 def test_what_pages_and_models_say_is_text(run, tiny, docvqa, tmp_path, opened):
@@ -237,11 +244,11 @@ def test_a_report_that_fails_ends_no_fit(run, short_fit, monkeypatch):
         raise OSError("no page\nat all")
 
     monkeypatch.setattr("idefics_lit.report.show", broken)
-    with pytest.warns(UserWarning, match="the pages' pictures can't be written: no page$"):
+    with pytest.warns(UserWarning, match=r"No pages in the report: no page$"):
         folder = run(*short_fit("--trainer.max_steps", 2))
     assert "<article>" not in next(folder.rglob("report.html")).read_text()
     monkeypatch.setattr("idefics_lit.report._render", broken)
-    with pytest.warns(UserWarning, match=r"version_1/report.html can't be written: no page$"):
+    with pytest.warns(UserWarning, match=r"No report: no page$"):
         run(*short_fit("--trainer.max_steps", 2))
     assert len(list(folder.rglob("val_predictions.jsonl"))) == 2
 

@@ -59,15 +59,18 @@ class Chart:
 
     Args:
         title: what is shown.
+        last: the last step.
         lines: by CSS class, the name of each and its points.
         values: what the vertical axis must have room for besides.
     """
 
-    def __init__(self, title: str, lines: Mapping[str, tuple[str, Points]], values: Sequence[float] = (0,)) -> None:
+    def __init__(
+        self, title: str, last: int, lines: Mapping[str, tuple[str, Points]], values: Sequence[float] = (0,)
+    ) -> None:
         self.title = title
         finite = {style: (name, [(x, y) for x, y in points if isfinite(y)]) for style, (name, points) in lines.items()}
         every = [point for _, points in finite.values() for point in points]
-        self.x = Axis([0, *(x for x, _ in every)], LEFT, RIGHT, whole=True, tight=True)
+        self.x = Axis([0, last, *(x for x, _ in every)], LEFT, RIGHT, whole=True, tight=True)
         self.y = Axis([*values, *(y for _, y in every)], BOTTOM, TOP)
         self.lines = [
             Line(style, name, [(self.x.place(x), self.y.place(y)) for x, y in points])
@@ -120,8 +123,8 @@ class Histogram:
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Return the means over a tenth of the points, around each."""
-    reach = len(points) // 20
+    """Return the means over a twentieth of the points, around each."""
+    reach = len(points) // 40
     values = [y for _, y in points]
     windows = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,11 @@ class DocVQACLI(LightningCLI):
             trainer.logger = trainer.enable_progress_bar = False
             trainer.devices = 1 if trainer.devices == "auto" else trainer.devices
             self.trainer_defaults["callbacks"] = []
-        if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
-            _allow_wandb_offline(trainer.logger.init_args.get("save_dir") or ".")
+        logger = trainer.logger.class_path.rpartition(".")[2] if isinstance(trainer.logger, Namespace) else ""
+        if logger == "WandbLogger":
+            _prepare_wandb(trainer.logger.init_args.get("save_dir") or ".")
+        if logger == "TensorBoardLogger" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+            raise InputError("trainer.logger TensorBoardLogger writes with tensorboard: pip install tensorboard")
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
@@ -247,7 +251,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _allow_wandb_offline(folder: str) -> None:
+def _prepare_wandb(folder: str) -> None:
     import wandb  # only where it is used: its import takes a second
 
     # What waits to be uploaded lies with the runs that it is of, and not in the home folder.

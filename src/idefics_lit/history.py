@@ -41,9 +41,8 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step."""
-        last = self.steps[-1]
-        return round(last.step + (last.number - 1) / 2)
+        """The last optimizer step, 0 before the first."""
+        return round(self.steps[-1].step + (self.steps[-1].number - 1) / 2) if self.steps else 0
 
     def add_step(self, step: int, loss: Tensor, lr: float) -> None:
         """Add a step's, whose loss, 0-d, may still be computed: a GPU is waited for every hundredth time."""

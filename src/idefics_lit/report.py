@@ -88,13 +88,13 @@ class Report(Callback):
         records, path = self.results.after, run_folder(trainer) / "report.html"
         cards: list[Card] = []
         shown: list[Card] = []
-        with _or_warn("the pages' pictures"):
+        with _or_warn("pages in the report"):
             examples = trainer.datamodule.examples[stage]
             cards = group_by_page(records, examples)
             shown = show(cards, examples)
         if faults := [card.fault for card in shown if card.fault]:
             rank_zero_warn(f"{len(faults)} pages have no picture in the report. The first: {faults[0]}")
-        with _or_warn(path):
+        with _or_warn("report"):
             title = f"{module.hparams.pretrained} on {trainer.datamodule.hparams.source}"
             made = [path.parent, *([f"with {trainer.ckpt_path}"] if trainer.ckpt_path else [])]
             subtitle = ", ".join(map(str, [*made, f"{datetime.now():%Y-%m-%d %H:%M}"]))
@@ -107,10 +107,10 @@ class Report(Callback):
             self.results.report = path
         for logger in trainer.loggers if shown else []:
             if isinstance(logger, WandbLogger):
-                with _or_warn("Weights & Biases' table"):
+                with _or_warn("table for Weights & Biases"):
                     log_table(logger, f"{stage}/answers", shown, trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
-                with _or_warn("TensorBoard's pictures"):
+                with _or_warn("pictures for TensorBoard"):
                     log_pictures(logger, f"{stage}/worst", shown, trainer.global_step)
 
     def _tiles(self, records: Records, losses: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -123,25 +123,26 @@ class Report(Callback):
                 count = sum(record["score"] == score for record in records)
                 tiles.append((name, f"{count / len(records):.0%}", f"{count} of {len(records)} questions"))
         tiles += [(name, f"{loss:.3f}", "a token") for name, loss in losses.items()]
-        if self.history.steps:
+        if self.history.last_step:
             tiles.append(("optimizer steps", f"{self.history.last_step:,}", ""))
         return tiles
 
     def _charts(self) -> list[Chart]:
         steps, validations = self.history.steps, self.history.validations
+        last = self.history.last_step
         found = []
         if steps:
             loss = [(some.step, some.loss) for some in steps]
             train = {"faint": ("", loss), "c1": ("train/loss", smoothed(loss))}
             val = [(some.step, some.loss) for some in validations]
-            found.append(Chart("Loss", {**train, "c2": ("val/loss", val)}))
-            found.append(Chart("Learning rate", {"c1": ("lr", [(some.step, some.lr) for some in steps])}))
+            found.append(Chart("Loss", last, {**train, "c2": ("val/loss", val)}))
+            found.append(Chart("Learning rate", last, {"c1": ("lr", [(some.step, some.lr) for some in steps])}))
         if validations:
             lines = {"c0": ("all", [(some.step, some.anls) for some in validations])}
             for number, name in enumerate(validations[-1].types, start=1):
                 points = [(some.step, some.types[name]) for some in validations if name in some.types]
                 lines[f"c{number}"] = (name, points)
-            found.append(Chart("ANLS", lines, (0, 1)))
+            found.append(Chart("ANLS", last, lines, (0, 1)))
         return found
 
     def _scores(self, records: Records) -> dict[str, Any]:
@@ -163,11 +164,11 @@ class Report(Callback):
 
 
 @contextmanager
-def _or_warn(what: object) -> Iterator[None]:
+def _or_warn(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{what} can't be written: {first_line(error)}")
+        rank_zero_warn(f"No {what}: {first_line(error)}")
 
 
 def _by_type(records: Records) -> dict[str, Records]:
