@@ -289,7 +289,7 @@ def test_a_long_fits_curves_stay_small():
 
 
 class Noise(Examples):
-    """Pages of several sizes that JPEG can't make small; every fifth is broken."""
+    """Documents of one page and of eleven that JPEG can't make small; every fifth is broken."""
 
     def __init__(self, pages):
         self.page_ids = list(range(pages))
@@ -299,7 +299,7 @@ class Noise(Examples):
     def __getitem__(self, index):
         if index % 5 == 4:
             raise OSError(f"page {index} is <broken>")
-        return Example(index, "", [self.page] * (1 + index % 2))
+        return Example(index, "", [self.page] * (1 + 10 * (index % 2)))
 
 
 @pytest.mark.parametrize("pages", [3, 30])
@@ -328,6 +328,9 @@ def test_it_is_never_larger_than_5_mb(pages, opened, tmp_path):
     assert page.get_by_text(f"{asked} of 2000 questions, on {len(shown)} of {pages} pages.").is_visible()
     assert [card[0]["score"] for card in shown] == [i / 2000 for i in range(len(shown))]
     assert page.get_by_text("is <broken>").count() == len(shown) // 5
+    for i, card in enumerate(page.locator("article").all()):
+        assert card.locator("img").count() == (0 if i % 5 == 4 else 8 if i % 2 else 1)
+        assert card.get_by_text("and 3 more pages").count() == (i % 2 and i % 5 != 4)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

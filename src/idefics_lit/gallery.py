@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from idefics_lit.data.example import Examples
 from idefics_lit.errors import first_line
 
-MOST_PAGES, MOST_QUESTIONS = 48, 24  # of them, and on each
+MOST_CARDS, MOST_PAGES, MOST_QUESTIONS = 48, 8, 24  # of them, and on each
 ROOM = 3_000_000  # bytes of JPEG, which are 4 MB in HTML
 TENSORBOARD = 8  # cards
 EDGES = (1400, 1000, 700, 400)  # a page's longest, in pixels: the first for which there is room
@@ -27,12 +27,12 @@ class Card:
     Attributes:
         records: `Evaluation.records`, the lowest score first.
         pictures: JPEGs.
-        fault: why there is no picture.
+        missing: which pictures aren't there, and why.
     """
 
     records: list[dict[str, Any]]
     pictures: Sequence[bytes] = ()
-    fault: str = ""
+    missing: str = ""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -63,18 +63,19 @@ def show(cards: Sequence[Card], examples: Examples) -> list[Card]:
     """Return the first cards, as many as there is room for, with their pictures; no others are decoded."""
     shown: list[Card] = []
     left = ROOM
-    for card in cards[:MOST_PAGES]:
-        fault = ""
+    for card in cards[:MOST_CARDS]:
         pictures: list[bytes] = []
         try:
-            share = left // (min(len(cards), MOST_PAGES) - len(shown))
-            pictures = _fit(examples[card.records[0]["place"]].images, share)
+            pages = examples[card.records[0]["place"]].images
+            share = left // (min(len(cards), MOST_CARDS) - len(shown))
+            pictures = _fit(pages[:MOST_PAGES], share)
+            missing = f"and {len(pages) - MOST_PAGES} more pages" if len(pages) > MOST_PAGES else ""
         except Exception as error:
-            fault = f"no picture: {first_line(error)}"
+            missing = f"no picture: {first_line(error)}"
         if (size := sum(map(len, pictures))) > left:
             break
         left -= size
-        shown.append(Card(card.records[:MOST_QUESTIONS], pictures, fault))
+        shown.append(Card(card.records[:MOST_QUESTIONS], pictures, missing))
     return shown
 
 

@@ -92,8 +92,8 @@ class Report(Callback):
             examples = trainer.datamodule.examples[stage]
             cards = group_by_page(records, examples)
             shown = show(cards, examples)
-        if faults := [card.fault for card in shown if card.fault]:
-            rank_zero_warn(f"{len(faults)} pages have no picture in the report. The first: {faults[0]}")
+        if broken := [card.missing for card in shown if not card.pictures]:
+            rank_zero_warn(f"{len(broken)} pages aren't in the report. The first: {broken[0]}")
         with _or_warn("report"):
             title = f"{module.hparams.pretrained} on {trainer.datamodule.hparams.source}"
             made = [path.parent, *([f"with {trainer.ckpt_path}"] if trainer.ckpt_path else [])]
