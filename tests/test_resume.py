@@ -75,8 +75,9 @@ def load(path):
 
 
 def assert_same(first, second):
-    """Adapter, optimizer and schedule are the same bits."""
+    """Adapter, optimizer, schedule and the report's curves are the same bits."""
     assert first["global_step"] == second["global_step"]
+    assert first["callbacks"]["Report"]["steps"] == second["callbacks"]["Report"]["steps"]
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
     states = (checkpoint["optimizer_states"][0]["state"].values() for checkpoint in (first, second))

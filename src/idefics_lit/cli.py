@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -29,6 +31,7 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SaveOnSigterm, SkippedExamples
 from idefics_lit.progress import ProgressBar
+from idefics_lit.report import Report
 from idefics_lit.runs import own_folder
 from idefics_lit.trainer import OPTIONS, DocVQATrainer
 
@@ -156,8 +159,11 @@ class DocVQACLI(LightningCLI):
             trainer.logger = trainer.enable_progress_bar = False
             trainer.devices = 1 if trainer.devices == "auto" else trainer.devices
             self.trainer_defaults["callbacks"] = []
-        if isinstance(trainer.logger, Namespace) and trainer.logger.class_path.endswith("WandbLogger"):
-            _allow_wandb_offline()
+        logger = trainer.logger.class_path.rpartition(".")[2] if isinstance(trainer.logger, Namespace) else ""
+        if logger == "WandbLogger":
+            _prepare_wandb(trainer.logger.init_args.get("save_dir") or ".")
+        if logger == "TensorBoardLogger" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+            raise InputError("trainer.logger TensorBoardLogger writes with tensorboard: pip install tensorboard")
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
@@ -171,6 +177,9 @@ class DocVQACLI(LightningCLI):
         if self.config.subcommand in WITHOUT_DATA:
             return
         loggers = self.trainer.loggers
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger._wandb_init.pop("anonymous", None)  # wandb warns of it, asked for or not
         folder = Path((loggers[0].save_dir if loggers else None) or self.trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,9 +251,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _allow_wandb_offline() -> None:
+def _prepare_wandb(folder: str) -> None:
     import wandb  # only where it is used: its import takes a second
 
+    # What waits to be uploaded lies with the runs that it is of, and not in the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(os.path.join(folder, "wandb")))
     if not wandb.login(prompt=False, verify=False):
         os.environ.setdefault("WANDB_MODE", "offline")
         wandb.teardown()  # it has read the environment already
@@ -301,6 +312,7 @@ def main(args: Sequence[str] | None = None) -> None:
     _hide_noise(training="fit" in args, quiet=not WITHOUT_DATA.isdisjoint(args))
     from idefics_lit.module import Idefics2Module  # bitsandbytes talks when it is imported
 
+    results = Results()
     try:
         DocVQACLI(
             Idefics2Module,
@@ -310,7 +322,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [SaveOnSigterm(), PredictionWriter(), Results(), SkippedExamples()],
+                "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
                 "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.CSVLogger",

@@ -77,6 +77,8 @@ class Idefics2Module(LightningModule):
     hparams: Any  # the arguments below, by name
     records: list[dict[str, Any]]
     """`Evaluation.records` of the questions of this rank's last validation or test."""
+    step_loss: Tensor
+    """The last optimizer step's, where it was computed; ``step_lr`` is its learning rate."""
 
     def __init__(
         self,
@@ -235,9 +237,10 @@ class Idefics2Module(LightningModule):
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / tokens
         # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
         torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
-        self.log("train/loss", (loss / tokens).float(), prog_bar=True)
+        self.step_loss, self.step_lr = (loss / tokens).float(), optimizer.param_groups[0]["lr"]
+        self.log("train/loss", self.step_loss, prog_bar=True)
         # A tensor of the CPU's: Lightning would bring a number to the GPU and wait for it.
-        self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
+        self.log("lr", torch.tensor(self.step_lr))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and the schedule, stepped with it."""

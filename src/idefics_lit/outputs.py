@@ -91,6 +91,7 @@ class Results(Callback):
     def __init__(self) -> None:
         self.before: list[dict[str, Any]] = []
         self.after: list[dict[str, Any]] = []
+        self.report: Path | None = None  # where there is one
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a fit's answers, write them unless they are the sanity check's."""
@@ -117,6 +118,8 @@ class Results(Callback):
         if stage != "fit":
             if self.after:
                 console.print(f"{len(self.after)} answers in {self.file}")
+            if self.report:
+                console.print(f"report in {self.report}")
             return
         if self.after:
             before = {record["question_id"]: record for record in self.before}
@@ -136,6 +139,8 @@ class Results(Callback):
             places.add_row("best checkpoint", f"{best.best_model_path} {score}")  # type: ignore[attr-defined]
         if self.after:
             places.add_row("answers", str(self.file))
+        if self.report:
+            places.add_row("report", str(self.report))
         for name in ("train/loss", "val/loss"):
             if name in trainer.callback_metrics:
                 places.add_row(name, f"{float(trainer.callback_metrics[name]):.4f}")
