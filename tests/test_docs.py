@@ -1,5 +1,6 @@
 """The README and the pages of docs/: what they say can be typed, and the site that is built of them."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from jsonargparse import capture_parser
+from PIL import Image
 
 from idefics_lit.cli import PARTS, main
 
@@ -36,7 +38,7 @@ def commands(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_block_is_tried(name):
-    tried = {"bash", "python", "yaml"}
+    tried = {"bash", "python", "yaml", "csv", "json"}
     shown = {"text"}  # formulas, the tree of files
     assert {language for language, _ in BLOCKS[name]} <= tried | shown
 
@@ -54,6 +56,22 @@ def test_a_command_is_understood(args, config, tmp_path, monkeypatch, capsys):
         main([*args, "--print_config"])
     assert stop.value.code == 0
     assert "trainer:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("language", "code"), [block for name in PAGES for block in BLOCKS[name] if block[0] in ("csv", "json")]
+)
+def test_a_table_is_read(language, code, tmp_path, capsys):
+    if "image" not in code:  # a submission
+        json.loads(code)
+        return
+    (tmp_path / f"train.{language.replace('json', 'jsonl')}").write_text(code)
+    for path in set(re.findall(r"scans/\w+\.png", code)):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("L", (60, 80)).save(tmp_path / path)
+    main(["check", "--model.pretrained", "tiny", "--data.source", str(tmp_path), "--data.val_split", "train"])
+    questions = len(code.splitlines()) - (language == "csv")
+    assert re.search(rf"^questions +{questions} ", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if any(language == "bash" for language, _ in BLOCKS[name])])
