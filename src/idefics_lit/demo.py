@@ -4,6 +4,7 @@ What is special here: there is one model, whose adapter is switched off for the 
 reaches it and the PDF library; and nothing leaves the machine, no statistics and no requests for fonts.
 """
 
+import errno
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from PIL.Image import Image
 from idefics_lit.ask import Asked, collator
 from idefics_lit.checkpoint import read_checkpoint
 from idefics_lit.documents import count_pages, read_page
-from idefics_lit.errors import InputError
+from idefics_lit.errors import InputError, first_line
 from idefics_lit.module import Idefics2Module
 
 if TYPE_CHECKING:
@@ -186,8 +187,12 @@ def _named(error: InputError, file: str) -> str:
 def _free_port(host: str, port: int | None) -> int:
     for candidate in PORTS if port is None else [port]:
         try:
-            with socket.create_server((host, candidate)):
-                return candidate
-        except OSError as error:
+            with socket.create_server((host, candidate)) as server:
+                number: int = server.getsockname()[1]
+                return number
+        except (OSError, OverflowError) as error:
             reason = error
-    raise InputError(f"nothing can listen at {host}:{candidate}: {reason.strerror}")
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                break
+    why = first_line(getattr(reason, "strerror", reason)).split(" (")[0]
+    raise InputError(f"nothing can listen at {host}:{candidate}: {why}: give another --host or --port")
