@@ -71,14 +71,13 @@ def test_it_runs_without_a_gpu(tmp_path):
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     assert {output.get("name", "stdout") for of_cell in outputs.values() for output in of_cell} == {"stdout"}
     text = {cell: "".join(output.get("text", "") for output in of_cell) for cell, of_cell in outputs.items()}
-    assert not re.search("(?i)^(error|warning|traceback)", "\n".join(text.values()), flags=re.MULTILINE), text
-    assert [cell for cell in outputs if any("image/png" in o.get("data", {}) for o in outputs[cell])] == [
-        "data",
-        "curves",
-    ]
+    del text["install"]  # what pip says of its own
+    assert not re.search(r"^error:|Traceback|Warning\b", "\n".join(text.values()), flags=re.MULTILINE), text
+    drawn = [cell for cell in outputs if any("image/png" in output.get("data", {}) for output in outputs[cell])]
+    assert drawn == ["data", "curves"]
     assert Path(tmp_path, "lightning_logs", "version_0", "checkpoints", "best.ckpt").exists()
-    anls = [float(score) for score in re.findall(r"\d\.\d{3}", re.search(r"^.*\ball\b.*$", text["fit"], flags=re.M)[0])]
-    assert anls[1] >= anls[0] + 0.2
+    before, after = re.search(r"│ all +│ ([\d.]+) +│ ([\d.]+) +│", text["fit"]).groups()
+    assert float(after) >= float(before) + 0.2
     assert re.search(r"val/anls\W+(\d\.\d+)", text["validate"])
     assert "page.png" in text["ask"]
     assert "adapter_model.safetensors" in text["export"]
