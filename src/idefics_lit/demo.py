@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 PORTS = range(7860, 7960)
 CSS = """
 :root, .gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace }
-.gradio-container code { white-space: pre-wrap; overflow-wrap: anywhere }
-.answers table { width: 100%; border-collapse: collapse }
-.answers th, .answers td { padding: 8px 12px 8px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+.gradio-container .prose code { white-space: pre-wrap; overflow-wrap: anywhere }
+.answers table { width: 100%; table-layout: fixed; border-collapse: collapse }
+.answers th, .answers td { padding: 8px 12px 8px 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 .answers th { opacity: 0.7; font-weight: 400 }
+.answers th:first-child { width: 45% }
 .answers td { border-top: 1px solid var(--border-color-primary) }
 .answers td + td { font-weight: 600 }
 """
