@@ -6,9 +6,9 @@ import re
 import pytest
 from PIL import Image
 
-from idefics_lit.ask import _page
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.documents import read_page
 
 READER = ("--model.pretrained", "tiny", "--model.quantization", "none", "--trainer.accelerator", "cpu")
 
@@ -92,7 +92,7 @@ def test_a_tiff_has_pages_and_a_photograph_is_held_upright(ask, pages, tmp_path)
 
 
 def test_what_is_filled_into_a_pdfs_form_is_seen(tmp_path, form):
-    assert _page(str(form), 0).convert("L").getextrema()[0] < 128
+    assert read_page(str(form), 0).convert("L").getextrema()[0] < 128
 
 
 @pytest.fixture

@@ -2,15 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from PIL import Image, UnidentifiedImageError
-from pypdfium2 import PdfDocument, PdfiumError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,11 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.example import Example
-from idefics_lit.data.images import FORMATS, open_page
-from idefics_lit.errors import InputError, first_line
+from idefics_lit.documents import count_pages, read_page
+from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
-
-LONGEST_EDGE = 2200  # of a rendered page in pixels: A4 at 190 dpi, what DocVQA's scans have
 
 
 class Asked(Dataset[Example]):
@@ -47,7 +41,7 @@ class Asked(Dataset[Example]):
         if not all(question.strip() for question in questions):
             raise InputError("question: one is empty, ask something")
         self.questions = questions
-        self.counts = {file: _count(file) for file in files}
+        self.counts = {file: count_pages(file) for file in files}
         self.pages = [(file, number) for file, count in self.counts.items() for number in range(count)]
 
     def __len__(self) -> int:
@@ -60,7 +54,7 @@ class Asked(Dataset[Example]):
         return Example(
             question_id=index,
             question=self.questions[number],
-            images=[_page(*self.pages[page])],
+            images=[read_page(*self.pages[page])],
             where=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
             place=index,
@@ -73,21 +67,30 @@ class Asked(Dataset[Example]):
             options: the data module's.
             pixels: the model's dtype.
         """
-        collator = Idefics2Collator(
-            load_processor(
-                options["pretrained"], image_splitting=options["image_splitting"], image_size=options["image_size"]
-            ),
-            train=False,
-            prompt_style=options["prompt_style"],
-            max_length=options["max_length"],
-            pixels=pixels,
-        )
-        return DataLoader(self, batch_size=len(self.questions), collate_fn=collator)
+        return DataLoader(self, batch_size=len(self.questions), collate_fn=collator(options, pixels))
 
     def name(self, page: int) -> str:
         """Return what a page is called: its file, and its number where the file has several."""
         file, number = self.pages[page]
         return file if self.counts[file] == 1 else f"{file}, page {number + 1}"
+
+
+def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collator:
+    """Return what makes batches of questions without answers.
+
+    Args:
+        options: the data module's.
+        pixels: the model's dtype.
+    """
+    return Idefics2Collator(
+        load_processor(
+            options["pretrained"], image_splitting=options["image_splitting"], image_size=options["image_size"]
+        ),
+        train=False,
+        prompt_style=options["prompt_style"],
+        max_length=options["max_length"],
+        pixels=pixels,
+    )
 
 
 class Answers(Callback):
@@ -119,42 +122,3 @@ class Answers(Callback):
         console = Console(highlight=False)
         console.print(escape(self.asked.name(page)), soft_wrap=True)
         console.print(table)
-
-
-def _count(file: str) -> int:
-    """Count a file's pages."""
-    try:
-        if _is_pdf(file):
-            with PdfDocument(file) as pdf:
-                return len(pdf)
-        with Image.open(file, formats=[*FORMATS]) as image:
-            # The further frames of other formats are no pages, such as the previews in a phone's photograph.
-            return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-    except FileNotFoundError as error:
-        raise InputError(f"image {file}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"image {file}: neither an image nor a PDF") from error
-    except PdfiumError as error:
-        cure = "save a copy without the password" if "password" in str(error).lower() else "it may be damaged"
-        raise InputError(f"image {file}: the PDF can't be opened ({first_line(error)}): {cure}") from error
-    except Exception as error:
-        raise InputError(f"image {file}: it can't be read: {first_line(error)}") from error
-
-
-@lru_cache(maxsize=1)
-def _page(file: str, number: int) -> Image.Image:
-    """Decode a page, and keep it for its other questions."""
-    try:
-        if _is_pdf(file):
-            with PdfDocument(file) as pdf:
-                pdf.init_forms()  # else what is filled in isn't drawn
-                page = pdf[number]
-                return page.render(scale=LONGEST_EDGE / max(page.get_size())).to_pil().convert("RGB")
-        return open_page(file, number)
-    except Exception as error:
-        raise InputError(f"image {file}: page {number + 1} can't be read: {first_line(error)}") from error
-
-
-def _is_pdf(file: str) -> bool:
-    with Path(file).open("rb") as opened:
-        return b"%PDF-" in opened.read(1024)

@@ -42,9 +42,10 @@ COMMANDS = {
     "predict": "Answer a split's questions, with or without references: submission.json and predictions.jsonl.",
     "check": "Read all training and validation questions and say what training would meet; no model is loaded.",
     "ask": "Ask a checkpoint, or the model without one, questions about the pages of images and PDFs.",
+    "demo": "Ask in the browser, on a page that this machine alone reaches; base and tuned model side by side.",
     "export": "Write a checkpoint's adapter as a folder that plain peft loads, or merged into its base.",
 }
-WITHOUT_DATA = {"ask", "export"}  # commands for which no data.source is needed, and which leave no run behind
+WITHOUT_DATA = {"ask", "demo", "export"}  # commands for which no data.source is needed, and which leave no run behind
 PARTS = {"model", "model.lora", "data", "data.pretrained"}
 TRAINER_OPTIONS = {
     "accelerator": "cpu, gpu or auto",

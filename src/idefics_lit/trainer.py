@@ -21,6 +21,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "question": {"nargs": "+", "action": "extend", "metavar": "Q", "help": "what to ask about each page"},
         "json": {"action": "store_true", "help": "print JSON lines"},
     },
+    "demo": {
+        "host": {"type": str, "default": "127.0.0.1", "help": "the address to listen at; 0.0.0.0 lets others in"},
+        "port": {"type": int | None, "help": "the port to listen at, the first free one from 7860 on unless given"},
+    },
     "export": {
         "output": {"type": str | None, "metavar": "FOLDER", "help": "the folder to write"},
         "merge": {"type": bool, "default": False, "help": "write the base in 16 bits with the adapter in it"},
@@ -30,7 +34,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class DocVQATrainer(Trainer):
-    """A Trainer that checks data, asks and exports too. Its own methods are commands of the command line."""
+    """A Trainer that checks data, asks, shows and exports too. Its own methods are commands of the command line."""
 
     def check(self, model: "Idefics2Module", datamodule: "DocVQADataModule") -> None:
         """Read all training and validation questions and say what training would meet.
@@ -64,6 +68,28 @@ class DocVQATrainer(Trainer):
         self.callbacks.append(Answers(asked, as_json=json))  # type: ignore[attr-defined]
         loader = asked.loader(datamodule.hparams, DTYPES.get(str(self.precision), torch.float32))
         self.predict(model, loader, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
+
+    def demo(
+        self,
+        model: "Idefics2Module",
+        datamodule: LightningDataModule,
+        host: str,
+        port: int | None,
+        ckpt_path: str | None,
+    ) -> None:
+        """Answer questions in a browser, with the checkpoint's adapter and without it, until Ctrl-C.
+
+        Args:
+            model: what answers.
+            datamodule: gives the options of prompt and pages; no data is read.
+            host: the address to listen at.
+            port: the port, the first free one from 7860 on unless given.
+            ckpt_path: the checkpoint of the adapter, the base model alone answers unless given.
+        """
+        from idefics_lit.demo import serve  # its import takes seconds, and needs an extra
+
+        model.trainer = self  # for its device and precision
+        serve(model, datamodule.hparams, ckpt_path, host, port)
 
     def export(
         self,

@@ -1,0 +1,63 @@
+"""The pages of image files and PDFs."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from pypdfium2 import PdfDocument, PdfiumError
+
+from idefics_lit.data.images import FORMATS, open_page
+from idefics_lit.errors import InputError, first_line
+
+LONGEST_EDGE = 2200  # of a rendered page in pixels: A4 at 190 dpi, what DocVQA's scans have
+
+
+def count_pages(file: str) -> int:
+    """Count a file's pages.
+
+    Raises:
+        InputError: it isn't one that can be read.
+    """
+    try:
+        if _is_pdf(file):
+            with PdfDocument(file) as pdf:
+                return len(pdf)
+        with Image.open(file, formats=[*FORMATS]) as image:
+            # The further frames of other formats are no pages, such as the previews in a phone's photograph.
+            return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    except FileNotFoundError as error:
+        raise InputError(f"image {file}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"image {file}: neither an image nor a PDF") from error
+    except PdfiumError as error:
+        cure = "save a copy without the password" if "password" in str(error).lower() else "it may be damaged"
+        raise InputError(f"image {file}: the PDF can't be opened ({first_line(error)}): {cure}") from error
+    except Exception as error:
+        raise InputError(f"image {file}: it can't be read: {first_line(error)}") from error
+
+
+@lru_cache(maxsize=1)
+def read_page(file: str, number: int) -> Image.Image:
+    """Decode a page, and keep it for its other questions.
+
+    Args:
+        file: an image or a PDF.
+        number: which of its pages, from 0.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        if _is_pdf(file):
+            with PdfDocument(file) as pdf:
+                pdf.init_forms()  # else what is filled in isn't drawn
+                page = pdf[number]
+                return page.render(scale=LONGEST_EDGE / max(page.get_size())).to_pil().convert("RGB")
+        return open_page(file, number)
+    except Exception as error:
+        raise InputError(f"image {file}: page {number + 1} can't be read: {first_line(error)}") from error
+
+
+def _is_pdf(file: str) -> bool:
+    with Path(file).open("rb") as opened:
+        return b"%PDF-" in opened.read(1024)
