@@ -205,14 +205,19 @@ def test_evaluation_goes_page_by_page(tiny, ranks):
     assert sum(count[a] > count[b] for a, b in pairwise(pages)) <= 97 // 40  # sorted within a window
 
 
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    """211 training questions, as a data module draws them."""
+    data = DocVQADataModule("synthetic", tiny, questions_per_page=4, limit_train=211, num_workers=0)
+    data.setup("fit")
+    return data.examples["train"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("questions", [1, 3, 4, 100])
-def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(tiny, questions, ranks):
-    data = DocVQADataModule("synthetic", tiny, questions_per_page=questions, limit_train=211, num_workers=0)
-    data.setup("fit")
-
+def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questions, ranks):
     def epoch(number):
-        samplers = [Visits(data.examples["train"], questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        samplers = [Visits(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(number)
         return [[index for index, *_ in sampler] for sampler in samplers]
@@ -222,9 +227,9 @@ def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(tiny, questio
     assert sorted({i for share in shares for i in share}) == list(range(211))
     assert sum(map(len, shares)) == -(-211 // ranks) * ranks
     assert epoch(0) == shares != epoch(1)
-    pages = [data.examples["train"].page_ids[i] for share in shares for i in share]
+    pages = [drawn.page_ids[i] for share in shares for i in share]
     changes = sum(a != b for a, b in pairwise(pages))
-    count = Counter(data.examples["train"].page_ids)
+    count = Counter(drawn.page_ids)
     assert changes < 2 * sum(-(-on_page // questions) for on_page in count.values())
     if questions == 1:  # the order of a plain DistributedSampler
         plain = [DistributedSampler(range(211), num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
