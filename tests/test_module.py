@@ -55,12 +55,12 @@ class Losses(Callback):
 
 @pytest.mark.slow
 def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path):
-    """30 optimizer steps of 2 x 8 examples in float32, the same order, labels and schedule."""
-    steps, data = 30, [examples[i % len(examples)] for i in range(30 * 16)]
+    """30 optimizer steps of 2 x 4 examples in float32, the same order, labels and schedule."""
+    steps, data = 30, [examples[i % len(examples)] for i in range(30 * 8)]
     collator = Idefics2Collator(processor, train=True)
     ours = module(tiny, quantization="none", lr=1e-3, warmup_steps=5)
     losses = Losses()
-    trainer = Trainer(**CPU, max_steps=steps, accumulate_grad_batches=8, gradient_clip_val=1.0, callbacks=[losses])
+    trainer = Trainer(**CPU, max_steps=steps, accumulate_grad_batches=4, gradient_clip_val=1.0, callbacks=[losses])
     trainer.fit(ours, DataLoader(data, batch_size=2, collate_fn=collator))
 
     class InOrder(transformers.Trainer):
@@ -73,7 +73,7 @@ def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path
         output_dir=str(tmp_path),
         max_steps=steps,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=8,
+        gradient_accumulation_steps=4,
         learning_rate=1e-3,
         weight_decay=0.01,
         warmup_steps=5,

@@ -57,8 +57,7 @@ def test_two_processes_score_as_one(tmp_path):
     assert scored > 0.8
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_run_with_its_error(tmp_path, tiny, rank):
     rows = [{"questionId": i, "question": "What?", "image": f"{i}.png", "answers": ["a"]} for i in range(8)]
     (tmp_path / "val.json").write_text(json.dumps({"data": rows}))
