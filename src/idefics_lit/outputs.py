@@ -93,6 +93,12 @@ class Results(Callback):
         self.after: list[dict[str, Any]] = []
         self.report: Path | None = None  # where there is one
 
+    @property
+    def compared(self) -> dict[Any, dict[str, Any]]:
+        """The answers before training by question id, where the same questions were asked; else none."""
+        before = {record["question_id"]: record for record in self.before}
+        return before if before.keys() == {record["question_id"] for record in self.after} else {}
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a fit's answers, write them unless they are the sanity check's."""
         records = _unique(trainer, pl_module.records)  # type: ignore[arg-type]
@@ -122,11 +128,8 @@ class Results(Callback):
                 console.print(f"report in {self.report}")
             return
         if self.after:
-            before = {record["question_id"]: record for record in self.before}
-            if before.keys() != {record["question_id"] for record in self.after}:
-                before = {}
-            console.print(_scores(before, self.after))
-            console.print(_examples(before, self.after))
+            console.print(_scores(self.compared, self.after))
+            console.print(_examples(self.compared, self.after))
         console.print(self._places(trainer))
 
     def _places(self, trainer: Trainer) -> Table:

@@ -117,7 +117,7 @@ class Report(Callback):
         """Name, value and a remark of the figures on top."""
         tiles = []
         if records:
-            before = self._before(records)
+            before = [*self.results.compared.values()]
             tiles.append(("ANLS", f"{mean_score(records):.3f}", f"before {mean_score(before):.3f}" if before else ""))
             for name, score in (("right", 1), ("score 0", 0)):
                 count = sum(record["score"] == score for record in records)
@@ -147,7 +147,7 @@ class Report(Callback):
 
     def _scores(self, records: Records) -> dict[str, Any]:
         """The histogram, and the table by type of question."""
-        before = {record["question_id"]: record for record in self._before(records)}
+        before = self.results.compared
         scores = {"c1": [record["score"] for record in records]}
         if before:
             scores = {"before": [record["score"] for record in before.values()], **scores}
@@ -156,11 +156,6 @@ class Report(Callback):
             was = f"{mean_score([before[record['question_id']] for record in some]):.3f}" if before else ""
             rows.append((name, len(some), was, f"{mean_score(some):.3f}"))
         return {"before": bool(before), "histogram": Histogram(scores), "rows": rows}
-
-    def _before(self, records: Records) -> Records:
-        """The answers before training, where the same questions were asked."""
-        before = self.results.before
-        return before if {r["question_id"] for r in before} == {r["question_id"] for r in records} else []
 
 
 @contextmanager
