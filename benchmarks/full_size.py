@@ -262,6 +262,26 @@ def run_trainer(options: argparse.Namespace) -> None:
     )
 
 
+def devices(count: int) -> list[str]:
+    """Return the flags for so many ranks, each with a GPU of its own, or for two that share the only one."""
+    if count == 2 and torch.cuda.device_count() == 1:
+        return ["--trainer.num_nodes", "2", "--trainer.devices", "1"]
+    return ["--trainer.devices", str(count)]
+
+
+def environments(command: Sequence[str]) -> list[dict[str, str]]:
+    """Return what is special to each process that a command is to be started in.
+
+    Two ranks can share a GPU when NCCL takes them for two machines. It is no measure of speed: they take turns, and
+    speak through sockets.
+    """
+    if "--trainer.num_nodes" not in command:
+        return [{}]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    both["NCCL_SOCKET_IFNAME"] = "lo"
+    return [{**both, "NODE_RANK": rank, "NCCL_HOSTID": f"rank{rank}"} for rank in "01"]
+
+
 def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
     """Run a command to its end; return its step times, examples/s, memory and, where it failed, its last words."""
     file, log = work / f"{name}.steps.json", work / f"{name}.log"
@@ -269,9 +289,13 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
     )
+    own, *others = ({**environment, **special} for special in environments(command))
     started = time.perf_counter()
-    with log.open("w") as out:
-        done = subprocess.run(command, cwd=work, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    with log.open("w") as out, log.with_suffix(".rank1.log").open("w") as out_1:
+        ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=out_1, stderr=out_1) for other in others]
+        done = subprocess.run(command, cwd=work, env=own, stdout=out, stderr=subprocess.STDOUT)
+        for rank in ranks:
+            rank.wait(60)
     result: dict[str, Any] = {"command": " ".join(command), "wall_s": round(time.perf_counter() - started, 1)}
     text = log.read_text()
     result["warnings"] = sorted({line for line in text.splitlines() if "warn" in line.lower()})

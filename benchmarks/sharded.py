@@ -3,8 +3,8 @@
     python benchmarks/sharded.py --tokenizer tokenizer.model --results benchmarks/results/sharded.json
 
 ``configs/fsdp.yaml`` on the pages of train_throughput.py: eight steps and a validation on two GPUs, then the
-checkpoint's on one of them, without shards. Needs two GPUs with 40 GB, and what full_size.py needs; ``--tiny`` tries it
-with two CPU processes.
+checkpoint's on one of them, without shards. Needs two GPUs with 40 GB, or one with 80 that they share, which tells
+memory and losses but no speed, and what full_size.py needs; ``--tiny`` tries it with two CPU processes.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import WARM_UP, arguments, build, command, measure, save, versions
+from full_size import WARM_UP, arguments, build, command, devices, measure, save, versions
 from lightning import Callback
 from train_throughput import build_data
 
@@ -57,7 +57,7 @@ def main() -> None:
     if options.tiny:
         common += ["--trainer.accelerator", "cpu"]
 
-    fit = ["--model.pretrained", model, "--data.source", data, "--trainer.devices", 2, "--trainer.max_steps", 8]
+    fit = ["--model.pretrained", model, "--data.source", data, *devices(2), "--trainer.max_steps", 8]
     fit += ["--trainer.val_check_interval", 8, "--trainer.callbacks+=full_size.StepTimes", *common]
     if options.tiny:
         fit += ["--data.image_size", 112, *precision]
@@ -69,6 +69,7 @@ def main() -> None:
     ranks = {path.name: json.loads(path.read_text()) for path in sorted(work.glob("*.rank?"))}
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "devices": max(torch.cuda.device_count(), 1),
         "versions": versions(),
         "step_s": trained.get("step_s"),
         "median_step_s": statistics.median(trained["step_s"][WARM_UP:]) if trained.get("step_s") else None,

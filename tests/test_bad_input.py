@@ -73,6 +73,12 @@ def folder(tmp_path):
     return write
 
 
+def test_a_jobs_wrong_environment(fit_fails, monkeypatch):
+    for name, value in {"NTASKS": "2", "JOB_NAME": "fit", "PROCID": "0", "JOB_ID": "17"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    match("trainer: You set `--ntasks=2` .*`--ntasks-per-node=2`", fit_fails("--data.source", "synthetic"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -29,10 +29,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from idefics_lit.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
-from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SaveOnSigterm, SkippedExamples
+from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SkippedExamples
 from idefics_lit.progress import ProgressBar
 from idefics_lit.report import Report
 from idefics_lit.runs import own_folder
+from idefics_lit.signals import SaveOnSigterm
 from idefics_lit.trainer import OPTIONS, DocVQATrainer
 
 COMMANDS = {
@@ -170,6 +171,13 @@ class DocVQACLI(LightningCLI):
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
         if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+        """Return the Trainer; what it refuses, such as a job's wrong environment, is a user's mistake."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after training, that results can't be written; write checkpoints whole or not at all."""

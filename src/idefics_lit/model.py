@@ -105,6 +105,8 @@ def load_model(
     if compiled:
         # With dynamic shapes numbers such as an epsilon become tensors of the CPU, whose C++ takes a minute to compile.
         torch._dynamo.config.specialize_float = True
+        # DDP's buckets would cut layers with large adapters in pieces.
+        torch._dynamo.config.optimize_ddp = False
         resampler = base.model.connector.perceiver_resampler
         for part in (
             *base.model.vision_model.encoder.layers,

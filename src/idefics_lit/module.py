@@ -11,12 +11,14 @@ What is special here:
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
@@ -30,6 +32,7 @@ from idefics_lit.metrics import ANLS
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.numerics import LossWatch, OverflowWatch
 from idefics_lit.pretrained import DTYPES, load_processor
+from idefics_lit.signals import Signals
 
 # Answer tokens that a micro-batch's summed loss is divided by, which keeps float16 gradients near their usual size; a
 # power of two changes no bits.
@@ -117,6 +120,7 @@ class Idefics2Module(LightningModule):
         self._step: _Step | None = None
         self._accumulated: dict[str, Any] = {}
         self._losses, self._overflows = LossWatch(), OverflowWatch()
+        self._signals: Signals | None = None
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -158,6 +162,9 @@ class Idefics2Module(LightningModule):
                 f"model.pretrained {options.pretrained!r}: its tokeniser has {tokens} tokens but the embedding only "
                 f"{rows} rows: take a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
             )
+        # Every rank has loaded what is frozen: DDP would send it at the start, and its buffers with every batch.
+        frozen = [name for name, x in chain(self.named_parameters(), self.named_buffers()) if not x.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
@@ -183,6 +190,7 @@ class Idefics2Module(LightningModule):
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
+        self._signals = Signals(self.trainer)
 
     def on_train_start(self) -> None:
         """Take up the gradients that a checkpoint holds."""
@@ -241,6 +249,8 @@ class Idefics2Module(LightningModule):
         self.log("train/loss", self.step_loss, prog_bar=True)
         # A tensor of the CPU's: Lightning would bring a number to the GPU and wait for it.
         self.log("lr", torch.tensor(self.step_lr))
+        assert self._signals is not None
+        self._signals.ask()
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and the schedule, stepped with it."""
@@ -267,8 +277,9 @@ class Idefics2Module(LightningModule):
     # Evaluation
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch's loss and generated answers to the validation's."""
-        self.records += self.evaluation.records(batch, self.eval_loss)
+        """Add a batch's loss and generated answers to the validation's; none once a fit is to end."""
+        if self._signals is None or not self._signals.sigterm:
+            self.records += self.evaluation.records(batch, self.eval_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
@@ -284,6 +295,8 @@ class Idefics2Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation comes to."""
+        if self._signals is not None:
+            self._signals.answer()
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:

@@ -4,17 +4,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from idefics_lit.arriving import Arriving
 from idefics_lit.errors import InputError
 
 MOST_SKIPPED = 20  # float16's scale starts at 65,536: twenty halvings are past 1, where scaling is over
 
 
 class _Loss(NamedTuple):
-    value: Tensor  # on its way to the CPU
-    arrived: torch.cuda.Event | None
+    value: Arriving
     question_ids: Sequence[int | str]
 
 
@@ -30,11 +29,7 @@ class LossWatch:
         Raises:
             InputError: when this loss or one before it isn't finite.
         """
-        value, arrived = loss.detach().to("cpu", non_blocking=True), None
-        if loss.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._pending.append(_Loss(value, arrived, question_ids))
+        self._pending.append(_Loss(Arriving(loss), question_ids))
         self.check()
 
     def check(self, *, wait: bool = False) -> None:
@@ -43,10 +38,9 @@ class LossWatch:
         Raises:
             InputError: when one isn't finite.
         """
-        while self._pending and (wait or self._pending[0].arrived is None or self._pending[0].arrived.query()):
-            value, arrived, question_ids = self._pending.popleft()
-            if arrived is not None:
-                arrived.synchronize()
+        while self._pending and (wait or self._pending[0].value.is_here):
+            arriving, question_ids = self._pending.popleft()
+            value = arriving.wait()
             if not value.isfinite():
                 raise InputError(
                     f"the loss of questions {', '.join(map(str, question_ids))} is {float(value)}: lower model.lr or "

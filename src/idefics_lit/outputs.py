@@ -8,7 +8,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -27,22 +26,6 @@ class SaveConfig(SaveConfigCallback):
             folder = run_folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True)
-
-
-class SaveOnSigterm(Callback):
-    """Save ``sigterm.ckpt`` when a scheduler asks the process to end; Lightning ends it behind the batch in hand."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, on all ranks, once there is something to save."""
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step:
-            loop = trainer.fit_loop
-            if loop.epoch_progress.total.completed == loop.epoch_progress.total.ready:
-                # Between epochs Lightning has not yet forgotten the last one's batches, and would skip the next one's.
-                loop.epoch_loop.batch_progress.reset_on_run()
-            path = run_folder(trainer) / "checkpoints" / "sigterm.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)  # more than the weights
-            if trainer.is_global_zero:
-                print(f"stopped by SIGTERM at step {trainer.global_step}: go on with --ckpt_path {path}, or last")
 
 
 class PredictionWriter(BasePredictionWriter):

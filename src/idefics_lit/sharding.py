@@ -5,7 +5,6 @@ as under DDP, so that loss, clipping, optimizer and checkpoints are those of a r
 the base is put together: ranks generate numbers of tokens of their own, and would wait for one another at each.
 """
 
-from itertools import chain
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -13,7 +12,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from idefics_lit.errors import InputError
 
@@ -42,10 +40,6 @@ class FSDP2Strategy(DDPStrategy):
         module: Any = self.lightning_module
         if trainer.state.fn == TrainerFn.FITTING and not isinstance(module, FSDPModule):
             shard(module, init_device_mesh(self.root_device.type, (self.world_size,)))
-        # DDP broadcasts frozen weights at the start, and buffers at every forward, of which ranks may have different
-        # numbers in validation.
-        frozen = [name for name, x in chain(module.named_parameters(), module.named_buffers()) if not x.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         super().setup(trainer)
 
     def on_validation_start(self) -> None:

@@ -1,0 +1,30 @@
+"""A GPU's numbers on their way to the CPU, which goes on meanwhile."""
+
+import torch
+from torch import Tensor
+
+
+class Arriving:
+    """A tensor that is being copied to the CPU.
+
+    Args:
+        value: on any device; not changed in place before it has arrived.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> Tensor:
+        """Return it, on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
