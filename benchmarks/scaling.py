@@ -7,8 +7,8 @@ together, 16 questions a batch on each. "losses" are of steps of 32 questions, a
 one, which see the same questions; "anls" is the score of the reader that comes with the package.
 
 "ranks" takes one GPU: a step as it is, in DDP, with the GPU read before every batch as Lightning does for several
-ranks, and with the two more times a step that its ``strategy.reduce`` reads it; and without the progress bar, which reads it
-once a second.
+ranks, and with the two more times a step that its ``strategy.reduce`` reads it; and without the progress bar, which
+reads it once a second.
 
 Needs what full_size.py needs, and two GPUs for the speed of two. Where there is one, two ranks share it, for losses and
 scores alone. ``--tiny`` tries it with CPU processes.

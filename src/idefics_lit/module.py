@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
@@ -236,21 +237,35 @@ class Idefics2Module(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
-        if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
-            self._overflows.step(scaler.get_scale())
+        if self._scaler:
+            self._overflows.step(self._scaler.get_scale())
         assert self._step is not None
         tokens, loss = summed(self.trainer, torch.stack([self._step.tokens.double(), self._step.loss.double()]))
         self._step = None
         tokens = tokens.clamp(min=1)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / tokens
-        # At once: one by one, hundreds of them take a GPU's launches as long as a layer.
-        torch._foreach_mul_([p.grad for _, p in self._trainable() if p.grad is not None], factor)
+        # At once, and without a walk through all modules: as long as the CPU is at it, it launches nothing.
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
         self.step_loss, self.step_lr = (loss / tokens).float(), optimizer.param_groups[0]["lr"]
         self.log("train/loss", self.step_loss, prog_bar=True)
         # A tensor of the CPU's: Lightning would bring a number to the GPU and wait for it.
         self.log("lr", torch.tensor(self.step_lr))
         assert self._signals is not None
         self._signals.ask()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, and for a fused optimizer too where no scaler is at work."""
+        if self._scaler or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and the schedule, stepped with it."""
@@ -263,8 +278,8 @@ class Idefics2Module(LightningModule):
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=options.lr,
-            # Under mixed precision Lightning refuses to clip for an optimizer that can unscale gradients by itself.
-            fused=parameters[0].is_cuda and not self.trainer.gradient_clip_val,
+            # With a scaler it would unscale gradients by itself, behind the clipping.
+            fused=parameters[0].is_cuda and not (self._scaler and self.trainer.gradient_clip_val),
         )
         steps = int(self.trainer.estimated_stepping_batches)
         # It may have opened the loader, before a checkpoint's place in it was known.
@@ -391,6 +406,11 @@ class Idefics2Module(LightningModule):
         set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
 
     # Helpers
+
+    @property
+    def _scaler(self) -> Any:  # noqa: ANN401
+        """Float16's, of the losses."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
