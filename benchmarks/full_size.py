@@ -291,11 +291,11 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
     )
     own, *others = ({**environment, **special} for special in environments(command))
     started = time.perf_counter()
-    with log.open("w") as out, log.with_suffix(".rank1.log").open("w") as out_1:
-        ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=out_1, stderr=out_1) for other in others]
+    ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=subprocess.DEVNULL) for other in others]
+    with log.open("w") as out:
         done = subprocess.run(command, cwd=work, env=own, stdout=out, stderr=subprocess.STDOUT)
-        for rank in ranks:
-            rank.wait(60)
+    for rank in ranks:
+        rank.wait(60)
     result: dict[str, Any] = {"command": " ".join(command), "wall_s": round(time.perf_counter() - started, 1)}
     text = log.read_text()
     result["warnings"] = sorted({line for line in text.splitlines() if "warn" in line.lower()})

@@ -110,7 +110,7 @@ def main() -> None:
             answers = (work / "val_predictions.jsonl").read_text().splitlines()
             report["anls"][ranks] = sum(json.loads(line)["score"] for line in answers) / len(answers)
         save(report, options)
-    if "losses" in parts:
+    if all(isinstance(report.get("losses", {}).get(ranks), list) for ranks in (1, 2)):
         pairs = zip(report["losses"][1], report["losses"][2], strict=True)
         report["largest_difference"] = max(abs(one - two) for one, two in pairs)
     save(report, options)

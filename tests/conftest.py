@@ -1,5 +1,9 @@
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,71 @@ def short_fit(tiny, docvqa):
         return [str(flag) for flag in (*flags, *more)]
 
     return short_fit
+
+
+class Ranks:
+    """Two processes of a fit that saves every second step, started one by one, as torchrun and SLURM do.
+
+    In the values of their environment "{rank}" is the rank.
+    """
+
+    def __init__(self, folder, tiny, *args, **environment):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.logs = folder, [folder / f"log_{rank}" for rank in "01"]
+        command = f"""{sys.executable} -m idefics_lit fit --model.pretrained {tiny} --data.source synthetic
+            --data.limit_train 64 --data.image_size 112 --data.num_workers 0 --data.batch_size 1
+            --data.eval_batch_size 1 --model.lr 1e-3 --model.warmup_steps 0 --model.lora.r 32
+            --model.quantization none --model.max_new_tokens 4 --trainer.accelerator cpu --trainer.precision 32-true
+            --trainer.num_sanity_val_steps 0 --trainer.accumulate_grad_batches 2 --trainer.max_steps 12
+            --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps 2
+            --trainer.callbacks.save_top_k -1 --trainer.enable_progress_bar false""".split()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = environment or {"LOCAL_RANK": "{rank}", "NODE_RANK": "0", "WORLD_SIZE": "2"}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+        self.processes = [
+            subprocess.Popen(
+                [*command, *args],
+                cwd=folder,
+                env={name: value.replace("{rank}", str(rank)) for name, value in environment.items()},
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(self.logs)
+        ]
+
+    def printed(self):
+        return "".join(log.read_text() for log in self.logs)
+
+    def wait_for(self, pattern):
+        end = time.monotonic() + 120
+        while not list(self.folder.rglob(pattern)):
+            assert all(process.poll() is None for process in self.processes), self.printed()
+            assert time.monotonic() < end, self.printed()
+            time.sleep(0.01)
+
+    def end(self):
+        return [process.wait(120) for process in self.processes]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def two_ranks(tiny):
+    """Start `Ranks`, which are ended with the test."""
+    started = []
+
+    def two_ranks(folder, *args, **environment):
+        started.append(Ranks(folder, tiny, *args, **environment))
+        return started[-1]
+
+    yield two_ranks
+    for ranks in started:
+        ranks.kill()
 
 
 @pytest.fixture(scope="session")

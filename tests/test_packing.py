@@ -220,7 +220,10 @@ def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questi
         samplers = [Visits(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(number)
-        return [[index for index, *_ in sampler] for sampler in samplers]
+        visits = [list(sampler) for sampler in samplers]
+        assert len({index for visit in visits for index, _, repeated in visit if not repeated}) == 211
+        assert sum(repeated for visit in visits for *_, repeated in visit) == -211 % ranks
+        return [[index for index, *_ in visit] for visit in visits]
 
     shares = epoch(0)
     assert len({len(share) for share in shares}) == 1

@@ -194,6 +194,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
     assert_same(whole, last_weights(tmp_path / "lightning_logs"))
 
 
+@pytest.mark.long
 def test_slurm_requeues_the_job_and_its_next_start_goes_on(uninterrupted, tmp_path):
     """As Lightning gives it: SLURM's warning signal saves, `scontrol requeue` is called, and SIGTERM is bypassed."""
     args, whole = uninterrupted

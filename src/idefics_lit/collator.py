@@ -102,12 +102,9 @@ class Idefics2Collator:
         members, images, pages, asked, whole = tokens = self.tokens(examples)
         rows = [
             Row(
-                Piece(page, self._labels(page, 0 if self.train_on_prompt else len(page))),
-                [
-                    # The template is an exact prefix: the answer is what the whole text has more than its prompt.
-                    Piece(whole[i], self._labels(whole[i], 0 if self.train_on_prompt else len(asked[i])))
-                    for i in row
-                ],
+                Piece(page, self._labels(examples[row[0]], page, len(page))),
+                # The template is an exact prefix: the answer is what the whole text has more than its prompt.
+                [Piece(whole[i], self._labels(examples[i], whole[i], len(asked[i]))) for i in row],
             )
             for page, row in zip(pages, members, strict=True)
         ]
@@ -200,13 +197,14 @@ class Idefics2Collator:
         end = max((i for i, token in enumerate(ids, start=1) if token in self.image_token_ids), default=0)
         return ids[:end], ids[end:]
 
-    def _labels(self, ids: list[int], ignored: int) -> list[int]:
-        """The labels of a piece: none for the first ``ignored`` tokens, none for image tokens."""
+    def _labels(self, example: Example, ids: list[int], prompt: int) -> list[int]:
+        """The labels of a piece: none for its ``prompt`` tokens unless they are trained on, none for image tokens."""
+        ignored = len(ids) if example.repeated else 0 if self.train_on_prompt else prompt
         return [IGNORED_LABEL if i < ignored or token in self.image_token_ids else token for i, token in enumerate(ids)]
 
     def _answer(self, example: Example) -> str | None:
         if not self.train:
-            return example.answers[0] if example.answers and not example.repeated else None
+            return example.answers[0] if example.answers else None
         if not example.answers:
             raise InputError(f"{_name(example)}: no answer to train on: add one or drop the row")
         if example.epoch is None:  # torch seeds its generator in each worker and epoch

@@ -10,8 +10,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,8 +57,7 @@ def serve(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None
     if find_spec("gradio") is None:
         raise InputError("demo needs gradio: pip install 'idefics_lit[demo]'")
     port = _free_port(host, port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="idefics_lit-") as folder:
+    with suppress(KeyboardInterrupt), _until_sigterm(), tempfile.TemporaryDirectory(prefix="idefics_lit-") as folder:
         module.configure_model()
         if ckpt_path:
             checkpoint = read_checkpoint(ckpt_path)
@@ -84,6 +83,15 @@ def serve(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None
                 time.sleep(60)
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def _until_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Answers:

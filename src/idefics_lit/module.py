@@ -292,9 +292,10 @@ class Idefics2Module(LightningModule):
     # Evaluation
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch's loss and generated answers to the validation's; none once a fit is to end."""
-        if self._signals is None or not self._signals.sigterm:
-            self.records += self.evaluation.records(batch, self.eval_loss)
+        """Add a batch's loss and generated answers to the validation's, unless a fit is to end."""
+        if self._signals is not None and self._signals.sigterm:
+            self._signals.answer()
+        self.records += self.evaluation.records(batch, self.eval_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""

@@ -46,7 +46,7 @@ class Signals:
             self._answers.append(Arriving(self._counts()))
 
     def answer(self) -> None:
-        """Do behind a validation in a fit what was asked for meanwhile; all ranks must call it.
+        """Do in a fit's validation what was asked for; all ranks must call it, behind the last batch or before one.
 
         Raises:
             SIGTERMException: on all ranks, when one received SIGTERM.

@@ -26,7 +26,7 @@ class Example:
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
         page_id: the key of its pages; questions with the same one share a row of a batch.
         place: where it stands in its set; answers are written in that order.
-        repeated: whether another rank evaluates it too; it has no labels then, and counts once.
+        repeated: whether another rank has it too, to have as many as the others; it has no labels, and counts once.
     """
 
     question_id: int | str

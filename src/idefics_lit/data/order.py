@@ -58,14 +58,14 @@ class Visits(DistributedSampler[Any]):
                 group = open_groups[self.page_ids[index]] = []
                 groups.append(group)
             group.append(index)
-        order = list(islice(cycle(chain.from_iterable(groups)), self.total_size))
+        filled_up = islice(cycle(chain.from_iterable(groups)), self.total_size)
+        order = [(index, self.epoch, place >= len(self.page_ids)) for place, index in enumerate(filled_up)]
         # Ranks take turns by so many questions as a page has; what is left at the end is cut into equal shares.
         whole = len(order) - len(order) % (self.questions_per_page * self.num_replicas)
         runs = [order[i : i + self.questions_per_page] for i in range(0, whole, self.questions_per_page)]
         share = (len(order) - whole) // self.num_replicas
         rest = order[whole + self.rank * share :][:share]
-        mine = [*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest]
-        return ((index, self.epoch, False) for index in mine)
+        return iter([*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest])
 
 
 class PageByPage(DistributedSampler[Any]):
