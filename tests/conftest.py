@@ -137,6 +137,20 @@ def two_ranks(tiny):
         ranks.kill()
 
 
+@pytest.fixture
+def end_wandb():
+    """End W&B's run and process, which reads the environment when it begins; before a test, in it, and after it."""
+    import wandb
+
+    def end():
+        wandb.finish()
+        wandb.teardown()
+
+    end()
+    yield end
+    end()
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""

@@ -22,7 +22,7 @@ def test_no_config_is_left_out():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_config_runs(run, tiny, docvqa, name, monkeypatch):
+def test_a_config_runs(run, tiny, docvqa, name, monkeypatch, end_wandb):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     files, batches = RUNS[name]
     # What a CPU, a small model and two minutes ask for; the rest is the config's own.

@@ -367,7 +367,7 @@ def png(shade):
     return file.getvalue()
 
 
-def test_wandb_has_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, capfd):
+def test_wandb_has_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, capfd, end_wandb):
     """Read back by wandb's own reader."""
     for name in ("WANDB_DATA_DIR", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile is undone
@@ -382,9 +382,7 @@ def test_wandb_has_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, 
         "true",
     ]
     folder = run(*short_fit(*logger, "--trainer.max_steps", 3))
-    import wandb
-
-    wandb.finish()
+    end_wandb()
     assert "anonymous" not in capfd.readouterr().err
     (offline,) = folder.glob("logs/wandb/offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline]

@@ -48,20 +48,6 @@ def test_a_resumed_fit_goes_on_counting(run, stopping):
     assert len(validations(folder / "version_1")) == 2
 
 
-@pytest.fixture
-def end_wandb():
-    """End W&B's run and process, which reads the environment when it begins; before a test, in it, and after it."""
-    import wandb
-
-    def end():
-        wandb.finish()
-        wandb.teardown()
-
-    end()
-    yield end
-    end()
-
-
 def test_a_sweeps_agent_starts_a_fit_with_its_parameters(run, small, tmp_path, monkeypatch, end_wandb):
     """The agent's own code, with a trial as the server sends it, up to the start of the process."""
     from wandb import wandb_agent
