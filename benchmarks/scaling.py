@@ -58,11 +58,10 @@ def main() -> None:
         changed += ["--trainer.accelerator", "cpu", "--model.compile", "false"] if options.tiny else []
         return command(name, ["docvqa.yaml", "gpu_80gb.yaml"], *changed, *more)
 
-    def train(name: str, ranks: int, *more: object, steps: int = STEPS, callback: str = "") -> dict[str, Any]:
+    def train(name: str, ranks: int, *more: object, steps: int = STEPS) -> dict[str, Any]:
         fixed = ["--trainer.limit_val_batches", 0, "--model.lora.dropout", 0]
         fixed += ["--trainer.max_steps", WARM_UP + 2 if options.tiny else steps]
         fixed += ["--trainer.callbacks", "full_size.StepTimes"]
-        fixed += [f"--trainer.callbacks+=scaling.{callback}"] if callback else []
         return measure(name, ours("fit", ranks, *fixed, *more), work)
 
     def rate(trained: dict[str, Any], questions: int) -> Any:
@@ -76,16 +75,16 @@ def main() -> None:
         **{part: {} for part in parts},
     }
     if "ranks" in parts:
-        contenders: dict[str, dict[str, Any]] = {
-            "alone": {},
-            "ddp": {"more": ["--trainer.strategy", "ddp"]},
-            "read_before_batch": {"callback": "ReadBeforeBatch"},
-            "read_in_step": {"callback": "ReadInStep"},
-            "no_progress_bar": {"more": ["--trainer.enable_progress_bar", "false"]},
-            "alone_again": {},
+        contenders = {
+            "alone": [],
+            "ddp": ["--trainer.strategy", "ddp"],
+            "read_before_batch": ["--trainer.callbacks+=scaling.ReadBeforeBatch"],
+            "read_in_step": ["--trainer.callbacks+=scaling.ReadInStep"],
+            "no_progress_bar": ["--trainer.enable_progress_bar", "false"],
+            "alone_again": [],
         }
-        for name, special in contenders.items():
-            trained = train(name, 1, *special.get("more", []), callback=special.get("callback", ""))
+        for name, more in contenders.items():
+            trained = train(name, 1, *more)
             steps = trained.get("step_s", [])
             median = round(1000 * statistics.median(steps[WARM_UP:]), 1) if steps else None
             report["ranks"][name] = {"median_ms": median, "step_s": steps, "wait_s": trained.get("wait_s")}

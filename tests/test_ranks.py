@@ -23,6 +23,13 @@ def fit(tiny, *args):
     return [*command, *args]
 
 
+def in_processes(folder, command):
+    """Type a command in a folder, which starts processes of its own; returns what it prints."""
+    done = subprocess.run([sys.executable, "-m", "idefics_lit", *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def checkpoint(folder):
     return next((folder / "lightning_logs").rglob("*step=4.ckpt"))
 
@@ -33,9 +40,7 @@ def test_two_processes_train_the_same_adapter_as_one(run, tmp_path, tiny):
     options = ["--model.lora.dropout", "0", "--model.quantization", "none"]
     ranks = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--trainer.devices", "2"]
     (tmp_path / "two").mkdir()
-    typed = [sys.executable, "-m", "idefics_lit", *fit(tiny, *options, *ranks, "--trainer.strategy", "ddp")]
-    done = subprocess.run(typed, cwd=tmp_path / "two", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_processes(tmp_path / "two", fit(tiny, *options, *ranks, "--trainer.strategy", "ddp"))
     run(*fit(tiny, *options, "--data.batch_size", "4"))
     one, two = (torch.load(checkpoint(path), weights_only=True)["state_dict"] for path in (tmp_path, tmp_path / "two"))
     for name, value in one.items():
@@ -55,10 +60,7 @@ def test_two_processes_score_as_one(run, tmp_path, capsys):
             run(*command)
             table = capsys.readouterr().out
         else:
-            typed = [sys.executable, "-m", "idefics_lit", *command]
-            done = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            table = done.stdout
+            table = in_processes(tmp_path, command)
         lines = (tmp_path / str(devices) / "val_predictions.jsonl").read_text().splitlines()
         answers.append([json.loads(line) for line in lines])
         scored = sum(record["score"] for record in answers[-1]) / 33
