@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -282,8 +283,11 @@ def environments(command: Sequence[str]) -> list[dict[str, str]]:
     return [{**both, "NODE_RANK": rank, "NCCL_HOSTID": f"rank{rank}"} for rank in "01"]
 
 
-def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
-    """Run a command to its end; return its step times, examples/s, memory and, where it failed, its last words."""
+def measure(name: str, command: list[str], work: Path, limit: float | None = None) -> dict[str, Any]:
+    """Run a command; return its step times, examples/s, memory and, where it failed, the end of its output.
+
+    After ``limit`` seconds the command and all processes that it started are killed, which counts as a failure.
+    """
     file, log = work / f"{name}.steps.json", work / f"{name}.log"
     environment = {**os.environ, "STEP_TIMES": str(file), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -293,7 +297,16 @@ def measure(name: str, command: list[str], work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=subprocess.DEVNULL) for other in others]
     with log.open("w") as out:
-        done = subprocess.run(command, cwd=work, env=own, stdout=out, stderr=subprocess.STDOUT)
+        # In a session of its own: Lightning starts further ranks, which are killed with it.
+        done = subprocess.Popen(
+            command, cwd=work, env=own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            done.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)
+            done.wait()
+            out.write(f"\nkilled after {limit:.0f} s\n")
     for rank in ranks:
         rank.wait(60)
     result: dict[str, Any] = {"command": " ".join(command), "wall_s": round(time.perf_counter() - started, 1)}

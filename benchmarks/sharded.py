@@ -2,7 +2,7 @@
 
     python benchmarks/sharded.py --tokenizer tokenizer.model --results benchmarks/results/sharded.json
 
-``configs/fsdp.yaml`` on the pages of train_throughput.py: eight steps and a validation on two GPUs, then the
+``configs/fsdp.yaml`` on the pages of train_throughput.py: 24 steps and a validation on two GPUs, then the
 checkpoint's on one of them, without shards. Needs two GPUs with 40 GB, or one with 80 that they share, which tells
 memory and losses but no speed, and what full_size.py needs; ``--tiny`` tries it with two CPU processes.
 """
@@ -17,6 +17,9 @@ import torch
 from full_size import WARM_UP, arguments, build, command, devices, measure, save, versions
 from lightning import Callback
 from train_throughput import build_data
+
+STEPS = 24
+LIMIT = 180  # seconds that the fit, and the validation, may take
 
 
 class Memory(Callback):
@@ -57,20 +60,21 @@ def main() -> None:
     if options.tiny:
         common += ["--trainer.accelerator", "cpu"]
 
-    fit = ["--model.pretrained", model, "--data.source", data, *devices(2), "--trainer.max_steps", 8]
-    fit += ["--trainer.val_check_interval", 8, "--trainer.callbacks+=full_size.StepTimes", *common]
+    fit = ["--model.pretrained", model, "--data.source", data, *devices(2), "--trainer.max_steps", STEPS]
+    fit += ["--trainer.val_check_interval", STEPS, "--trainer.callbacks+=full_size.StepTimes", *common]
     if options.tiny:
         fit += ["--data.image_size", 112, *precision]
-    trained = measure("fit", command("fit", ["docvqa.yaml", "fsdp.yaml"], *fit), work)
+    trained = measure("fit", command("fit", ["docvqa.yaml", "fsdp.yaml"], *fit), work, LIMIT)
     checkpoint = work / "checkpoints" / "last.ckpt"
     alone = ["--ckpt_path", checkpoint, "--model.quantization", "none", "--trainer.devices", 1, *precision, *common]
-    validated = measure("validate", command("validate", [], *alone), work)
+    validated = measure("validate", command("validate", [], *alone), work, LIMIT)
 
     ranks = {path.name: json.loads(path.read_text()) for path in sorted(work.glob("*.rank?"))}
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "devices": max(torch.cuda.device_count(), 1),
         "versions": versions(),
+        "questions_per_s": trained.get("examples_per_s"),
         "step_s": trained.get("step_s"),
         "median_step_s": statistics.median(trained["step_s"][WARM_UP:]) if trained.get("step_s") else None,
         "losses": trained.get("losses"),

@@ -162,13 +162,22 @@ def test_a_shape_that_finds_no_memory_takes_that_of_the_graphs(tiny):
     assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 6, rel=2e-3)
 
 
-def test_two_ranks_that_share_the_gpu_end_behind_the_same_batch(two_ranks, tmp_path):
-    """NCCL takes them for two machines."""
-    nodes = {"LOCAL_RANK": "0", "NODE_RANK": "{rank}", "WORLD_SIZE": "2"}
-    nodes |= {"NCCL_HOSTID": "rank{rank}", "NCCL_SOCKET_IFNAME": "lo"}
-    options = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.accelerator", "gpu"]
+SHARED = {"LOCAL_RANK": "0", "NODE_RANK": "{rank}", "NCCL_HOSTID": "rank{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "devices"),
+    [
+        # NCCL takes two ranks that share a GPU for two machines.
+        pytest.param(SHARED, 2, 1, id="shared"),
+        pytest.param({"LOCAL_RANK": "{rank}", "NODE_RANK": "0"}, 1, 2, id="own", marks=TWO_GPUS),
+    ],
+)
+def test_two_ranks_end_after_the_same_batch(two_ranks, tmp_path, environment, nodes, devices):
+    options = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(devices), "--trainer.accelerator", "gpu"]
     options += ["--trainer.precision", "bf16-mixed", "--model.cuda_graphs", "true", "--trainer.max_steps", "2000"]
-    ranks = two_ranks(tmp_path, *options, "--data.limit_val", "4", **nodes)
+    ranks = two_ranks(tmp_path, *options, "--data.limit_val", "4", **environment, WORLD_SIZE="2")
     ranks.wait_for("*step=20.ckpt")
     ranks.processes[1].send_signal(signal.SIGTERM)
     assert ranks.end() == [128 + signal.SIGTERM] * 2, ranks.printed()
