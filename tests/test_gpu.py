@@ -24,6 +24,7 @@ pytestmark = [
 def test_fit_in_mixed_precision(run, tiny, docvqa, precision, graphs):
     options = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.limit_train", 4, "--trainer.max_steps", 6]
     options += ["--model.cuda_graphs", graphs, "--trainer.precision", precision, "--trainer.gradient_clip_val", 1.0]
+    options += ["--trainer.devices", 1]
     folder = run("fit", *options)
     checkpoint = torch.load(next(folder.rglob("*.ckpt")), weights_only=True)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in checkpoint["state_dict"].values())
@@ -33,7 +34,7 @@ def test_fit_in_mixed_precision(run, tiny, docvqa, precision, graphs):
 def test_a_resumed_fit_is_as_near_as_the_same_fit_again(run, short_fit, graphs, capsys):
     """A GPU's sums aren't the same bits twice; a captured shape's first steps run uncaptured in the resumed fit."""
     args = short_fit("--model.cuda_graphs", graphs, "--model.quantization", "nf4", "--data.num_workers", 2)
-    args += ["--trainer.accelerator", "gpu", "--trainer.precision", "16-mixed"]
+    args += ["--trainer.accelerator", "gpu", "--trainer.devices", 1, "--trainer.precision", "16-mixed"]
     every = ["--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint"]
     every += ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.callbacks.save_top_k", "-1"]
 
