@@ -17,6 +17,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
+import torchvision
 import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
@@ -30,6 +31,7 @@ from idefics_lit.model import is_vision_trained
 
 Device = torch.device | str
 
+LIBRARIES = (torch, torchvision, transformers, bitsandbytes)  # that make pixels of an image and features of pixels
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOOK_AFTER = 0.01  # of a folder's limit: what a process writes before it looks again at what all of them have written
 NAME = 40  # characters of a file's
@@ -202,7 +204,7 @@ def open_cache(options: Any, model: PeftModel, dtype: torch.dtype) -> MemoryCach
 
 
 def _made_by(model: PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
-    """Describe all that features depend on besides an image's pixels: the tower's weights as they are, and the code.
+    """Describe all that features depend on besides an image and the processor's options: the tower as it is, and code.
 
     The weights of Idefics2-8b's tower, 0.8 GB in 16 bits, take a second once a run; a file's name, size and time don't
     tell what is in it.
@@ -214,7 +216,7 @@ def _made_by(model: PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.cpu()))
     attention, device = tower.config._attn_implementation, base.device.type
-    versions = [f"{library.__name__} {library.__version__}" for library in (torch, transformers, bitsandbytes)]
+    versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
     return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
         f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"
     )

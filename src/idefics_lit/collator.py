@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
@@ -78,6 +77,7 @@ class Idefics2Collator:
         self.pixels = pixels
         tokenizer = processor.tokenizer
         self.special_tokens = list(tokenizer.get_added_vocab())
+        self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids: list[int] = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -110,16 +110,15 @@ class Idefics2Collator:
         ]
         mask = images["pixel_attention_mask"].bool()
         sizes = [[(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask]
-        pixels = images["pixel_values"].to(self.pixels)
         collated: dict[str, Any] = {
             "question_ids": [example.question_id for example in examples],
             **pack(rows, self.processor.tokenizer.pad_token_id),
-            "pixel_values": pixels,
+            "pixel_values": images["pixel_values"].to(self.pixels),
             "pixel_attention_mask": mask,
             "image_sizes": sizes,
             "image_keys": [
-                [_digest(image[:, :height, :width]) for image, (height, width) in zip(row, of_row, strict=False)]
-                for row, of_row in zip(pixels, sizes, strict=True)
+                [f"{key} {i}" for i in range(len(of_row))]
+                for of_row, key in zip(sizes, (self._key(examples[row[0]]) for row in members), strict=True)
             ],
         }
         return collated if self.train else {**collated, **self._evaluation(examples, tokens)}
@@ -184,6 +183,14 @@ class Idefics2Collator:
             alone = example.page_id is None or self.train_on_prompt
             rows.setdefault((alone, i if alone else example.page_id), []).append(i)
         return list(rows.values())
+
+    def _key(self, example: Example) -> str:
+        """What the pixels of an example's images depend on."""
+        digest = hashlib.sha256(self.image_options)
+        for image in example.images:
+            digest.update(f"{image.mode} {image.size} {image.getpalette()}".encode())
+            digest.update(image.tobytes())
+        return digest.hexdigest()
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Cut behind the last image token."""
@@ -251,13 +258,6 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     for name in ("question_ids", "questions", "references", "question_types", "reference_pages", "places"):
         taken[name] = [batch[name][i] for i in asked.tolist()]
     return taken
-
-
-def _digest(pixels: Tensor) -> str:
-    """Tell pixels apart, whichever image and whichever processor's options they are made from."""
-    digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
-    digest.update(pixels.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _text_part(text: str) -> dict[str, str]:
