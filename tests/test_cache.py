@@ -219,7 +219,7 @@ def test_features_of_what_was_there_before_are_not_found(tiny, examples, tmp_pat
     elif replaced == "config":
         file.write_text(file.read_text().replace('"layer_norm_eps": 1e-06', '"layer_norm_eps": 1e-01'))
     else:
-        monkeypatch.setattr(transformers, "__version__", "5.17.0")
+        monkeypatch.setattr(transformers, "__version__", "another")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_size == stat.st_size
     after = loss(feature_cache=str(folder))
