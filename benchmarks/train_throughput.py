@@ -6,8 +6,9 @@ Every contender trains on the same 640 questions, four on each of 160 pages of 1
 questions a step (64 where its name says so) and 12 loader workers, in bfloat16, the recipe and the configs for small
 cards in float16. Seconds are from step to step, loading included; the first steps (compiling, capturing; for the
 feature cache the first epoch) are left out. ``--image_splitting`` compares with 320 image tokens a page. "agreement" is
-how far losses lie from those of transformers' own forward with every question in a row of its own. Needs what
-full_size.py needs, and trl; ``--tiny`` tries it on a CPU.
+how far losses lie from those of transformers' own forward with every question in a row of its own; before transformers
+5.21 that places patches wrongly in 16 bits, and losses differ by that too. Needs what full_size.py needs, and trl;
+``--tiny`` tries it on a CPU.
 """
 
 import argparse

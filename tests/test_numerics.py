@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning import Trainer
 
+from idefics_lit.arriving import Arriving
 from idefics_lit.errors import InputError
 from idefics_lit.module import Idefics2Module
 from idefics_lit.numerics import MOST_SKIPPED, LossWatch, OverflowWatch
@@ -52,6 +53,13 @@ def test_losses_are_looked_at_in_their_order():
     with pytest.raises(InputError, match=r"the loss of questions 2, 3 is inf: lower model.lr"):
         watch.add(torch.tensor(torch.inf), [2, 3])
     watch.check(wait=True)
+
+
+def test_what_arrives_is_what_was_sent():
+    value = torch.tensor(1.0)
+    arriving = Arriving(value)
+    value.fill_(2)
+    assert arriving.is_here and arriving.wait() == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):

@@ -8,11 +8,11 @@ class Arriving:
     """A tensor that is being copied to the CPU.
 
     Args:
-        value: on any device; not changed in place before it has arrived.
+        value: on any device; what is done to it later in the same stream doesn't change what arrives.
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._value = value.detach().to("cpu", non_blocking=True)
+        self._value = value.detach().to("cpu", non_blocking=True, copy=True)
         self._event: torch.cuda.Event | None = None
         if value.is_cuda:
             self._event = torch.cuda.Event()

@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,12 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
         InputError: the file can't be written, as on a full disk; nothing but the old one is left then.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write the same file
+    # Others may write the same file. A process id doesn't tell them apart: the first one of every container is 1.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 if durable:
                     file.flush()

@@ -6,6 +6,7 @@ for the GPU, so that the GPU never waits either.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,16 +95,17 @@ class Idefics2Forward:
         Returns:
             For each image (P, width), in the model's dtype.
         """
-        known = [self.cache.get(key) if self.cache else None for key in keys]
-        unknown = [i for i, kept in enumerate(known) if kept is None]
-        features = {i: kept.to(images[i].device, non_blocking=True) for i, kept in enumerate(known) if kept is not None}
+        known = [
+            self.cache.get(key, image.device) if self.cache else None for key, image in zip(keys, images, strict=True)
+        ]
+        features = {i: kept for i, kept in enumerate(known) if kept is not None}
         # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
         off = torch.autocast(images[0].device.type, enabled=False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)), off:
-            # All of them first: transformers' embeddings wait for the GPU, what follows runs ahead of it.
-            patches = [self._embed_patches(images[i], *sizes[i]) for i in unknown]
-            for i, embedded in zip(unknown, patches, strict=True):
-                features[i] = self._part("look", embedded)[0]
+            for i in range(len(images)):
+                if i in features:
+                    continue
+                features[i] = self._part("look", self._embed_patches(images[i], *sizes[i]))[0]
                 if self.cache:
                     self.cache.put(keys[i], features[i])
         return [features[i] for i in range(len(images))]
@@ -229,13 +231,16 @@ class Idefics2Forward:
         return result
 
     def _embed_patches(self, image: Tensor, height: int, width: int) -> Tensor:
-        side = self.tower.config.patch_size
+        """Return (1, P, width), the patches of an image (C, H, W) of which so many pixels are no padding."""
+        config, embeddings = self.tower.config, self.tower.embeddings
+        side = config.patch_size
         rows, columns = height // side, width // side
         pixels = image[None, :, : rows * side, : columns * side].to(self.dtype)
-        every = torch.ones(1, rows, columns, dtype=torch.bool, device=pixels.device)
+        # The forward of `embeddings` rounds coordinates to 16 bits in transformers before 5.21, and waits for the GPU.
+        positions = vision_position_ids(rows, columns, config.image_size // side, pixels.device)
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         # Transposed as they are, all that follows would be slower by a third.
-        patches: Tensor = self.tower.embeddings(pixels, every).contiguous()
-        return patches
+        return (patches + embeddings.position_embedding(positions)).contiguous()
 
     def _look(self, patches: Tensor) -> Tensor:
         features: Tensor = self.tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
@@ -261,6 +266,30 @@ class Idefics2Forward:
             hidden = layer(hidden, mask, None, memory, position_embeddings=turns)
         states: Tensor = self.text_model.norm(hidden)
         return states
+
+
+@lru_cache(maxsize=512)  # shapes, of 39 kB at most
+def vision_position_ids(rows: int, columns: int, per_side: int, device: torch.device) -> Tensor:
+    """Return the position ids (rows * columns) of an image's patches, as Idefics2VisionEmbeddings of transformers 5.24.
+
+    Coordinates are float32 and the CPU's whatever the model's dtype and device: near a boundary another rounding is
+    another position.
+
+    Args:
+        rows: of patches.
+        columns: of patches.
+        per_side: positions that the vision tower has in each direction.
+        device: where the ids are.
+    """
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side, **exact)
+
+    def buckets(count: int) -> Tensor:
+        coordinates = torch.arange(count, **exact) * (1.0 / torch.tensor(count, **exact))
+        return torch.bucketize(coordinates.clamp(max=1.0 - 1e-6), boundaries, right=True)
+
+    with torch.inference_mode(False):  # they are kept, for training too
+        return (buckets(rows)[:, None] * per_side + buckets(columns)).flatten().to(device)
 
 
 def _resample(layer: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401

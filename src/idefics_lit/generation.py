@@ -75,6 +75,8 @@ class Answers:
         for own, given in zip(self.layers, read, strict=True):
             for kept, of_rows in zip(own, given, strict=True):
                 kept[:count, :, :length] = of_rows.transpose(1, 2)[rows[:, None], places].transpose(1, 2)
+                # Another batch's answers were there: its NaN would be this one's, unseen as they are.
+                kept[:count, :, length:] = 0
         for of_prompts in (self.sees, self.positions, self.going):
             of_prompts.zero_()
         self.ids.fill_(padding)

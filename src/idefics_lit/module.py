@@ -67,7 +67,8 @@ class Idefics2Module(LightningModule):
         gradient_checkpointing: compute activations twice to save memory.
         feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
             other questions and in every epoch. Nothing, unless given.
-        feature_cache_gb: the most to keep there; a page of Idefics2-8b takes 9 MB, 44 with image splitting.
+        feature_cache_gb: the most to keep there, of all runs that share a folder; a page of Idefics2-8b takes 9 MB, 44
+            with image splitting.
         cuda_graphs: launch a part of the model at once instead of kernel by kernel; a GPU's own.
         compile: compile the layers, for training; the first step takes longer, the others less.
         max_new_tokens: the longest answer generated, in tokens.

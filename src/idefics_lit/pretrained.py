@@ -21,12 +21,6 @@ def resolve(pretrained: str) -> str:
     return str(Path(__file__).parent / "reader") if pretrained == "tiny" else pretrained
 
 
-def fingerprint(pretrained: str) -> str:
-    """Tell a local folder's weights from those that were there before: names, sizes and times of its files."""
-    files = sorted(Path(resolve(pretrained)).glob("*.safetensors"))
-    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-
-
 def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:
     """Load Idefics2's processor.
 
