@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -166,13 +166,15 @@ def code_of(folder):
 
 @pytest.mark.parametrize("flags", [(), ("--merge", "true")])
 def test_the_cards_code_answers_as_ask_does(export, run, checkpoint, capfd, tmp_path, flags):
-    """A page that its EXIF data turn, and a base that doesn't say how its answers end."""
+    """A page that its EXIF data turn, without paper, and a base that doesn't say how its answers end."""
     base = shutil.copytree(resolve("tiny"), tmp_path / "base", ignore=shutil.ignore_patterns("generation_config.json"))
     folder, _ = export(*flags, "--model.pretrained", base)
     exif = Image.Exif()
     exif[Base.Orientation] = 6
     drawn = SyntheticPages("export", 1, families=("form",))[0]
-    drawn.images[0].transpose(Image.Transpose.ROTATE_90).save("page.png", exif=exif)
+    page = Image.new("RGBA", drawn.images[0].size)
+    page.putalpha(ImageOps.invert(drawn.images[0].convert("L")))
+    page.transpose(Image.Transpose.ROTATE_90).save("page.png", exif=exif)
     exec(code_of(folder), names := {})
     printed = capfd.readouterr().out
     upright = names["processor"].image_processor(open_page("page.png"), return_tensors="pt")["pixel_values"]

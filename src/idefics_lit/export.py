@@ -40,6 +40,8 @@ processor = AutoProcessor.from_pretrained({name})
 page = ImageOps.exif_transpose(Image.open("page.png"))  # upright
 if page.mode[0] in "IF":
     raise ValueError("more than 8 bits of grey: scale the page to 8, white is 255")
+if page.has_transparency_data:  # white paper: the processor would make it black
+    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page.convert("RGBA"))
 content = {content}
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True).strip()
 inputs = processor(text=prompt, images=[page], return_tensors="pt").to(model.device, model.dtype)
