@@ -301,7 +301,7 @@ def _card(facts: Mapping[str, Any], name: str, generation: GenerationConfig, *, 
     some = facts["data"]["val_in_fit"]
     on = "" if some is None else f", on {some} of the validation questions"
     scores = "".join(f"- best `{n}` of its run by then{on}: {score:.4f}\n" for n, score in facts["scores"].items())
-    where = ", a local folder: give its path or Hub id" if local and not merged else ""
+    where = ", a local folder: others must put its path or Hub id in the code" if local and not merged else ""
     splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
