@@ -1,23 +1,39 @@
 """The command `export`: what plain peft and transformers make of the folder."""
 
 import json
+import os
 import re
 import resource
+import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.example import Example
+from idefics_lit.data.images import open_page
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.module import Idefics2Module
-from idefics_lit.pretrained import resolve
+from idefics_lit.pretrained import load_processor, resolve
+from idefics_lit.tiny import tiny_config
 
 CPU = ("--trainer.accelerator", "cpu")
 
@@ -143,19 +159,139 @@ def test_the_card_says_what_it_is(export, checkpoint):
     assert f"best `val/anls` of its run by then: {best:.4f}" in card
 
 
+def code_of(folder):
+    """Return the code that the card of an export shows."""
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
 @pytest.mark.parametrize("flags", [(), ("--merge", "true")])
-def test_the_cards_code_answers_as_ask_does(export, run, checkpoint, capfd, flags):
-    folder, _ = export(*flags)
+def test_the_cards_code_answers_as_ask_does(export, run, checkpoint, capfd, tmp_path, flags):
+    """A page that its EXIF data turn, without paper, and a base that doesn't say how its answers end."""
+    base = shutil.copytree(resolve("tiny"), tmp_path / "base", ignore=shutil.ignore_patterns("generation_config.json"))
+    folder, _ = export(*flags, "--model.pretrained", base)
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
     drawn = SyntheticPages("export", 1, families=("form",))[0]
-    drawn.images[0].save("page.png")
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(code, {})
+    page = Image.new("RGBA", drawn.images[0].size)
+    page.putalpha(ImageOps.invert(drawn.images[0].convert("L")))
+    page.transpose(Image.Transpose.ROTATE_90).save("page.png", exif=exif)
+    exec(code_of(folder), names := {})
     printed = capfd.readouterr().out
-    model = ("--model.pretrained", folder) if flags else ("--ckpt_path", checkpoint)
+    upright = names["processor"].image_processor(open_page("page.png"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(names["inputs"]["pixel_values"].float(), upright, rtol=0, atol=0.01)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id if flags else [2, 5]
+    assert ends == [2, 5] and "eos_token_id=[2, 5]" in code_of(folder)
+    model = ("--model.pretrained", folder) if flags else ("--ckpt_path", checkpoint, "--model.pretrained", base)
     same = ("--model.quantization", "none", "--model.max_new_tokens", "9")
     data = ("--data.prompt_style", "idefics", "--data.image_size", "400")
     run("ask", *model, *CPU, *same, *data, "--json", "--image", "page.png", "--question", "What is the date?")
     assert json.loads(capfd.readouterr().out)["answer"] + "\n" == printed
+
+
+@pytest.mark.parametrize("flags", [(), ("--merge", "true")])
+def test_the_cards_code_ends_where_it_would_answer_otherwise(export, monkeypatch, flags):
+    folder, _ = export(*flags)
+    code = code_of(folder)
+    Image.fromarray(np.full((30, 40), 60000, np.uint16)).save("page.png")
+    with pytest.raises(ValueError, match="more than 8 bits of grey"):
+        exec(code, {})
+    file = next(folder.glob("*model.safetensors"))
+    renamed = {
+        name.replace("layers.1.self_attn.q_proj", "layers.1.self_attn.q"): x for name, x in load_file(file).items()
+    }
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"weights are missing or have other names: .*layers\.1\.self_attn\.q"):
+        exec(code, {})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.1")
+    with pytest.raises(ImportError, match=r"(?s)transformers>=5\.21 is required.*4\.57\.1\.\n.*can't read this"):
+        exec(code, {})
+    assert "needs transformers 5.21 or later" in (folder / "README.md").read_text()
+
+
+QUESTIONS = [
+    "What is the date?",
+    "  12.80 $ or 007?\n",
+    "two\nlines,\ttabs  and   spaces",
+    "½ naïve ﬁ 日本語 🙂 \u200b?",
+    "<0x41> ▁ [INST] </div> {{ x }}",
+    "7",
+]
+
+
+@pytest.fixture(scope="module")
+def large(hub_files, tmp_path_factory):
+    """A random model for Idefics2-8b's own processor, and a checkpoint of its adapter."""
+    from idefics_lit.cli import main
+
+    folder = shutil.copytree(hub_files, tmp_path_factory.mktemp("large") / "base")
+    config = tiny_config().to_dict()
+    config["image_token_id"] = 32001
+    config["text_config"]["vocab_size"] = 32003
+    torch.manual_seed(0)
+    Idefics2ForConditionalGeneration(Idefics2Config(**config)).save_pretrained(folder)
+    runs = folder.parent / "runs"
+    flags = ["--model.pretrained", folder, "--model.quantization", "none", "--data.source", "synthetic:form"]
+    flags += ["--data.limit_train", 1, "--data.num_workers", 0, "--data.image_size", 112, "--trainer.max_steps", 1]
+    flags += ["--trainer.limit_val_batches", 0, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
+    flags += ["--trainer.default_root_dir", runs, *CPU]
+    main(["fit", *map(str, flags)])
+    return folder, next(runs.rglob("*.ckpt"))
+
+
+def prompt_ids(processor, question, image, style):
+    """A prompt as the card makes it."""
+    text, page = {"type": "text", "text": question.strip()}, {"type": "image"}
+    content = [{"type": "text", "text": "Answer briefly."}, page, text]
+    if style == "idefics":
+        content = [page, {"type": "text", "text": f"{question.strip()}\nGive a very brief answer."}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True).strip()
+    return processor(text=prompt, images=[image], return_tensors="pt")
+
+
+@pytest.mark.parametrize(("splitting", "flags"), [("false", ()), ("true", ("--merge", "true"))])
+def test_idefics2s_processor_reads_whole_prompts_as_training_does(large, run, splitting, flags):
+    base, checkpoint = large
+    options = ("--data.image_splitting", splitting, "--data.image_size", "400")
+    folder = run("export", "--ckpt_path", checkpoint, "--output", "out", *CPU, *options, *flags) / "out"
+    exported = AutoProcessor.from_pretrained(folder)
+    own = load_processor(str(base), image_splitting=splitting == "true", image_size=400)
+    image = Image.linear_gradient("L").resize((500, 700))
+    for style in ("recipe", "idefics"):
+        collate = Idefics2Collator(own, train=False, prompt_style=style)
+        for number, question in enumerate(QUESTIONS):
+            batch = collate([Example(question_id=number, question=question, images=[image], answers=["x 7"])])
+            read = prompt_ids(exported, question, image, style)
+            assert read["input_ids"].tolist() == batch["prompt_input_ids"].tolist(), (style, question)
+            assert torch.equal(read["pixel_values"], batch["pixel_values"])
+    # As each of transformers' ways to a tokeniser reads it, those that take tokenizer.json alone too.
+    assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
+    assert json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["prepend_scheme"] == "always"
+
+
+def test_a_processor_that_is_written_otherwise_is_refused(large, fails, monkeypatch, tmp_path):
+    """As transformers 5 does by itself."""
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def forgetful(self, folder, *args, **kwargs):
+        self.init_kwargs.pop("legacy", None)
+        return save(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", forgetful)
+    _, checkpoint = large
+    line = fails("--output", "out", "--ckpt_path", checkpoint)
+    assert re.search("transformers [0-9.]+ has written reads a prompt otherwise .*: .*input_ids differ", line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "flags"), [(0o022, ("--merge", "true")), (0o027, ())])
+def test_others_may_read_what_the_umask_lets_them(export, umask, flags):
+    before = os.umask(umask)
+    try:
+        folder, _ = export(*flags)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_merged(export, trained, batch):
@@ -194,26 +330,63 @@ def test_an_adapter_of_a_4_bit_base(run, tmp_path):
     assert all(torch.equal(merged[name], base[name].bfloat16()) for name in base if "vision_model" in name)
 
 
-def test_push(export, monkeypatch):
-    """What would go over the network."""
-    sent = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A repository on the Hub that has some files; what is created, and the files it has then."""
+    repository = {"notes.md": b"", ".gitattributes": b""}
+    created = []
 
     def create_repo(api, repo_id, **options):
-        sent.append(("create", repo_id, options))
+        created.append((repo_id, options))
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(api, **options):
-        sent.append(
-            ("upload", options["repo_id"], sorted(path.name for path in Path(options["folder_path"]).iterdir()))
-        )
+    def upload_folder(api, *, repo_id, folder_path, delete_patterns=()):
+        for name in list(filter_repo_objects(repository, allow_patterns=list(delete_patterns))):
+            del repository[name]
+        repository.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return created, repository
+
+
+def test_push(export, hub):
+    created, repository = hub
     folder, printed = export("--push_to_hub", "me/reader")
-    assert sent[0] == ("create", "me/reader", {"private": True, "exist_ok": True})
-    assert sent[1][:2] == ("upload", "me/reader") and "adapter_model.safetensors" in sent[1][2]
+    assert created == [("me/reader", {"private": True, "exist_ok": True})]
+    assert "adapter_model.safetensors" in repository
     assert "uploaded to https://huggingface.co/me/reader" in printed.out
     assert 'PeftModel.from_pretrained(base, "me/reader")' in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [(), ("--merge", "true")])
+def test_nothing_of_this_machine_is_pushed(export, hub, tmp_path, flags):
+    _, repository = hub
+    base = shutil.copytree(resolve("tiny"), tmp_path / "models" / "small-idefics")
+    private = ("--model.pretrained", base, "--data.source", tmp_path / "clients" / "scans")
+    _, printed = export("--push_to_hub", "me/reader", *private, *flags, output=str(tmp_path / "exports" / "out"))
+    texts = {name: content.decode() for name, content in repository.items() if not name.endswith(".safetensors")}
+    assert not [name for name, text in texts.items() if str(tmp_path) in text or "clients" in text]
+    assert "local_files_only" not in texts["tokenizer_config.json"]
+    assert json.loads(texts["idefics_lit.json"])["base"] == "small-idefics"
+    if not flags:  # others can't have it
+        assert json.loads(texts["adapter_config.json"])["base_model_name_or_path"] == "small-idefics"
+        assert re.search("warning: the base model is the local folder .*: put its Hub id", printed.err), printed.err
+
+
+def test_a_push_takes_the_place_of_another_kinds_weights(export, hub):
+    _, repository = hub
+    adapter, _ = export("--push_to_hub", "me/reader", output="adapter")
+    repository |= {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}  # a larger model's
+    merged, _ = export("--push_to_hub", "me/reader", "--merge", "true", output="merged")
+    assert repository.keys() == {path.name for path in merged.iterdir()} | {"notes.md", ".gitattributes"}
+    export("--push_to_hub", "me/reader", output="again")
+    assert repository.keys() == {path.name for path in adapter.iterdir()} | {"notes.md", ".gitattributes"}
+
+
+def test_the_card_says_on_how_many_questions_it_was_scored(export):
+    folder, _ = export("--data.val_in_fit", "1")
+    assert "of its run by then, on 1 of the validation questions: " in (folder / "README.md").read_text()
 
 
 def test_errors(fails, tmp_path):
