@@ -14,10 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from idefics_lit import pretrained
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.errors import InputError
 from idefics_lit.module import Idefics2Module
-from idefics_lit.pretrained import resolve
+from idefics_lit.pretrained import load_processor, refuse_adapter, resolve
 
 CPU = ("--trainer.accelerator", "cpu")
 
@@ -156,6 +158,41 @@ def test_the_cards_code_answers_as_ask_does(export, run, checkpoint, capfd, flag
     data = ("--data.prompt_style", "idefics", "--data.image_size", "400")
     run("ask", *model, *CPU, *same, *data, "--json", "--image", "page.png", "--question", "What is the date?")
     assert json.loads(capfd.readouterr().out)["answer"] + "\n" == printed
+
+
+@pytest.mark.parametrize("command", ["validate", "ask"])
+def test_an_adapter_is_no_model_to_begin_with(export, run, checkpoint, capfd, tmp_path, command):
+    """It would be taken for its base, with a new adapter."""
+    folder, _ = export()
+    flags = {"validate": ("--data.source", "synthetic"), "ask": ("--image", "page.png", "--question", "What?")}
+    with pytest.raises(SystemExit) as caught:
+        run(command, "--model.pretrained", folder, *flags[command], "--model.quantization", "none", *CPU)
+    assert caught.value.code == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    base = resolve("tiny")
+    assert f"model.pretrained '{folder}' is an adapter (adapter_config.json) on the model {base}: give" in error
+    assert f"--model.pretrained {base} --ckpt_path CHECKPOINT" in error and "--merge true" in error
+    if command == "validate":
+        for refuses in (load_processor, refuse_adapter):
+            with pytest.raises(InputError, match="is an adapter"):
+                refuses(str(folder))
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(InputError, match="holds a model and an adapter"):
+            load_processor(str(folder))
+        (folder / "adapter_config.json").write_text("no JSON")
+        with pytest.raises(InputError, match="holds a model and an adapter"):
+            load_processor(str(folder))
+
+
+def test_an_adapter_of_the_hub_is_no_model_either(tmp_path, monkeypatch):
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "some/base"}')
+    asked = []
+    monkeypatch.setattr(pretrained, "find_adapter_config_file", lambda name: asked.append(name) or str(config))
+    for load in (load_processor, lambda name: Idefics2Module(name, quantization="none").configure_model()):
+        with pytest.raises(InputError, match="model.pretrained 'some/adapter' is an adapter .* on the model some/base"):
+            load("some/adapter")
+    assert asked == ["some/adapter"] * 2
 
 
 def test_merged(export, trained, batch):

@@ -17,14 +17,15 @@ from idefics_lit.data.example import Example
 from idefics_lit.documents import count_pages, read_page
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
+from idefics_lit.texts import list_of_texts
 
 
 class Asked(Dataset[Example]):
     """Every question about every page, a page's questions in a row; a page is decoded when it is asked for.
 
     Args:
-        files: images and PDFs; a PDF and a TIFF may have several pages.
-        questions: what is asked.
+        files: images and PDFs, or one; a PDF and a TIFF may have several pages.
+        questions: what is asked, or one question.
 
     Attributes:
         pages: file and number, from 0, of each page.
@@ -33,7 +34,8 @@ class Asked(Dataset[Example]):
         InputError: there is no file or no question, a question is empty, or a file isn't one that can be read.
     """
 
-    def __init__(self, files: Sequence[str], questions: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str] | str, questions: Sequence[str] | str) -> None:
+        files, questions = list_of_texts(files, "image"), list_of_texts(questions, "question")
         if not files:
             raise InputError("image is missing: give --image FILE, an image or a PDF")
         if not questions:
