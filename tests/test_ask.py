@@ -98,6 +98,14 @@ def test_one_file_and_one_question_need_no_list(pages, tmp_path):
     assert [asked[i].question for i in range(len(asked))] == ["What is the date?"]
 
 
+def test_a_file_that_has_been_replaced_is_read_anew(pages, tmp_path):
+    (first, _), (second, _) = pages
+    for page in (first, second):
+        page.save(tmp_path / "page.png")
+        (image,) = Asked(str(tmp_path / "page.png"), "What is the date?")[0].images
+        assert image.tobytes() == page.tobytes()
+
+
 def test_a_tiff_has_pages_and_a_photograph_is_held_upright(ask, pages, tmp_path):
     first, second = (image for image, _ in pages)
     first.save(tmp_path / "fax.tif", save_all=True, append_images=[second])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -45,6 +46,7 @@ class Asked(Dataset[Example]):
         self.questions = questions
         self.counts = {file: count_pages(file) for file in files}
         self.pages = [(file, number) for file, count in self.counts.items() for number in range(count)]
+        self._decoded: tuple[int, Image] | None = None  # the last page, kept for its other questions
 
     def __len__(self) -> int:
         """Count the answers there will be."""
@@ -53,10 +55,12 @@ class Asked(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Return a question with its page, decoded."""
         page, number = divmod(index, len(self.questions))
+        if self._decoded is None or self._decoded[0] != page:
+            self._decoded = page, read_page(*self.pages[page])
         return Example(
             question_id=index,
             question=self.questions[number],
-            images=[read_page(*self.pages[page])],
+            images=[self._decoded[1]],
             where=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
             place=index,
