@@ -3,13 +3,12 @@
 What is special here: dropout is off and nothing is recorded for gradients whoever calls, in whatever mode the model is.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
 
@@ -34,20 +33,6 @@ class Answered(NamedTuple):
     seen: list[Tensor]
     ids: list[list[int]]
     texts: list[str]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Compute in eval mode and without gradients; then each module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Evaluation:
@@ -91,7 +76,7 @@ class Evaluation:
             parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
             return [record for part in parts for record in self.records(part, loss)]
         try:
-            with evaluating(self.parts.model):
+            with self.parts.evaluating():
                 return self._records(batch, loss)
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -109,7 +94,7 @@ class Evaluation:
             self.answering = Answering(self.parts, self.processor, self.max_new_tokens, graphs=graphs)
         memory = Memory()
         # Layers are compiled for training's shapes.
-        with evaluating(self.parts.model), torch.compiler.set_stance("force_eager"):
+        with self.parts.evaluating(), torch.compiler.set_stance("force_eager"):
             seen = self.parts.see(batch)
             hidden = self.parts.read(batch, seen, memory)
             ids = self.answering.answer(batch, hidden, memory)
