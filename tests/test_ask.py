@@ -102,7 +102,7 @@ def test_a_file_that_has_been_replaced_is_read_anew(pages, tmp_path):
     (first, _), (second, _) = pages
     for page in (first, second):
         page.save(tmp_path / "page.png")
-        (image,) = Asked(str(tmp_path / "page.png"), "What is the date?")[0].images
+        (image,) = Asked([str(tmp_path / "page.png")], ["What is the date?"])[0].images
         assert image.tobytes() == page.tobytes()
 
 
