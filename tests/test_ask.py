@@ -6,6 +6,7 @@ import re
 import pytest
 from PIL import Image
 
+from idefics_lit.ask import Asked
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.documents import read_page
@@ -77,6 +78,32 @@ def test_flags_are_repeated_or_take_several(ask, pages, tmp_path):
     assert [line["image"] for line in lines] == ["a.png", "a.png", "b.tif", "b.tif"]
     assert [line["question"] for line in lines] == [question, further] * 2
     assert all(line["answer"] in answers[question] for line in lines[::2])
+
+
+def test_every_page_is_answered_under_its_name_whatever_a_config_says_for_runs(ask, pages, tmp_path):
+    (first, answers), (second, others) = pages
+    first.save(tmp_path / "first.png")
+    second.save(tmp_path / "second.png")
+    questions = [next(iter(some)) for some in (answers, others)]
+    more = ("--trainer.devices", 2, "--trainer.strategy", "ddp_fork", "--trainer.limit_predict_batches", 1)
+    lines = ask("--image", "first.png", "second.png", "--question", *questions, *more)
+    asked = [(line["image"], line["question"]) for line in lines]
+    assert asked == [(page, question) for page in ("first.png", "second.png") for question in questions]
+    assert lines[0]["answer"] in answers[questions[0]] and lines[3]["answer"] in others[questions[1]]
+
+
+def test_one_file_and_one_question_need_no_list(pages, tmp_path):
+    pages[0][0].save(tmp_path / "first.png")
+    asked = Asked(str(tmp_path / "first.png"), "What is the date?")
+    assert [asked[i].question for i in range(len(asked))] == ["What is the date?"]
+
+
+def test_a_file_that_has_been_replaced_is_read_anew(pages, tmp_path):
+    (first, _), (second, _) = pages
+    for page in (first, second):
+        page.save(tmp_path / "page.png")
+        (image,) = Asked([str(tmp_path / "page.png")], ["What is the date?"])[0].images
+        assert image.tobytes() == page.tobytes()
 
 
 def test_a_tiff_has_pages_and_a_photograph_is_held_upright(ask, pages, tmp_path):

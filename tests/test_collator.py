@@ -122,6 +122,47 @@ def test_without_an_epoch_torch_draws(small):
     assert collate(examples)["labels"].tolist() == first != second
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["given", "set later"])
+def test_a_text_is_one_answer_and_no_list_of_characters(small, later):
+    made = Example(1, "How many?", [PAGE], "3 apples", "count")
+    if later:
+        made.answers, made.question_types, made.images = "3 apples", "count", PAGE
+    ids = Idefics2Collator(small, train=True)([made])
+    labels = ids["labels"][ids["labels"] >= 0]
+    assert small.tokenizer.decode(labels, skip_special_tokens=True).strip() == "3 apples"
+    batch = Idefics2Collator(small, train=False)([Example(1, "How many?", PAGE, "3 apples", "count")])
+    assert (batch["references"], batch["question_types"]) == ([["3 apples"]], [["count"]])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("answers", b"3", r"row 5: answers: bytes b'3' is no list of texts"),
+        ("answers", {"3": 1}, "row 5: answers: dict .*is no list of texts"),
+        ("answers", {"3"}, "row 5: answers: set .*is no list of texts"),
+        ("answers", 3, "row 5: answers: int 3 is no list of texts"),
+        ("answers", None, "row 5: answers: NoneType None is no list of texts"),
+        ("answers", ["3", 3], "row 5: answers: int 3 is no text: give a list of texts"),
+        ("answers", [["3"]], "row 5: answers: list .* is no text"),
+        ("question_types", {"form": 1}, "row 5: question_types: dict"),
+        ("question", ["Who?"], "row 5: the question is list: give a text"),
+        ("question", 5, "row 5: the question is int: give a text"),
+        ("question_id", 5.5, "row 5: the id is float: give an int or a text"),
+        ("images", "page.png", "row 5: images holds str: give decoded images"),
+        ("images", ["page.png"], "row 5: images holds str: give decoded images"),
+    ],
+)
+def test_what_is_no_text_or_image_is_named(small, part, value, message):
+    good = {"question_id": 1, "question": "Who?", "images": [PAGE], "answers": ["3"], "where": "row 5"}
+    with pytest.raises(InputError, match=message):
+        Example(**{**good, part: value})
+    made = Example(**good)
+    setattr(made, part, value)
+    for train in (False, True):
+        with pytest.raises(InputError, match=message):
+            Idefics2Collator(small, train=train)([made])
+
+
 def test_evaluation_keeps_all_references_and_does_without(small):
     batch = Idefics2Collator(small, train=False)([example("Who?", "a", "b"), example("Who?", question_id="x")])
     assert batch["references"] == [["a", "b"], []]

@@ -27,12 +27,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from idefics_lit import pretrained
 from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.data.images import open_page
 from idefics_lit.data.synthetic import SyntheticPages
+from idefics_lit.errors import InputError
 from idefics_lit.module import Idefics2Module
-from idefics_lit.pretrained import load_processor, resolve
+from idefics_lit.pretrained import load_processor, refuse_adapter, resolve
 from idefics_lit.tiny import tiny_config
 
 CPU = ("--trainer.accelerator", "cpu")
@@ -292,6 +294,42 @@ def test_others_may_read_what_the_umask_lets_them(export, umask, flags):
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
     assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("command", ["validate", "ask"])
+def test_an_adapter_is_no_model_to_begin_with(export, run, checkpoint, capfd, tmp_path, command):
+    """It would be taken for its base, with a new adapter."""
+    folder, _ = export()
+    SyntheticPages("export", 1)[0].images[0].save(tmp_path / "page.png")
+    flags = {"validate": ("--data.source", "synthetic"), "ask": ("--image", "page.png", "--question", "What?")}
+    with pytest.raises(SystemExit) as caught:
+        run(command, "--model.pretrained", folder, *flags[command], "--model.quantization", "none", *CPU)
+    assert caught.value.code == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    base = resolve("tiny")
+    assert f"model.pretrained '{folder}' is an adapter (adapter_config.json) on the model {base}: give" in error
+    assert f"--model.pretrained {base} --ckpt_path CHECKPOINT" in error and "--merge true" in error
+    if command == "validate":
+        for refuses in (load_processor, refuse_adapter):
+            with pytest.raises(InputError, match="is an adapter"):
+                refuses(str(folder))
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(InputError, match="holds a model and an adapter"):
+            load_processor(str(folder))
+        (folder / "adapter_config.json").write_text("no JSON")
+        with pytest.raises(InputError, match="holds a model and an adapter"):
+            load_processor(str(folder))
+
+
+def test_an_adapter_of_the_hub_is_no_model_either(tmp_path, monkeypatch):
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "some/base"}')
+    asked = []
+    monkeypatch.setattr(pretrained, "find_adapter_config_file", lambda name: asked.append(name) or str(config))
+    for load in (load_processor, lambda name: Idefics2Module(name, quantization="none").configure_model()):
+        with pytest.raises(InputError, match=r"'some/adapter' is an adapter .* on the model some/base"):
+            load("some/adapter")
+    assert asked == ["some/adapter"] * 2
 
 
 def test_merged(export, trained, batch):

@@ -53,6 +53,47 @@ def test_options():
     assert anls("Paris.", ["Paris"]) == pytest.approx(5 / 6)
 
 
+@pytest.mark.parametrize("prediction", ["5 .", " 5. ", "5...", "5 . .", "5\u00a0.", "5.\n."])
+def test_the_white_space_before_a_full_stop_goes_with_it(prediction):
+    assert anls(prediction, ["5"], strip_period=True) == 1
+    assert anls(prediction, ["5"]) <= 0.5
+    metric = ANLS(strip_period=True)
+    metric.update([prediction, ".5.", "."], [["5"], [".5"], [""]])
+    assert metric.compute() == 1
+
+
+def test_a_text_is_one_reference_and_no_list_of_characters():
+    assert anls("e", "apples") == 0
+    assert anls("apples", "apples") == 1
+    metric = ANLS()
+    metric.update(["e", "apples"], ["apples", "apples"])
+    assert metric.compute() == 0.5
+
+
+@pytest.mark.parametrize("references", [b"e", [b"e"], {"e": 1}, {"e"}, 5, [5], [["e"]], [None], None])
+def test_references_that_are_no_texts_are_refused(references):
+    with pytest.raises(InputError, match=r"question 17: references: .*give"):
+        anls("e", references, question_id=17)
+    with pytest.raises(InputError, match=r"question 17: references: .*give"):
+        ANLS().update(["e"], [references], question_ids=[17])
+
+
+@pytest.mark.parametrize("batch", ["ab", b"ab", {"a": 1, "b": 2}])
+def test_a_batch_that_is_no_list_is_refused(batch):
+    for name in ("preds", "target", "question_ids"):
+        given = {"preds": ["a", "b"], "target": [["a"], ["b"]], "question_ids": [1, 2]}
+        with pytest.raises(InputError, match=f"{name}: .*give a list"):
+            ANLS().update(**{**given, name: batch})
+    with pytest.raises(InputError, match="prediction is int 5: give a text"):
+        ANLS().update([5], [["5"]])
+
+
+def test_a_number_and_a_text_are_two_ids():
+    metric = ANLS()
+    metric.update(["a", "b"], [["a"], ["x"]], question_ids=[7, "7"])
+    assert metric.compute() == 0.5
+
+
 def test_no_references_is_an_error_that_names_the_question():
     with pytest.raises(InputError, match="question 17"):
         ANLS().update(["x"], [[]], question_ids=[17])

@@ -69,17 +69,34 @@ def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
 # Labels that are not masked as they should be; rows stay shared, for speed.
 
 
-@pytest.mark.long
-def test_training_on_the_prompt_too_hurts(right, monkeypatch):
-    def labels(self, ids, ignored):
-        return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
-
-    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
-    assert fine_tuned() <= right - 0.1
+def on_the_prompt_too(self, example, ids, prompt):
+    return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
 
 
-@pytest.mark.long
-def test_training_on_image_tokens_hurts(right, monkeypatch):
+def on_image_tokens(self, example, ids, prompt):
     """What labels come to that are copied from the ids, with padding alone left out."""
-    monkeypatch.setattr(Idefics2Collator, "_labels", lambda self, ids, ignored: list(ids))
+    return list(ids)
+
+
+WRONG = [on_the_prompt_too, on_image_tokens]
+
+
+@pytest.mark.parametrize("labels", WRONG)
+def test_wrong_labels_are_more_labels(labels, monkeypatch):
+    """What the long test below trains on, without the training."""
+    pages = data()
+    pages.setup("fit")
+    examples = [pages.examples["train"][i] for i in range(2)]
+    right = pages.collator("train")(examples)
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
+    wrong = pages.collator("train")(examples)
+    assert len(wrong["labelled"]) > len(right["labelled"])
+    image = right["input_ids"] == pages.processor.image_token_id
+    assert image.any() and (wrong["labels"][image] != IGNORED_LABEL).all() == (labels is on_image_tokens)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("labels", WRONG)
+def test_training_on_wrong_labels_hurts(labels, right, monkeypatch):
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
     assert fine_tuned() <= right - 0.1

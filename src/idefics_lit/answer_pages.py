@@ -31,7 +31,7 @@ def page_scores(
     confident; this needs no training, and one forward for each page.
 
     Args:
-        parts: of a model in eval mode.
+        parts: of the model, in any mode.
         batch: `Idefics2Collator`'s for evaluation.
         pages: what `Idefics2Forward.see` saw of each of its R rows, (image tokens, width).
         answers: the token ids of the answers to find the page of, with what ends them, by the question's number in the
@@ -56,9 +56,10 @@ def page_scores(
         some = {row: asked for row, asked in rows.items() if number < counts[row]}
         packed = pack([_row([pieces[i] for i in asked]) for asked in some.values()], tokenizer.pad_token_id)
         packed = {name: value.to(batch["prompt_input_ids"].device) for name, value in packed.items()}
-        hidden = parts.read(packed, [pages[row].chunk(counts[row])[number] for row in some])
         labelled = packed["labelled"]
-        logits = parts.logits(hidden.flatten(0, 1).index_select(0, labelled)).float()
+        with parts.evaluating():
+            hidden = parts.read(packed, [pages[row].chunk(counts[row])[number] for row in some])
+            logits = parts.logits(hidden.flatten(0, 1).index_select(0, labelled)).float()
         scores = -F.cross_entropy(logits, packed["labels"].flatten()[labelled + 1], reduction="none")
         order = [i for asked in some.values() for i in asked]
         for i, of_answer in zip(order, scores.split([len(answers[i]) for i in order]), strict=True):

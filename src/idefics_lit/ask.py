@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from PIL.Image import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,14 +18,15 @@ from idefics_lit.data.example import Example
 from idefics_lit.documents import count_pages, read_page
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
+from idefics_lit.texts import list_of_texts
 
 
 class Asked(Dataset[Example]):
     """Every question about every page, a page's questions in a row; a page is decoded when it is asked for.
 
     Args:
-        files: images and PDFs; a PDF and a TIFF may have several pages.
-        questions: what is asked.
+        files: images and PDFs, or one; a PDF and a TIFF may have several pages.
+        questions: what is asked, or one question.
 
     Attributes:
         pages: file and number, from 0, of each page.
@@ -33,7 +35,8 @@ class Asked(Dataset[Example]):
         InputError: there is no file or no question, a question is empty, or a file isn't one that can be read.
     """
 
-    def __init__(self, files: Sequence[str], questions: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str] | str, questions: Sequence[str] | str) -> None:
+        files, questions = list_of_texts(files, "image"), list_of_texts(questions, "question")
         if not files:
             raise InputError("image is missing: give --image FILE, an image or a PDF")
         if not questions:
@@ -43,6 +46,7 @@ class Asked(Dataset[Example]):
         self.questions = questions
         self.counts = {file: count_pages(file) for file in files}
         self.pages = [(file, number) for file, count in self.counts.items() for number in range(count)]
+        self._decoded: tuple[int, Image] | None = None  # the last page, kept for its other questions
 
     def __len__(self) -> int:
         """Count the answers there will be."""
@@ -51,10 +55,12 @@ class Asked(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Return a question with its page, decoded."""
         page, number = divmod(index, len(self.questions))
+        if self._decoded is None or self._decoded[0] != page:
+            self._decoded = page, read_page(*self.pages[page])
         return Example(
             question_id=index,
             question=self.questions[number],
-            images=[read_page(*self.pages[page])],
+            images=[self._decoded[1]],
             where=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
             place=index,

@@ -159,7 +159,9 @@ class DocVQACLI(LightningCLI):
         trainer = options.trainer
         if self.config.subcommand in WITHOUT_DATA:
             trainer.logger = trainer.enable_progress_bar = False
-            trainer.devices = 1 if trainer.devices == "auto" else trainer.devices
+            # One process answers page by page; what a config limits, it limits for runs.
+            trainer.devices, trainer.num_nodes = _one_device(trainer.devices), 1
+            trainer.limit_predict_batches, trainer.fast_dev_run, trainer.overfit_batches = None, False, 0.0
             self.trainer_defaults["callbacks"] = []
         logger = trainer.logger.class_path.rpartition(".")[2] if isinstance(trainer.logger, Namespace) else ""
         if logger == "WandbLogger":
@@ -220,6 +222,12 @@ class DocVQACLI(LightningCLI):
         if hasattr(Trainer, subcommand):
             given |= {"ckpt_path": self.config_init[subcommand].ckpt_path, "weights_only": True}
         return given
+
+
+def _one_device(devices: list[int] | str | int) -> list[int] | int:
+    """Return the first of ``trainer.devices``, in any of the Trainer's notations."""
+    named = devices.strip(" ,").split(",") if isinstance(devices, str) and "," in devices else devices
+    return [int(named[0])] if isinstance(named, list) and named else 1
 
 
 class _Help(DefaultHelpFormatter):

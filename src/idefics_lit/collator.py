@@ -128,8 +128,11 @@ class Idefics2Collator:
 
         Raises:
             InputError: names the example that has no answer to train on, holds one of the model's special tokens,
-                has an image that can't be processed, or is longer than ``max_length``.
+                has an image that can't be processed, something else in a text's place, or is longer than
+                ``max_length``.
         """
+        for example in examples:
+            example.check()
         answers = [self._answer(example) for example in examples]
         prompts = [self._text(example, None) for example in examples]
         texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]

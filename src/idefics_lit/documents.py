@@ -1,6 +1,5 @@
 """The pages of image files and PDFs."""
 
-from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -36,9 +35,8 @@ def count_pages(file: str) -> int:
         raise InputError(f"image {file}: it can't be read: {first_line(error)}") from error
 
 
-@lru_cache(maxsize=1)
 def read_page(file: str, number: int) -> Image.Image:
-    """Decode a page, and keep it for its other questions.
+    """Decode a page.
 
     Args:
         file: an image or a PDF.

@@ -1,4 +1,7 @@
-"""How a batch is evaluated: its rows are read once, for loss and answers, as many at a time as there is memory for."""
+"""How a batch is evaluated: its rows are read once, for loss and answers, as many at a time as there is memory for.
+
+What is special here: dropout is off and nothing is recorded for gradients whoever calls, in whatever mode the model is.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,7 +39,7 @@ class Evaluation:
     """Answers and scores the questions of `Idefics2Collator`'s batches for evaluation.
 
     Args:
-        parts: of a model in eval mode.
+        parts: of the model, in any mode.
         processor: the model's.
         max_new_tokens: the longest answer.
         strip_period: see `idefics_lit.metrics.anls`.
@@ -73,7 +76,8 @@ class Evaluation:
             parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
             return [record for part in parts for record in self.records(part, loss)]
         try:
-            return self._records(batch, loss)
+            with self.parts.evaluating():
+                return self._records(batch, loss)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -83,21 +87,20 @@ class Evaluation:
         self.most_rows = -(-rows // 2)
         return self.records(batch, loss)
 
-    @torch.no_grad()
     def read_and_answer(self, batch: Mapping[str, Any]) -> Answered:
         """Read a batch's rows and answer the prompts in them."""
         if self.answering is None:
             graphs = self.parts.has_graphs
             self.answering = Answering(self.parts, self.processor, self.max_new_tokens, graphs=graphs)
         memory = Memory()
-        with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes
+        # Layers are compiled for training's shapes.
+        with self.parts.evaluating(), torch.compiler.set_stance("force_eager"):
             seen = self.parts.see(batch)
             hidden = self.parts.read(batch, seen, memory)
             ids = self.answering.answer(batch, hidden, memory)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Answered(hidden, seen, ids, [text.strip() for text in texts])
 
-    @torch.no_grad()
     def _answer_pages(self, batch: Mapping[str, Any], answered: Answered, all_of_them: bool) -> list[int | None]:
         """Return the page of each of the B answers, of those whose own the data knows or of all of them."""
         counts = [batch["page_counts"][row] for row in batch["prompt_rows"].tolist()]

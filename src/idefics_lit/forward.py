@@ -5,7 +5,8 @@ frozen. Pages go through it one by one, unpadded: padding costs as much as pages
 for the GPU, so that the GPU never waits either.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -224,6 +225,19 @@ class Idefics2Forward:
         """Compute in the model's dtype with the adapter's float32 weights, whoever calls."""
         half = self.dtype != torch.float32
         return torch.autocast(self.head.weight.device.type, self.dtype if half else None, half)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute without dropout and gradients, whoever calls; then each module has its own mode again."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
     def _part(self, name: str, *arguments: Tensor) -> Tensor:
         run = self._graphs[name].replay if self._graphs and self.model.training else getattr(self, f"_{name}")

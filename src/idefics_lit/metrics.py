@@ -1,12 +1,12 @@
 """ANLS, the metric of DocVQA: a functional core and a thin torchmetrics ``Metric`` around it.
 
 What is special here: lengths and distance are both taken on the normalised strings, a question without references is
-an error and never a score, and every question id counts once, however distributed samplers pad.
+an error and never a score, and every question counts once, however distributed samplers pad.
 """
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from idefics_lit.errors import InputError
+from idefics_lit.texts import list_of_texts
 
 
 def anls(
     prediction: str,
-    references: Sequence[str],
+    references: Sequence[str] | str,
     *,
     threshold: float = 0.5,
     inclusive: bool = True,
@@ -35,28 +36,33 @@ def anls(
 
     Args:
         prediction: the answer given.
-        references: the accepted answers, at least one.
+        references: the accepted answers, at least one; a single text is one reference.
         threshold: similarities below it score 0.
         inclusive: whether a similarity equal to the threshold is kept, as the RRC's script does; the paper drops it.
-        strip_period: drop full stops that end the prediction, as the authors of Idefics2 do before scoring.
+        strip_period: drop full stops that end the prediction, and the white space before them, as the authors of
+            Idefics2 do before scoring.
         question_id: named in the error.
 
     Returns:
         A score from 0 to 1.
 
     Raises:
-        InputError: when there are no references.
+        InputError: when there are no references, or prediction or references are no texts.
 
     >>> anls("Coca cola", ["Coca Cola", "Coca Cola Company"])
     1.0
     >>> anls("ab", ["ac"]), anls("ab", ["ac"], inclusive=False)
     (0.5, 0.0)
     """
+    if not isinstance(prediction, str):
+        kind = type(prediction).__name__
+        raise InputError(f"question {question_id}: the prediction is {kind} {prediction!r:.100}: give a text")
+    references = list_of_texts(references, f"question {question_id}: references")
     if not references:
         raise InputError(f"question {question_id}: no reference answers, so it has no ANLS: use a split with answers")
     answer = _normalise(prediction)
     if strip_period:
-        answer = answer.rstrip(".")
+        answer = answer.rstrip(". ")
     best = max(_similarity(answer, _normalise(reference)) for reference in references)
     return best if best > threshold or (inclusive and best == threshold) else 0.0
 
@@ -71,9 +77,10 @@ def _similarity(a: str, b: str) -> float:
 
 
 class ANLS(Metric):
-    """Mean ANLS over questions, each question id counted once, exact in distributed runs.
+    """Mean ANLS over questions, each counted once, exact in distributed runs.
 
-    Scores are gathered and never averaged by rank. Without ``question_ids`` every pair counts.
+    Scores are gathered and never averaged by rank. Pairs that share one of ``question_ids`` count once, by their first
+    score: where ids may recur, give each question's place in its set. Without ``question_ids`` every pair counts.
 
     Args:
         threshold: see `anls`.
@@ -120,20 +127,23 @@ class ANLS(Metric):
     def update(
         self,
         preds: Sequence[str],
-        target: Sequence[Sequence[str]],
+        target: Sequence[Sequence[str] | str],
         question_ids: Sequence[int | str] | None = None,
     ) -> None:
         """Score a batch.
 
         Args:
             preds: n answers.
-            target: n lists of references.
-            question_ids: n ids; pairs that share an id count once.
+            target: n lists of references, or texts where there is one reference.
+            question_ids: n ids, of which the number 7 and the text "7" are two; pairs that share an id count once.
 
         Raises:
             ValueError: when the lengths differ.
-            InputError: when a question has no references.
+            InputError: when a question has no references, or something else stands where a list or a text should.
         """
+        for name, value in (("preds", preds), ("target", target), ("question_ids", question_ids)):
+            if isinstance(value, (str, bytes, Mapping)):
+                raise InputError(f"{name}: {type(value).__name__} {value!r:.100}: give a list, one for each question")
         # A fresh id for each pair that has none, unique over ranks.
         ids: Sequence[int | str] = [uuid.uuid4().hex for _ in preds] if question_ids is None else question_ids
         scores = [
@@ -157,4 +167,5 @@ class ANLS(Metric):
 
 def _hash(question_id: int | str) -> int:
     """64 bits of an id, the same in every process (Python's own hash of a string is not)."""
-    return int.from_bytes(hashlib.blake2b(str(question_id).encode(), digest_size=8).digest(), "big", signed=True)
+    key = f"{isinstance(question_id, str)} {question_id}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from idefics_lit.errors import InputError
-from idefics_lit.pretrained import cannot_load, resolve
+from idefics_lit.pretrained import cannot_load, refuse_adapter, resolve
 
 Quantization = Literal["nf4", "none"]
 
@@ -70,8 +70,9 @@ def load_model(
         compiled: compile the layers, each kind once, and what else goes over all patches.
 
     Raises:
-        InputError: when there is no such model, or ``target_modules`` match none of its layers.
+        InputError: when there is no such model, it is an adapter, or ``target_modules`` match none of its layers.
     """
+    refuse_adapter(pretrained)
     # No one else's code is run: neither a repository's own nor what a pickle holds.
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
     options |= {"dtype": dtype, "device_map": {"": device}}

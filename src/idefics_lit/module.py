@@ -33,6 +33,7 @@ from idefics_lit.metrics import ANLS
 from idefics_lit.model import LoRA, Quantization, load_model
 from idefics_lit.numerics import LossWatch, OverflowWatch
 from idefics_lit.pretrained import DTYPES, load_processor
+from idefics_lit.records import by_place
 from idefics_lit.signals import Signals
 
 # Answer tokens that a micro-batch's summed loss is divided by, which keeps float16 gradients near their usual size; a
@@ -329,31 +330,31 @@ class Idefics2Module(LightningModule):
         return self.evaluation.records(batch)
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
-        """Return the B greedy answers to a batch's prompts."""
+        """Return the B greedy answers to a batch's prompts, without dropout in whatever mode the module is."""
         return self.evaluation.read_and_answer(batch).texts
 
     def _log_scores(self, stage: str) -> None:
-        records = self.records
+        records = by_place(self.records)
         self.evaluation.forget()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
         # Every rank must score the same types, whether or not it saw them.
-        types = {question_type for record in records for question_type in record["question_types"]}
+        types = {question_type for record in records.values() for question_type in record["question_types"]}
         for question_type in sorted(set().union(*gather_objects(self.trainer, types))):
-            of_type = [record for record in records if question_type in record["question_types"]]
+            of_type = {key: record for key, record in records.items() if question_type in record["question_types"]}
             self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
-        known = [record for record in records if "reference_page" in record]
-        right = {record["question_id"]: record["answer_page"] == record["reference_page"] for record in known}
+        known = {key: record for key, record in records.items() if "reference_page" in record}
+        right = {key: record["answer_page"] == record["reference_page"] for key, record in known.items()}
         once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
         if once:  # the same on every rank
             self.log(f"{stage}/answer_page_accuracy", sum(once.values()) / len(once))
 
-    def _score(self, records: list[dict[str, Any]]) -> Tensor:
+    def _score(self, records: Mapping[Any, dict[str, Any]]) -> Tensor:
         self.anls.update(
-            [record["prediction"] for record in records],
-            [record["references"] for record in records],
-            question_ids=[record["question_id"] for record in records],
+            [record["prediction"] for record in records.values()],
+            [record["references"] for record in records.values()],
+            question_ids=[*records],  # they may be scored on two ranks
         )
         score = self.anls.compute()
         self.anls.reset()

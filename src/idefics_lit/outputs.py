@@ -1,6 +1,8 @@
 """What a run leaves behind: its config, its answers, what it skipped, and the tables at the end of a fit."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,18 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from idefics_lit.distributed import gather_objects
 from idefics_lit.files import replacing
+from idefics_lit.records import by_place
 from idefics_lit.runs import run_folder
+
+SHOWN = 5  # of ids that occur several times
+NUMBER = re.compile("0|-?[1-9][0-9]{0,14}")  # the one way to write it, and exact in readers whose numbers are doubles
 
 
 class SaveConfig(SaveConfigCallback):
@@ -31,10 +38,10 @@ class SaveConfig(SaveConfigCallback):
 class PredictionWriter(BasePredictionWriter):
     """Write ``submission.json`` (the RRC's form) and ``predictions.jsonl`` when a prediction ends.
 
-    Both hold every question once. The submission is one JSON array of ``{"questionId", "answer"}``; a line of the
-    other file is ``{"question_id", "question", "prediction", "references", "score", "question_types"}``. Where
-    questions have several pages, both have ``answer_page`` too, from 0, and the lines ``reference_page`` where it is
-    known.
+    Both hold every question of the split once, those that share an id too. The submission is one JSON array of
+    ``{"questionId", "answer"}``, its ids numbers where that loses nothing; a line of the other file is
+    ``{"question_id", "question", "prediction", "references", "score", "question_types"}``. Where questions have several
+    pages, both have ``answer_page`` too, from 0, and the lines ``reference_page`` where it is known.
     """
 
     def __init__(self) -> None:
@@ -51,14 +58,16 @@ class PredictionWriter(BasePredictionWriter):
                 records = [{**record, "answer_page": record.get("answer_page", 0)} for record in records]
             answers = [
                 {
-                    "questionId": _as_int(record["question_id"]),
+                    "questionId": question_id,
                     "answer": record["prediction"],
                     **({"answer_page": record["answer_page"]} if "answer_page" in record else {}),
                 }
-                for record in records
+                for question_id, record in zip(_numbers([r["question_id"] for r in records]), records, strict=True)
             ]
-            _write(folder / "submission.json", [json.dumps(answers, ensure_ascii=False)])
-            _write_records(folder / "predictions.jsonl", records)
+            try:
+                _write_records(folder / "predictions.jsonl", records)
+            finally:  # one of the files is better than none
+                _write(folder / "submission.json", [json.dumps(answers, ensure_ascii=False)])
             Console().print(
                 f"{len(records)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}"
             )
@@ -78,9 +87,10 @@ class Results(Callback):
 
     @property
     def compared(self) -> dict[Any, dict[str, Any]]:
-        """The answers before training by question id, where the same questions were asked; else none."""
-        before = {record["question_id"]: record for record in self.before}
-        return before if before.keys() == {record["question_id"] for record in self.after} else {}
+        """The answers before training by place in the set, where the same questions were asked; else none."""
+        asked = [{record["place"]: record["question_id"] for record in some} for some in (self.before, self.after)]
+        same = asked[0] == asked[1] and None not in asked[0]
+        return {record["place"]: record for record in self.before} if same else {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a fit's answers, write them unless they are the sanity check's."""
@@ -172,7 +182,7 @@ def _scores(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]
     table = Table("ANLS", *(["before"] if before else []), "after", "questions")
 
     def add(name: str, records: Sequence[dict[str, Any]]) -> None:
-        scores = [[before[record["question_id"]]["score"] for record in records]] if before else []
+        scores = [[before[record["place"]]["score"] for record in records]] if before else []
         scores.append([record["score"] for record in records])
         table.add_row(name, *(f"{sum(some) / len(some):.3f}" for some in scores), str(len(records)))
 
@@ -186,16 +196,25 @@ def _examples(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, An
     """Three questions from all over the set."""
     table = Table("question", "expected", *(["before"] if before else []), "after")
     for record in after[:: max(-(-len(after) // 3), 1)]:
-        answers = [before[record["question_id"]]["prediction"]] if before else []
+        answers = [before[record["place"]]["prediction"]] if before else []
         table.add_row(*map(escape, (record["question"], record["references"][0], *answers, record["prediction"])))
     return table
 
 
 def _unique(trainer: Trainer, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gather all ranks' records, each question once, in the set's order."""
-    ranks = gather_objects(trainer, records)
-    unique = {record["question_id"]: record for rank in ranks for record in rank}
-    return sorted(unique.values(), key=lambda record: record["place"])
+    """Gather all ranks' records, each question once as `ANLS` counts it, in the set's order."""
+    unique: dict[Any, dict[str, Any]] = {}
+    for rank in gather_objects(trainer, by_place(records)):
+        for key, record in rank.items():
+            unique.setdefault(key, record)  # the first rank's: its score is the one that counts
+    times = Counter(record["question_id"] for record in unique.values())
+    if twice := [str(question_id) for question_id, count in times.items() if count > 1]:
+        more = f" and {len(twice) - SHOWN} more" if len(twice) > SHOWN else ""
+        rank_zero_warn(
+            f"Several questions have the id {', '.join(twice[:SHOWN])}{more}: each of them is counted and written, but "
+            f"who reads the files by id can't tell them apart: see data.columns for another column of ids"
+        )
+    return sorted(unique.values(), key=lambda record: record["place"] or 0)
 
 
 def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -203,8 +222,10 @@ def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     _write(path, (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
-def _as_int(question_id: int | str) -> int | str:
-    return int(question_id) if str(question_id).isdigit() else question_id
+def _numbers(question_ids: Sequence[int | str]) -> Sequence[int | str]:
+    """Return ids with numbers for the texts that are written as numbers are, if as many differ as before."""
+    numbers = [int(text) if NUMBER.fullmatch(text := str(some)) else some for some in question_ids]
+    return numbers if len({*numbers}) == len({*question_ids}) else question_ids
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

@@ -1,9 +1,11 @@
 """What ``pretrained`` names, the processor that is loaded from there, and the dtypes that models are loaded in."""
 
+import json
 from pathlib import Path
 
 import torch
 from transformers import AutoProcessor, ProcessorMixin
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
 
@@ -21,6 +23,34 @@ def resolve(pretrained: str) -> str:
     return str(Path(__file__).parent / "reader") if pretrained == "tiny" else pretrained
 
 
+def refuse_adapter(pretrained: str) -> None:
+    """Refuse an adapter, such as `export` writes: transformers would load its base, and a new adapter take its place.
+
+    Raises:
+        InputError: it is one, or holds one beside a model; names the base.
+    """
+    try:
+        file = find_adapter_config_file(resolve(pretrained))
+    except Exception:  # no folder and no Hub id: loading says so
+        return
+    if file is None:
+        return
+    try:
+        base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    if Path(file).with_name("config.json").is_file():
+        raise InputError(
+            f"model.pretrained {pretrained!r} holds a model and an adapter (adapter_config.json, on {base}), of which "
+            f"one must be meant: move the other one's files away"
+        )
+    raise InputError(
+        f"model.pretrained {pretrained!r} is an adapter (adapter_config.json) on the model {base}: give "
+        f"--model.pretrained {base} --ckpt_path CHECKPOINT, with the checkpoint that it was exported from; or the "
+        f"merged model that `export --ckpt_path CHECKPOINT --merge true --output FOLDER` writes"
+    )
+
+
 def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:
     """Load Idefics2's processor.
 
@@ -30,8 +60,9 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
         image_size: scale the longest edge to so many pixels; the processor's own size unless given.
 
     Raises:
-        InputError: when there is no processor, or the size is more than the model was trained for.
+        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for.
     """
+    refuse_adapter(pretrained)
     try:
         processor = AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:

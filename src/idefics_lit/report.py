@@ -153,7 +153,7 @@ class Report(Callback):
             scores = {"before": [record["score"] for record in before.values()], **scores}
         rows = []
         for name, some in list(_by_type(records).items())[:MOST_ROWS]:
-            was = f"{mean_score([before[record['question_id']] for record in some]):.3f}" if before else ""
+            was = f"{mean_score([before[record['place']] for record in some]):.3f}" if before else ""
             rows.append((name, len(some), was, f"{mean_score(some):.3f}"))
         return {"before": bool(before), "histogram": Histogram(scores), "rows": rows}
 
@@ -170,7 +170,7 @@ def _by_type(records: Records) -> dict[str, Records]:
     """All records, and those of each type of question, the most frequent first."""
     types: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        for name in record["question_types"]:
+        for name in dict.fromkeys(record["question_types"]):
             types.setdefault(name, []).append(record)
     ordered = sorted(types.items(), key=lambda item: (-len(item[1]), item[0]))
     return {"all": records, **(dict(ordered) if len(types) > 1 else {})}

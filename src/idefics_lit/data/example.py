@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from types import MappingProxyType
 
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from idefics_lit.errors import InputError
+from idefics_lit.texts import list_of_texts
 
 
 @dataclass
@@ -18,14 +20,15 @@ class Example:
         question_id: the data's own id, an int or a str.
         question: the question's text.
         images: the pages, decoded; most data sets have one page a question.
-        answers: the accepted answers; empty where the data has none (a test split).
+        answers: the accepted answers, or a text where there is one; empty where the data has none (a test split).
         question_types: the data's own types of question, such as ``table/list``; may be empty.
         answer_page: which of its pages, from 0, the answer is on, where the data says so.
         where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
         page_id: the key of its pages; questions with the same one share a row of a batch.
-        place: where it stands in its set; answers are written in that order.
+        place: where it stands in its set, by which it is counted and its answer is written, whatever its id. A data
+            module sets it; without one an example counts by its id, and again where its rank meets the id again.
         repeated: whether another rank has it too, to have as many as the others; it has no labels, and counts once.
     """
 
@@ -38,8 +41,32 @@ class Example:
     where: str = ""
     epoch: int | None = None
     page_id: Hashable = None
-    place: int = 0
+    place: int | None = None
     repeated: bool = False
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Make lists of a single answer, type or image; the collator checks again what was set since.
+
+        Raises:
+            InputError: names the example that holds something else where texts or images should be.
+        """
+        name = self.where or f"question {self.question_id}"
+        if not isinstance(self.question_id, str):
+            try:
+                self.question_id = index(self.question_id)
+            except TypeError as error:
+                kind = type(self.question_id).__name__
+                raise InputError(f"{name}: the id is {kind}: give an int or a text") from error
+        if not isinstance(self.question, str):
+            raise InputError(f"{name}: the question is {type(self.question).__name__}: give a text")
+        self.answers = list_of_texts(self.answers, f"{name}: answers")
+        self.question_types = list_of_texts(self.question_types, f"{name}: question_types")
+        self.images = [self.images] if isinstance(self.images, Image) else list(self.images)
+        if wrong := next((type(image).__name__ for image in self.images if not isinstance(image, Image)), None):
+            raise InputError(f"{name}: images holds {wrong}: give decoded images, such as PIL.Image.open's")
 
 
 class Examples(Dataset[Example]):
