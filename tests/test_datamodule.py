@@ -209,8 +209,9 @@ def test_image_size_reaches_the_pages(data, docvqa):
     small, large = (next(iter(loader))["pixel_values"].shape[-2:] for loader in sizes)
     assert max(small) == 224
     assert max(large) == 448
-    with pytest.raises(InputError, match=r"data.image_size 5000: choose from 14 to 448"):
-        data("validate", docvqa, image_size=5000)
+    for size in (1, 13, 449, 5000):
+        with pytest.raises(InputError, match=rf"data.image_size {size}: choose from 14 to 448"):
+            data("validate", docvqa, image_size=size)
 
 
 def test_a_folder_of_a_data_set_with_a_stray_json_is_not_official(data, tmp_path):

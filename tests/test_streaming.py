@@ -19,7 +19,6 @@ from idefics_lit.data.streaming import StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 
 
-
 def page(number):
     Image.new("L", (40, 30), number).save(png := io.BytesIO(), "PNG")
     return {"bytes": png.getvalue(), "path": None}
@@ -198,7 +197,9 @@ def test_the_first_questions_are_validated_on_and_their_pages_left_out(data, tmp
     assert [example.question for example in held_out] == questions(form, range(100))[:5]
     assert sum(len(batch["references"]) for batch in module.val_dataloader()) == 5
     trained = list(islice(module.train_dataloader().dataset, 300))
-    assert data(source, val_in_fit=2).train_dataloader().dataset.held_out == {page for e in held_out for page in e.page_id}
+    assert data(source, val_in_fit=2).train_dataloader().dataset.held_out == {
+        page for e in held_out for page in e.page_id
+    }
     # Rows 0 to 2 with 6 questions, of which 5 are scored; pages 0 and 1 with 3 questions each.
     rest = questions(form, range(100))[6:]
     assert Counter(example.question for example in trained if example.epoch == 0) == Counter(rest)

@@ -205,7 +205,7 @@ def _as_page(image: Image.Image) -> Image.Image:
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     is_deep = ";16" in str(getattr(image, "tile", ""))
     image.load()
-    if is_deep and image.mode[0] not in "IF":
+    if is_deep and image.mode in ("LA", "RGB", "RGBA", "RGBX"):
         _check_colours(image)
     image = _upright(image)
     if image.mode[0] in "IF":
@@ -239,8 +239,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _check_colours(image: Image.Image) -> None:
     """Refuse colours of 10 or 12 bits stored in 16, of which Pillow keeps the upper 8 alone."""
-    bands = image.getextrema()[: len(image.getbands()) - (image.mode[-1] == "A")]
-    brightest = max(int(high) for _, high in bands)  # type: ignore[misc]
+    brightest = max(int(image.getchannel(band).getextrema()[1]) for band in image.getbands() if band not in "AX")
     if 0 < brightest < 2**6:
         raise ValueError(
             f"its colours have 16 bits, of which {brightest.bit_length() + 8} are used: save it with 8 bits a colour"
