@@ -83,6 +83,12 @@ def test_a_page_has_many_names(tmp_path, write):
     assert not {*examples.page_ids[-1]} & {*examples.page_ids[0]}
 
 
+def test_a_name_may_hold_colons(tmp_path):
+    draw(tmp_path / "a::b.png", 5)
+    examples = find_splits(jsonl(tmp_path, ["a::b.png"]), None, None, "en", 0)["train"]()
+    assert greys([examples[0]]) == {5}
+
+
 def test_stored_paths_lead_to_the_same_page(tmp_path):
     for grey, name in enumerate(("p.png", "q.png")):
         draw(tmp_path / name, grey)

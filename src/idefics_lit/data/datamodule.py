@@ -49,7 +49,8 @@ class DocVQADataModule(LightningDataModule):
         val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split.
         test_split: the split to test on, "test" unless given.
         predict_split: the split to predict, the test split unless given, else the validation split.
-        held_out: the share of the training pages to validate on where there is no validation split.
+        held_out: the share of the training pages to validate on where there is no validation split; questions that
+            share a page stay together.
         limit_train: use only the first so many training questions.
         limit_val: use only the first so many validation questions.
         val_in_fit: validate on so many of them during a fit, on pages that the seed draws, and on all when it ends.
@@ -57,7 +58,8 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: train on the prompt's text too.
         image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
-        image_size: scale a page's longest edge to so many pixels, unless the processor's own size.
+        image_size: scale a page's longest edge to so many pixels, from a patch of the model's to the processor's own
+            size, which it is unless given.
         max_length: refuse sequences longer than so many tokens, by name.
         questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
             image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.

@@ -99,22 +99,22 @@ def tell_files_apart(files: Iterable[str | Path]) -> dict[str | Path, Hashable]:
 
     Files of another size are no copies: few have to be read. What isn't there is left out.
     """
-    stats: dict[str | Path, os.stat_result] = {}
+    found: dict[str | Path, tuple[Hashable, ...]] = {}
     for file in files:
         with suppress(OSError, ValueError):
-            stats[file] = os.stat(file)
-    sizes = Counter(dict(((s.st_dev, s.st_ino), s.st_size) for s in stats.values()).values())
-    keys: dict[str | Path, Hashable] = {}
-    contents: dict[tuple[int, int], Hashable] = {}
-    for file, stat in stats.items():
-        inode = stat.st_dev, stat.st_ino
-        if inode not in contents:
-            contents[inode] = inode
-            if sizes[stat.st_size] > 1:
+            about = os.stat(file)
+            # Some network file systems number no files, or number them anew.
+            number = about.st_ino or os.path.realpath(file)
+            found[file] = about.st_size, about.st_mtime_ns, about.st_dev, number
+    sizes = Counter(size for size, *_ in set(found.values()))
+    contents: dict[Hashable, Hashable] = {}
+    for file, identity in found.items():
+        if identity not in contents:
+            contents[identity] = identity
+            if sizes[identity[0]] > 1:
                 with suppress(OSError):  # it is named when it is asked for
-                    contents[inode] = _digest_file(file)
-        keys[file] = contents[inode]
-    return keys
+                    contents[identity] = _digest_file(file)
+    return {file: contents[identity] for file, identity in found.items()}
 
 
 def _digest(*contents: bytes) -> str:
@@ -176,7 +176,8 @@ def locate(path: str, folder: str | None) -> Path | str:
     Raises:
         ValueError: it leads elsewhere.
     """
-    *members, place = path.split("::")  # what is in an archive is called zip://page.png::archive.zip
+    # What is in an archive is called zip://page.png::archive.zip.
+    *members, place = path.split("::") if "://" in path else [path]
     # The folder as it is written, links are the user's own, and as `datasets` resolves it.
     own = [] if folder is None else [folder, os.path.realpath(folder)]
     hub = folder is None and place.startswith("hf://")
@@ -239,7 +240,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _check_colours(image: Image.Image) -> None:
     """Refuse colours of 10 or 12 bits stored in 16, of which Pillow keeps the upper 8 alone."""
-    brightest = max(int(image.getchannel(band).getextrema()[1]) for band in image.getbands() if band not in "AX")
+    extrema: Any = [image.getchannel(band).getextrema() for band in image.getbands() if band not in "AX"]
+    brightest = max(high for _, high in extrema)
     if 0 < brightest < 2**6:
         raise ValueError(
             f"its colours have 16 bits, of which {brightest.bit_length() + 8} are used: save it with 8 bits a colour"
