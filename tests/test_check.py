@@ -221,3 +221,14 @@ def test_memory_of_the_full_size(hub_files):
             tokens = (368 if images == 5 else 112) if "a page" not in name else (480 if images == 5 else 208)
             found = peak_gib(weights[True, False], 3785 * images * pages, tokens * pages, "checkpointing" in held)
             assert found == pytest.approx(gib, abs=0.55), (held, name)
+
+
+def test_the_smallest_image_size_is_fitted_and_a_smaller_one_refused(check, run, short_fit, docvqa, capfd):
+    """A page must have a patch."""
+    assert check(docvqa, "--data.image_size", 14)[0] == 0
+    code, lines = check(docvqa, "--data.image_size", 13)
+    assert code == 2 and any("data.image_size 13: choose from 14 to 448" in line for line in lines)
+    with pytest.raises(SystemExit, match="2"):
+        run(*short_fit("--data.image_size", 13))
+    assert "data.image_size 13: choose from 14 to 448" in capfd.readouterr().err
+    run(*short_fit("--data.image_size", 14, "--trainer.max_steps", 2))

@@ -28,12 +28,14 @@ def data(tiny):
 def official(tmp_path):
     """Write an official folder: 2 questions on each of a split's pages, two answers each."""
 
+    shades = {"train": 0, "val": 100, "test": 200}  # the same image in two files would be one page
+
     def write(**splits):
         for split, pages in splits.items():
             rows = []
             for number in range(2 * pages):
                 image = f"{split}{number // 2}.png"
-                Image.new("L", (40, 30), 255).save(tmp_path / image)
+                Image.new("L", (40, 30), shades[split] + number // 2).save(tmp_path / image)
                 row = {"questionId": number, "question": f"{split} {number}?", "image": image}
                 rows.append(row | {"answers": ["a", "bc", "def"]})
             (tmp_path / f"{split}.json").write_text(json.dumps({"data": rows}))
@@ -47,7 +49,7 @@ def questions(examples):
 
 
 def pages(examples):
-    return set(examples.page_ids)
+    return {page for of_question in examples.page_ids for page in of_question}
 
 
 @pytest.mark.parametrize(
@@ -207,14 +209,15 @@ def test_image_size_reaches_the_pages(data, docvqa):
     small, large = (next(iter(loader))["pixel_values"].shape[-2:] for loader in sizes)
     assert max(small) == 224
     assert max(large) == 448
-    with pytest.raises(InputError, match=r"data.image_size 5000: choose from 1 to 448"):
-        data("validate", docvqa, image_size=5000)
+    for size in (1, 13, 449, 5000):
+        with pytest.raises(InputError, match=rf"data.image_size {size}: choose from 14 to 448"):
+            data("validate", docvqa, image_size=size)
 
 
 def test_a_folder_of_a_data_set_with_a_stray_json_is_not_official(data, tmp_path):
     (tmp_path / "train").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.new("L", (40, 30)).save(tmp_path / "train" / name)
+    for grey, name in enumerate(("a.png", "b.png")):
+        Image.new("L", (40, 30), grey).save(tmp_path / "train" / name)
     rows = [{"file_name": name, "question": "What?", "answer": "a"} for name in ("a.png", "b.png")]
     (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "dataset_infos.json").write_text("{}")

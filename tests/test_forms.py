@@ -164,7 +164,8 @@ def test_each_turn_of_a_row_is_a_question(tmp_path):
         ("2/0", "e?", ["f"], [30], [], None),
     ]
     assert train.answers == [some[2] for some in read] and not train.faults
-    assert train.page_ids == ["row 0"] * 3 + ["row 1"] * 2 + ["row 2"]
+    assert [len(pages) for pages in train.page_ids] == [1, 1, 1, 3, 3, 1]
+    assert [train.page_ids.index(pages) for pages in train.page_ids] == [0, 0, 0, 3, 3, 5]
     assert train.where(4) == train[4].where == f"{source} train, row 1, question 1"
     assert without_ids(streamed(source, 6)) == without_ids(read)
 

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import AppendingTiffWriter
 from transformers.image_transforms import convert_to_rgb
 
 from idefics_lit.collator import Idefics2Collator
@@ -23,6 +27,7 @@ from idefics_lit.data.images import open_page
 from idefics_lit.data.official import OfficialDocVQA
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.streaming import find_streams
+from idefics_lit.documents import count_pages, read_page
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
@@ -153,7 +158,7 @@ def test_damaged_exif_data_is_no_reason_to_lose_a_page(tmp_path, damage):
 
 
 @both
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_the_first_frame_is_taken(tmp_path, read, kind):
     more = [ImageOps.invert(COLOUR), Image.new("RGB", (40, 30))]
     first = PALETTE.convert("RGB")
@@ -163,8 +168,106 @@ def test_the_first_frame_is_taken(tmp_path, read, kind):
     assert_page(read(tmp_path / "data", content), np.array(first))
 
 
+def tiff(*frames):
+    """A TIFF of frames, each an image and its type of subfile: 0 a page, 1 a preview of one, 4 a mask."""
+    content = io.BytesIO()
+    with AppendingTiffWriter(content) as appending:
+        for image, subfile in frames:
+            image.save(appending, "TIFF", tiffinfo={254: subfile})
+            appending.newFrame()
+    return content.getvalue()
+
+
+@both
+def test_a_tiff_of_several_pages_is_refused(tmp_path, read):
+    """`ask` reads them all."""
+    content = tiff((COLOUR, 0), (GREY, 0), (GREY, 0))
+    with pytest.raises(InputError, match=r"row 0.*can't be read: .*is a TIFF of 3 pages: save each as an image"):
+        read(tmp_path / "data", content)
+    (tmp_path / "page.tif").write_bytes(content)
+    assert count_pages(str(tmp_path / "page.tif")) == 3
+    assert_page(read_page(str(tmp_path / "page.tif"), 1), np.array(GREY.convert("RGB")))
+
+
+@both
+@pytest.mark.parametrize("subfile", [1, 4, 5])
+def test_a_preview_or_a_mask_is_no_page(tmp_path, read, subfile):
+    page, small = (COLOUR, 0), (GREY.resize((4, 3)), subfile)
+    for number, content in enumerate((tiff(page, small), tiff(small, page))):
+        assert_page(read(tmp_path / f"{number}", content), np.array(COLOUR))
+        (tmp_path / "page.tif").write_bytes(content)
+        read_page.cache_clear()
+        assert count_pages(str(tmp_path / "page.tif")) == 1
+        assert_page(read_page(str(tmp_path / "page.tif"), 0), np.array(COLOUR))
+
+
 def grey(values, dtype, kind="TIFF"):
     return encode(Image.fromarray(values.astype(dtype)), kind)
+
+
+def twelve_bits(values):
+    """A TIFF whose samples are packed."""
+    high, low = values.reshape(-1, 2).T
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1).astype(np.uint8).tobytes()
+    height, width = values.shape
+    entries = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    entries.append((279, len(packed)))
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    return head + packed + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+@both
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_scanners_bits_in_16_are_scaled_by_their_number(tmp_path, read, bits, kind):
+    values = RAMP * (2**bits - 1) // RAMP.max()
+    image = read(tmp_path / "data", grey(values, np.uint16, kind))
+    assert np.abs(np.array(image) - values * 255 / (2**bits - 1)).max() < 0.51
+
+
+def test_packed_samples_are_scaled_by_the_depth_that_the_file_tells(tmp_path):
+    image = official(tmp_path / "data", twelve_bits(RAMP // 2))  # a dark page: no value says 12 bits
+    assert np.abs(np.array(image) - (RAMP // 2) * 255 / 4095).max() < 0.51
+
+
+@both
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 2**16 - 1), (np.uint16, 2**12 - 1), (np.float32, 1)])
+def test_where_white_is_zero_ink_is_black(tmp_path, read, dtype, white, compression):
+    values = (RAMP / RAMP.max() * white).astype(dtype)
+    content = encode(Image.fromarray(values), "TIFF", compression=compression, tiffinfo={262: 0})
+    image = read(tmp_path / "data", content)
+    assert np.abs(np.array(image) - (255 - values * (255 / white))).max() < 0.51
+
+
+@pytest.mark.parametrize("odd", [1.04, np.inf, -np.inf, -0.02])
+def test_odd_values_do_not_darken_a_page(odd):
+    values = (RAMP / RAMP.max()).astype(np.float32)
+    values[3, 3] = odd
+    page = np.array(open_page(Image.fromarray(values)))
+    assert page[3, 3] == (255 if odd > 0 else 0) and page[-1, -1] == 255
+
+
+def deep_png(values):
+    """A PNG of 16 bits a colour."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + row.repeat(3).astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *values.T.shape, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@both
+def test_colours_of_a_scanners_bits_in_16_are_refused(tmp_path, read):
+    """Pillow keeps their upper 8 bits: nothing is left of the page."""
+    for bits in (10, 12, 14):
+        content = deep_png(RAMP * (2**bits - 1) // RAMP.max())
+        with pytest.raises(InputError, match=f"its colours have 16 bits, of which {bits} are used: save it with 8"):
+            read(tmp_path / f"{bits}", content)
+    assert_page(read(tmp_path / "16", deep_png(RAMP * 54)), np.repeat((RAMP * 54 >> 8)[..., None], 3, -1))
 
 
 @both
@@ -238,6 +341,35 @@ def bomb(width, height):
 def test_a_page_too_large_or_of_no_pixels_is_named(tmp_path, read, size):
     with pytest.raises(InputError, match=r"row 0.*: the (image|row) can't be read: "):
         read(tmp_path / "data", bomb(*size))
+
+
+def test_an_archive_is_not_unpacked_without_a_limit(tmp_path):
+    """A page of 600 MB is half a megabyte in a zip."""
+    folder = image_folder(tmp_path / "data", zipped=True)
+    packed = zipfile.ZipFile(folder / "train.zip", "a", zipfile.ZIP_DEFLATED)
+    with packed as archive, archive.open("big.png", "w") as page:
+        for _ in range(600):
+            page.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"zip://big.png::.*train.zip has more than 256 MiB: scale it down"):
+        images.open_stored({"bytes": None, "path": f"zip://big.png::{folder}/train.zip"}, str(folder))
+    assert tracemalloc.get_traced_memory()[1] < 560 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peaks are Linux's")
+@pytest.mark.parametrize("kind", ["RGBA", "I;16"])
+def test_a_large_page_takes_little_more_than_its_pixels(kind):
+    script = f"""from PIL import Image
+from idefics_lit.data.images import open_page
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+image = Image.new("{kind}", (6000, 6000), 0)
+before = peak()
+open_page(image)
+print(peak() - before)"""
+    taken = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
+    assert int(taken) * 1024 < 5 * 6000**2  # bytes a pixel: the page has 1 or 3
 
 
 def test_an_image_without_pixels_in_memory():

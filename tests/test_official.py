@@ -59,6 +59,35 @@ def test_reads_newer_archives(tmp_path):
     assert example.question_types == ["form"]
 
 
+def test_no_other_folders_image_is_taken_for_a_missing_one(tmp_path):
+    """docA/1.png is another page than docB/1.png; only the official folders may be called otherwise."""
+    names = ["docA/1.png", "docB/1.png", "documents/docA/1.png", "documents/1.png", "1.png", "./documents/1.png"]
+    rows = [{"questionId": i, "question": "?", "image": name, "answers": ["a"]} for i, name in enumerate(names)]
+    (tmp_path / "train.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 3), 7).save(tmp_path / "images" / "1.png")
+    examples = OfficialDocVQA(tmp_path / "train.json")
+    assert sorted(examples.faults) == [0, 1, 2]
+    assert all(f"image {names[i]}): the image file is missing in" in line for i, line in examples.faults.items())
+    (tmp_path / "images" / "docA").mkdir()
+    Image.new("L", (4, 3), 8).save(tmp_path / "images" / "docA" / "1.png")
+    examples = OfficialDocVQA(tmp_path / "train.json")
+    assert sorted(examples.faults) == [1]
+    assert [examples[i].images[0].getpixel((0, 0)) for i in (0, 2, 3, 4, 5)] == [8, 8, 7, 7, 7]
+
+
+def test_two_official_folders_with_other_images_of_one_name_are_refused(tmp_path):
+    row = {"questionId": 1, "question": "?", "image": "documents/1.png", "answers": ["a"]}
+    (tmp_path / "train.json").write_text(json.dumps({"data": [row]}))
+    for grey, name in enumerate(("spdocvqa_images", "images")):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 3), grey).save(tmp_path / name / "1.png")
+    (fault,) = OfficialDocVQA(tmp_path / "train.json").faults.values()
+    assert fault.endswith("spdocvqa_images/1.png and " + f"{tmp_path}/images/1.png are different images: move one away")
+    Image.new("L", (4, 3), 0).save(tmp_path / "images" / "1.png")
+    assert not OfficialDocVQA(tmp_path / "train.json").faults
+
+
 def test_a_test_split_has_no_answers(tmp_path):
     assert OfficialDocVQA(write(tmp_path, answers=None))[0].answers == []
 

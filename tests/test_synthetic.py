@@ -15,7 +15,7 @@ def test_one_item_a_question():
     data = SyntheticPages("train", 6)
     assert len(data) == len(data.page_ids) == len(data.answers)
     assert len(set(data.page_ids)) == 6
-    assert [family for family, _ in dict.fromkeys(data.page_ids)] == ["form", "table", "letter"] * 2
+    assert [family for ((family, _),) in dict.fromkeys(data.page_ids)] == ["form", "table", "letter"] * 2
     ids = [data[i].question_id for i in range(len(data))]
     assert len(set(ids)) == len(ids)
 
@@ -24,7 +24,7 @@ def test_examples_are_the_pages_questions():
     data = SyntheticPages("test", 2, families=["receipt"])
     for i in range(len(data)):
         example = data[i]
-        asked = {question.text: question for question in page_questions(*data.page_ids[i])}
+        asked = {question.text: question for question in page_questions(*data.page_ids[i][0])}
         assert example.answers == asked[example.question].answers == data.answers[i]
         assert example.question_types == [asked[example.question].type]
         assert example.images[0].mode == "L" and example.images[0].size == (448, 336)

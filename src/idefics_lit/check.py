@@ -77,7 +77,7 @@ def _data(splits: Mapping[str, Split], model: "Idefics2Module", datamodule: DocV
     edge = images.size["longest_edge"] * (2 if images.do_image_splitting else 1)
     good = [list(split.good.values()) for split in splits.values()]
     pages = [len(set(split.examples.page_ids)) for split in splits.values()]
-    sizes = [[size for row in split.pages.values() for size in split.good[row].sizes] for split in splits.values()]
+    sizes = [split.sizes for split in splits.values()]
 
     def row(name: str, cells: Sequence[object]) -> None:
         table.add_row(name, *(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells))
@@ -134,7 +134,7 @@ def _notes(splits: Mapping[str, Split], max_new_tokens: int) -> Iterator[str]:
             yield f"{NAMES[name]} ids that occur twice: {_some(split.repeated)}\n"
     trained_on = splits["train"].pages if "train" in splits else {}
     if shared := sorted(row for page, row in splits["val"].pages.items() if page in trained_on):
-        lines = "\n  ".join(map(splits["val"].examples.where, shared[:SHOWN]))
+        lines = "\n  ".join(map(splits["val"].examples.where, list(dict.fromkeys(shared))[:SHOWN]))
         yield f"validation pages that are trained on too, by their pixels: {len(shared)}, such as that of\n  {lines}\n"
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
+from idefics_lit.data.images import page_digest
 from idefics_lit.errors import InputError
 from idefics_lit.packing import IGNORED_LABEL, Piece, Row, pack
 
@@ -32,6 +33,7 @@ class Tokens(NamedTuple):
         pages: the ids of each row's page, up to its last image token.
         asked: the ids of each example's question, behind its page.
         whole: the same with the answer.
+        digests: of each example's images, see `idefics_lit.data.images.page_digest`.
     """
 
     members: list[list[int]]
@@ -39,6 +41,7 @@ class Tokens(NamedTuple):
     pages: list[list[int]]
     asked: list[list[int]]
     whole: list[list[int]]
+    digests: list[tuple[str, ...]]
 
 
 class Idefics2Collator:
@@ -84,7 +87,7 @@ class Idefics2Collator:
         """Collate.
 
         Args:
-            examples: B of them; those with the same ``page_id`` share a row.
+            examples: B of them; those with the same ``page_id`` and the same images share a row.
 
         Returns:
             What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
@@ -99,7 +102,7 @@ class Idefics2Collator:
         Raises:
             InputError: as `tokens` does.
         """
-        members, images, pages, asked, whole = tokens = self.tokens(examples)
+        members, images, pages, asked, whole, digests = tokens = self.tokens(examples)
         rows = [
             Row(
                 Piece(page, self._labels(examples[row[0]], page, len(page))),
@@ -118,7 +121,7 @@ class Idefics2Collator:
             "image_sizes": sizes,
             "image_keys": [
                 [f"{key} {i}" for i in range(len(of_row))]
-                for of_row, key in zip(sizes, (self._key(examples[row[0]]) for row in members), strict=True)
+                for of_row, key in zip(sizes, (self._key(digests[row[0]]) for row in members), strict=True)
             ],
         }
         return collated if self.train else {**collated, **self._evaluation(examples, tokens)}
@@ -136,7 +139,8 @@ class Idefics2Collator:
         answers = [self._answer(example) for example in examples]
         prompts = [self._text(example, None) for example in examples]
         texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
-        members = self._members(examples)
+        digests = _digests(examples)
+        members = self._members(examples, digests)
         images = self._process([examples[row[0]] for row in members], [prompts[row[0]] for row in members])
         pages = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
         # Behind an image the tokeniser starts anew: what follows doesn't depend on how often its token is repeated.
@@ -151,11 +155,11 @@ class Idefics2Collator:
                     f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
                     f"raise data.max_length"
                 )
-        return Tokens(members, images, pages, asked, whole)
+        return Tokens(members, images, pages, asked, whole, digests)
 
     def _evaluation(self, examples: Sequence[Example], tokens: Tokens) -> dict[str, Any]:
         """Where the prompts are, and what isn't tensors."""
-        members, _, pages, asked, whole = tokens
+        members, _, pages, asked, whole, _ = tokens
         found = {}
         for number, (page, row) in enumerate(zip(pages, members, strict=True)):
             start = len(page)
@@ -178,22 +182,21 @@ class Idefics2Collator:
             "places": [example.place for example in examples],
         }
 
-    def _members(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Group the examples' numbers by row."""
+    def _members(self, examples: Sequence[Example], digests: Sequence[tuple[str, ...]]) -> list[list[int]]:
+        """Group the examples' numbers by row.
+
+        Ids alone don't do: those of a page's crops or of its augmented copies may agree.
+        """
         rows: dict[Any, list[int]] = {}
         for i, example in enumerate(examples):
             # What follows a page is another text for each question: a page can't be trained to foretell them all.
             alone = example.page_id is None or self.train_on_prompt
-            rows.setdefault((alone, i if alone else example.page_id), []).append(i)
+            rows.setdefault((alone, i if alone else (example.page_id, digests[i])), []).append(i)
         return list(rows.values())
 
-    def _key(self, example: Example) -> str:
-        """What the pixels of an example's images depend on."""
-        digest = hashlib.sha256(self.image_options)
-        for image in example.images:
-            digest.update(f"{image.mode} {image.size} {image.getpalette()}".encode())
-            digest.update(image.tobytes())
-        return digest.hexdigest()
+    def _key(self, digests: Sequence[str]) -> str:
+        """What the pixels of a row's images depend on."""
+        return hashlib.sha256(self.image_options + " ".join(digests).encode()).hexdigest()
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Cut behind the last image token."""
@@ -261,6 +264,13 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     for name in ("question_ids", "questions", "references", "question_types", "reference_pages", "places"):
         taken[name] = [batch[name][i] for i in asked.tolist()]
     return taken
+
+
+def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """Digest each image once; the questions on a page mostly have the same object."""
+    images = {id(image): image for example in examples for image in example.images}
+    found = {key: page_digest(image) for key, image in images.items()}
+    return [tuple(found[id(image)] for image in example.images) for example in examples]
 
 
 def _text_part(text: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from pypdfium2 import PdfDocument, PdfiumError
 
-from idefics_lit.data.images import FORMATS, open_page
+from idefics_lit.data.images import FORMATS, open_page, page_frames
 from idefics_lit.errors import InputError, first_line
 
 LONGEST_EDGE = 2200  # of a rendered page in pixels: A4 at 190 dpi, what DocVQA's scans have
@@ -22,8 +22,7 @@ def count_pages(file: str) -> int:
             with PdfDocument(file) as pdf:
                 return len(pdf)
         with Image.open(file, formats=[*FORMATS]) as image:
-            # The further frames of other formats are no pages, such as the previews in a phone's photograph.
-            return getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            return len(page_frames(image))
     except FileNotFoundError as error:
         raise InputError(f"image {file}: no such file") from error
     except UnidentifiedImageError as error:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
@@ -60,7 +60,8 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
         image_size: scale the longest edge to so many pixels; the processor's own size unless given.
 
     Raises:
-        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for.
+        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for or
+            less than one of its patches.
     """
     refuse_adapter(pretrained)
     try:
@@ -71,8 +72,12 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
     images.do_image_splitting = image_splitting
     if image_size is not None:
         longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
-        if not 0 < image_size <= longest:
-            raise InputError(f"data.image_size {image_size}: choose from 1 to {longest}, what {pretrained} takes")
+        try:
+            patch = AutoConfig.from_pretrained(resolve(pretrained)).vision_config.patch_size
+        except Exception as error:
+            raise cannot_load("configuration", pretrained, error) from error
+        if not patch <= image_size <= longest:
+            raise InputError(f"data.image_size {image_size}: choose from {patch} to {longest}, what {pretrained} takes")
         images.size = type(images.size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
     return processor
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from idefics_lit.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loader import StreamLoader, TrainingLoader
-from idefics_lit.data.order import PageByPage, Selected, Visits
+from idefics_lit.data.order import PageByPage, Selected, Visits, connected
 from idefics_lit.data.skipping import Tolerant, TolerantCollator, known_faults
 from idefics_lit.data.source import find_splits
 from idefics_lit.data.streaming import Stream, StreamedQuestions, find_streams
@@ -49,7 +49,8 @@ class DocVQADataModule(LightningDataModule):
         val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split.
         test_split: the split to test on, "test" unless given.
         predict_split: the split to predict, the test split unless given, else the validation split.
-        held_out: the share of the training pages to validate on where there is no validation split.
+        held_out: the share of the training pages to validate on where there is no validation split; questions that
+            share a page stay together.
         limit_train: use only the first so many training questions.
         limit_val: use only the first so many validation questions.
         val_in_fit: validate on so many of them during a fit, on pages that the seed draws, and on all when it ends.
@@ -57,7 +58,8 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: train on the prompt's text too.
         image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
-        image_size: scale a page's longest edge to so many pixels, unless the processor's own size.
+        image_size: scale a page's longest edge to so many pixels, from a patch of the model's to the processor's own
+            size, which it is unless given.
         max_length: refuse sequences longer than so many tokens, by name.
         questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
             image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.
@@ -239,7 +241,8 @@ class DocVQADataModule(LightningDataModule):
         options = self.hparams
         split = self._existing(options.train_split or "train")
         # Of all that is validated on in the end, val_in_fit or not.
-        held_out = () if self._val_split() else self._limited(self._val(), options.limit_val).page_ids
+        val = () if self._val_split() else self._limited(self._val(), options.limit_val).page_ids
+        held_out = {page for pages in val for page in pages}
         ranks = self._ranks()
         return StreamedQuestions(
             self.streams[split],
@@ -287,7 +290,7 @@ class DocVQADataModule(LightningDataModule):
         if self._val_split():
             return examples
         held_out = self._held_out(examples)
-        return Selected(examples, [i for i, page in enumerate(examples.page_ids) if page not in held_out])
+        return Selected(examples, [i for i in range(len(examples)) if i not in held_out])
 
     def _val(self) -> Examples:
         if split := self._val_split():
@@ -296,7 +299,7 @@ class DocVQADataModule(LightningDataModule):
         if self.hparams.streaming:  # its first questions
             return examples
         held_out = self._held_out(examples)
-        return Selected(examples, [i for i, page in enumerate(examples.page_ids) if page in held_out])
+        return Selected(examples, sorted(held_out))
 
     def _predict(self) -> Examples:
         split = self.hparams.predict_split or self.hparams.test_split or "test"
@@ -306,16 +309,30 @@ class DocVQADataModule(LightningDataModule):
         names = [self.hparams.val_split] if self.hparams.val_split else ["validation", "val"]
         return next((name for name in names if name in self.splits), self.hparams.val_split)
 
-    def _held_out(self, examples: Examples) -> set[Hashable]:
-        """Choose pages, not questions: a page that was trained on says nothing about new ones."""
-        pages = list(dict.fromkeys(examples.page_ids))
-        count = max(1, round(self.hparams.held_out * len(pages)))
-        if count >= len(pages):
+    def _held_out(self, examples: Examples) -> set[int]:
+        """Choose questions by their pages: a page that was trained on says nothing about new ones.
+
+        Questions that share a page, if only one of several, stay together.
+        """
+        groups = connected(examples.page_ids)
+        sizes = [len({examples.page_ids[i] for i in group}) for group in groups]
+        room = max(1, round(self.hparams.held_out * sum(sizes)))
+        chance = random.Random(self.hparams.seed)
+        order = chance.sample(range(len(groups)), min(room, len(groups)))
+        order += chance.sample(rest := sorted({*range(len(groups))} - {*order}), len(rest))
+        chosen: list[int] = []
+        for number in order:
+            if sizes[number] <= room:
+                chosen.append(number)
+                room -= sizes[number]
+        chosen = chosen or [min(order, key=sizes.__getitem__)]
+        if len(chosen) == len(groups):
+            apart = f", in {len(groups)} groups without a page in common," if len(groups) < sum(sizes) else ""
             raise InputError(
-                f"data.source {self.hparams.source}: its {len(pages)} pages are too few to hold out "
+                f"data.source {self.hparams.source}: its {sum(sizes)} pages{apart} are too few to hold out "
                 f"{self.hparams.held_out} of them for validation: name a split with --data.val_split"
             )
-        return set(random.Random(self.hparams.seed).sample(pages, count))
+        return {i for number in chosen for i in groups[number]}
 
     def _limited(self, examples: Examples, limit: int | None) -> Examples:
         return Selected(examples, range(len(examples))[:limit])

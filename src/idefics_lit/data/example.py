@@ -26,7 +26,7 @@ class Example:
         where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
-        page_id: the key of its pages; questions with the same one share a row of a batch.
+        page_id: the key of its pages; questions with the same one, and the same images, share a row of a batch.
         place: where it stands in its set, by which it is counted and its answer is written, whatever its id. A data
             module sets it; without one an example counts by its id, and again where its rank meets the id again.
         repeated: whether another rank has it too, to have as many as the others; it has no labels, and counts once.
@@ -73,12 +73,13 @@ class Examples(Dataset[Example]):
     """One split of a source. A page is decoded or drawn when an example is asked for, in the loader's worker.
 
     Attributes:
-        page_ids: the key of every question's page, known without decoding it.
+        page_ids: the keys of every question's pages, known without decoding them: the same for the same image or file,
+            however it is called. Two questions that have a key in common are about one page.
         answers: the references of every question; an empty list where it has none.
         faults: what is wrong with the rows that are known to be bad without opening a page, by number, a line each.
     """
 
-    page_ids: Sequence[Hashable]
+    page_ids: Sequence[tuple[Hashable, ...]]
     answers: Sequence[Sequence[str]]
     faults: Mapping[int, str] = MappingProxyType({})
 

@@ -82,11 +82,13 @@ class Form:
         """Those of the pages."""
         return self.parts["image"]
 
-    def page_id(self, row: Mapping[str, Any]) -> str | None:
-        """Return the key of a row's pages by their ids, where it says which they are."""
+    def page_ids(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the published ids of a row's pages, where it says which they are."""
         ids = [row[column] for column in self.page_columns]
-        unknown = not ids or any(part in (None, "", []) or part != part for part in ids)  # NaN is none either
-        return None if unknown else " page ".join(map(str, ids))
+        if not ids or any(part in (None, "", []) or part != part for part in ids):  # NaN is none either
+            return ()
+        document, pages = ids[0], _unquoted(ids[1])
+        return tuple(f"{document} page {page}" for page in (pages if isinstance(pages, list) else [pages]))
 
     def turns(self, row: Mapping[str, Any], where: str) -> Sequence[int | None]:
         """Return the numbers of a row's questions, or None where a row is a question.

@@ -1,7 +1,7 @@
 """Data sets that `datasets` reads, from the Hub or a local folder, with the published column forms of DocVQA."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.forms import Form
+from idefics_lit.data.images import locate, stored_key, tell_files_apart
 from idefics_lit.errors import InputError, first_line
 
 
@@ -72,15 +73,14 @@ class HubDocVQA(Examples):
         self.features = undecoded(dataset.features)
         self.dataset = dataset.with_format("arrow")  # as it is stored
         self.rows: list[tuple[int, int | None]] = []  # where each question is: its row, which of the row's turns
-        self.page_ids: list[str] = []
+        published: list[tuple[str, ...]] = []
         self.answers: list[list[str]] = []
         self.faults: dict[int, str] = {}
         texts = self.dataset.select_columns(self.form.text_columns)
         for row in range(len(dataset)):
-            self._open(texts, row)
-        images = self.dataset.select_columns(self.form.image_columns)
-        if not self.form.page_columns and not self.form.has_turns:  # a question a row
-            self.page_ids = self._tell_pages_apart(images)
+            published.append(self._open(texts, row))
+        pages = self._tell_pages_apart(self.dataset.select_columns(self.form.image_columns), folder)
+        self.page_ids: list[tuple[Hashable, ...]] = [(*pages[row], *published[row]) for row, _ in self.rows]
         self.dataset = self.dataset.select_columns([*self.form.text_columns, *self.form.image_columns])
 
     def __len__(self) -> int:
@@ -107,40 +107,54 @@ class HubDocVQA(Examples):
         except Exception as error:
             raise InputError(f"{self._name(row)}: the row can't be read: {first_line(error)}") from error
 
-    def _open(self, texts: datasets.Dataset, row: int) -> None:
-        """Find a row's questions: which pages they are about, where it says so, and their answers."""
+    def _open(self, texts: datasets.Dataset, row: int) -> tuple[str, ...]:
+        """Find a row's questions and their answers; return the published ids of its pages."""
         try:
             content = self._row(texts, row)
-            page, turns = self.form.page_id(content) or f"row {row}", self.form.turns(content, self._name(row))
+            pages, turns = self.form.page_ids(content), self.form.turns(content, self._name(row))
         except InputError as error:
-            self._add(row, None, f"row {row}", [], str(error))
-            return
+            self._add(row, None, [], str(error))
+            return ()
         for turn in turns:
             try:
                 answers = self.form.read(content, turn, self._name(row, turn), row)["answers"]
             except InputError as error:
-                self._add(row, turn, page, [], str(error))
+                self._add(row, turn, [], str(error))
             else:
-                self._add(row, turn, page, answers)
+                self._add(row, turn, answers)
+        return pages
 
-    def _add(self, row: int, turn: int | None, page: str, answers: list[str], fault: str = "") -> None:
+    def _add(self, row: int, turn: int | None, answers: list[str], fault: str = "") -> None:
         if fault:
             self.faults[len(self.rows)] = fault
         self.rows.append((row, turn))
-        self.page_ids.append(page)
         self.answers.append(answers)
 
-    def _tell_pages_apart(self, images: datasets.Dataset) -> list[str]:
-        """Return a key of each row's images as they are stored.
+    def _tell_pages_apart(self, images: datasets.Dataset, folder: str | None) -> list[tuple[Hashable, ...]]:
+        """Return the keys of each row's images: of their content, or of the file that a path leads to."""
+        stored = self._stored_keys(images)
+        places = {}
+        for path in {key for keys in stored for key in keys}:
+            with suppress(ValueError):  # a path that leads elsewhere is named when it is asked for
+                places[path] = locate(path, folder)
+        files = tell_files_apart(dict.fromkeys(place for place in places.values() if isinstance(place, Path)))
+        known: dict[str, Hashable] = {path: files.get(place, path) for path, place in places.items()}
+        return [
+            tuple(known.get(key, key) for key in keys) or (f"row {row}",)  # a row without images is no other's page
+            for row, keys in enumerate(stored)
+        ]
+
+    def _stored_keys(self, images: datasets.Dataset) -> list[list[str]]:
+        """Return a key of each of a row's images as they are stored.
 
         `datasets` reads a set for it once, and keeps what it found beside a set that is on disk.
         """
         options: dict[str, Any] = {"remove_columns": images.column_names, "desc": "Telling pages apart"}
         try:
-            keys = images.map(_key, **options)
+            keys = images.map(_keys, **options)
         except OSError:  # a folder that can't be written
-            keys = images.map(_key, **options, keep_in_memory=True)
-        return list(keys.with_format(None)["key"])
+            keys = images.map(_keys, **options, keep_in_memory=True)
+        return list(keys.with_format(None)["keys"])
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:
@@ -160,14 +174,15 @@ def undecoded(features: datasets.Features) -> datasets.Features:
     return datasets.Features(leave(dict(features)))
 
 
-def _key(row: pa.Table) -> dict[str, str]:
-    digest = hashlib.blake2b(digest_size=16)
+def stored_keys(columns: Mapping[str, Any]) -> list[str]:
+    """Return a key of each image in a row's image columns; see `idefics_lit.data.images.stored_key`."""
+    images = (image for stored in columns.values() for image in (stored if isinstance(stored, list) else [stored]))
+    return [key for key in map(stored_key, images) if key is not None]
+
+
+def _keys(row: pa.Table) -> dict[str, list[str]]:
     try:
         (columns,) = row.to_pylist()
     except UnicodeDecodeError:  # a path that can't be read later either
-        columns = {"": None}
-    for stored in columns.values():
-        for image in stored if isinstance(stored, list) else [stored]:
-            content = image.get("bytes") if isinstance(image, Mapping) else image
-            digest.update(content if isinstance(content, bytes) else str(image).encode())  # else a path, or nothing
-    return {"key": digest.hexdigest()}
+        columns = {}
+    return {"keys": stored_keys(columns)}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from idefics_lit.data.example import Example, Examples, as_id, as_page, as_text, as_texts, read_answers
 from idefics_lit.data.forms import INFOGRAPHIC_TYPES
-from idefics_lit.data.images import open_page
+from idefics_lit.data.images import open_page, tell_files_apart
 from idefics_lit.data.table import KINDS
 from idefics_lit.errors import InputError
 
@@ -70,9 +70,14 @@ class OfficialDocVQA(Examples):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows = _read(file)["data"]
-        self.page_ids: list[Hashable] = [f"row {index}" for index in range(len(self.rows))]
         self._found: dict[str, str] = {}
+        self._pages: dict[int, list[str]] = {}  # of each good row
         self.answers, self.faults = read_answers(self._check, len(self.rows))
+        keys = tell_files_apart(dict.fromkeys(self._found.values()))
+        self.page_ids: list[tuple[Hashable, ...]] = [
+            tuple(keys.get(page, page) for page in self._pages.get(index, [f"row {index}"]))
+            for index in range(len(self.rows))
+        ]
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -112,8 +117,7 @@ class OfficialDocVQA(Examples):
         for image in images:
             if image not in self._found:
                 self._found[image] = str(self._locate(image, where))
-        pages = tuple(self._found[image] for image in images)
-        self.page_ids[index] = pages if len(pages) > 1 else pages[0]
+        self._pages[index] = [self._found[image] for image in images]
         return texts["answers"]
 
     def _texts(self, index: int) -> dict[str, Any]:
@@ -146,11 +150,16 @@ class OfficialDocVQA(Examples):
     def _locate(self, image: str, where: str) -> Path:
         folder = self.file.parent
         # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/; InfographicVQA's JSON names
-        # no folder.
-        paths = [folder / image, *(folder / name / Path(image).name for name in IMAGE_FOLDERS)]
-        path = next((path for path in paths if os.path.isfile(path)), None)
-        if path is None:
+        # no folder. Any other folder is part of the page's name: docA/1.png is not docB/1.png.
+        first, *rest = Path(image).parts
+        name = Path(*rest) if rest and first in ("documents", *IMAGE_FOLDERS) else Path(image)
+        paths = [folder / image] if os.path.isfile(folder / image) else [folder / some / name for some in IMAGE_FOLDERS]
+        paths = [path for path in paths if os.path.isfile(path)]
+        if not paths:
             raise InputError(f"{where}: the image file is missing in {folder}")
+        if len(set(tell_files_apart(paths).values())) > 1:
+            raise InputError(f"{where}: {' and '.join(map(str, paths))} are different images: move one away")
+        path = paths[0]
         if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
             raise InputError(f"{where}: the image lies outside the data's folder {folder}")
         return path

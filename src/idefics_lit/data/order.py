@@ -10,6 +10,24 @@ from torch.utils.data import DistributedSampler
 from idefics_lit.data.example import Example, Examples
 
 
+def connected(page_ids: Sequence[tuple[Hashable, ...]]) -> list[list[int]]:
+    """Group the questions' numbers so that no two groups have a page in common."""
+    parents: dict[Hashable, Hashable] = {}
+
+    def root(page: Hashable) -> Hashable:
+        while (parent := parents.setdefault(page, page)) != page:
+            parents[page] = page = parents[parent]
+        return page
+
+    for pages in page_ids:
+        for page in pages[1:]:
+            parents[root(page)] = root(pages[0])
+    groups: dict[Hashable, list[int]] = {}
+    for index, pages in enumerate(page_ids):
+        groups.setdefault(root(pages[0]), []).append(index)
+    return list(groups.values())
+
+
 class Selected(Examples):
     """Some of the questions of a split, each visited in an epoch."""
 

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from idefics_lit.data import hub
 from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.forms import Form
+from idefics_lit.data.images import page_key
 from idefics_lit.data.official import find_official_splits
 from idefics_lit.data.table import find_tables
 from idefics_lit.errors import InputError, first_line
@@ -34,7 +35,7 @@ class _Question(NamedTuple):
     row: Mapping[str, Any]
     turn: int | None
     number: str
-    page_id: Hashable
+    page_id: tuple[Hashable, ...]
     where: str
     fault: str = ""
 
@@ -78,13 +79,19 @@ class Stream:
         """Return the questions of a row of a shard; a row without one has one with a fault, raised when read."""
         where = f"{self.name}, row {number}" + (f" of shard {shard}" if self.dataset.num_shards > 1 else "")
         key = f"{shard}-{number}"
-        page_id = self.form.page_id(row) or key
+        page_id = self._page_id(row) or (key,)
         try:
             turns = self.form.turns(row, where)
         except InputError as error:
             return [_Question(row, None, key, page_id, where, str(error))]
         places = [where if turn is None else f"{where}, question {turn}" for turn in turns]
         return [_Question(row, turn, key, page_id, place) for turn, place in zip(turns, places, strict=True)]
+
+    def _page_id(self, row: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        columns = (row[column] for column in self.form.image_columns)
+        images = (image for stored in columns for image in (stored if isinstance(stored, list) else [stored]))
+        keys = (page_key(image, self.form.folder) for image in images if image is not None)
+        return (*keys, *self.form.page_ids(row))
 
     def open(self, question: _Question, like: Example | None = None) -> Example:
         """Return a question with its pages, decoded, or those of a question of the same row."""
@@ -165,7 +172,7 @@ class StreamedQuestions(IterableDataset[Example]):
         world_size: the number of processes.
         seed: with the epoch it decides the order.
         questions_per_page: so many questions on a page follow one another.
-        held_out: pages to leave out.
+        held_out: keys of pages: a question on any of them is left out.
         skip: yield what is wrong with a bad row in its place.
 
     Raises:
@@ -242,7 +249,7 @@ class StreamedQuestions(IterableDataset[Example]):
                         question
                         for i, row in enumerate(read, start=window * SHUFFLE_WINDOW)
                         for question in self.stream.questions(row, shard, first + step * i)
-                        if question.page_id not in self.held_out
+                        if self.held_out.isdisjoint(question.page_id)
                     ]
                     found |= bool(questions)
                     at = {"epoch": epoch, "place": place, "window": window, "source": source}

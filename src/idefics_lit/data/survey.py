@@ -4,7 +4,6 @@ What is special here: a page is processed once for all questions on it, all acce
 the one that would be drawn, and a loader's worker sends numbers back, no pixels.
 """
 
-import hashlib
 import re
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ class Question:
         error: what is wrong with it, a line; the rest may be empty then.
         question_id: the data's own.
         types: its types.
-        pixels: a key of its pages' pixels, the same for the same page in another file.
+        pixels: a key of each of its pages' pixels, the same for the same page in another file.
         sizes: width and height of its pages.
         seen: the pixels that the vision tower sees of them.
         page: tokens before the question.
@@ -42,7 +41,7 @@ class Question:
     error: str = ""
     question_id: int | str = ""
     types: list[str] = field(default_factory=list)
-    pixels: str = ""
+    pixels: Sequence[str] = ()
     sizes: list[tuple[int, int]] = field(default_factory=list)
     seen: int = 0
     page: int = 0
@@ -68,13 +67,12 @@ class Reader:
     def __call__(self, examples: Sequence[Example | InputError]) -> list[Question]:
         """Return what is found out about each."""
         questions, asked = [], []
-        pixels = next((_pixels(example) for example in examples if isinstance(example, Example)), "")
         for example in examples:
             if isinstance(example, InputError):
                 questions.append(Question(str(example)))
                 continue
             sizes = [image.size for image in example.images]
-            question = Question("", example.question_id, example.question_types, pixels, sizes)
+            question = Question("", example.question_id, example.question_types, sizes=sizes)
             questions.append(question)
             asked += [(question, replace(example, answers=[answer])) for answer in dict.fromkeys(example.answers)]
         try:
@@ -93,18 +91,14 @@ class Reader:
         if not asked:
             return
         tokens = self.collator.tokens([example for _, example in asked])
-        seen = int(tokens.images["pixel_attention_mask"][0].sum())
-        for (question, _), prompt, whole in zip(asked, tokens.asked, tokens.whole, strict=True):
-            question.page, question.seen = len(tokens.pages[0]), seen
-            question.lengths.append(len(whole))
-            question.answers.append(len(whole) - len(prompt) - 1)  # without the token that ends it
-
-
-def _pixels(example: Example) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for image in example.images:
-        digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
-    return digest.hexdigest()
+        seen = tokens.images["pixel_attention_mask"].flatten(1).sum(1).tolist()
+        for row, members in enumerate(tokens.members):
+            for i in members:
+                question, _ = asked[i]
+                question.page, question.seen, question.pixels = len(tokens.pages[row]), seen[row], tokens.digests[i]
+                question.lengths.append(len(tokens.whole[i]))
+                # Without the token that ends it.
+                question.answers.append(len(tokens.whole[i]) - len(tokens.asked[i]) - 1)
 
 
 class Split(NamedTuple):
@@ -127,7 +121,13 @@ class Split(NamedTuple):
     @property
     def pages(self) -> dict[str, int]:
         """The first question on each page, by the page's pixels."""
-        return {question.pixels: row for row, question in reversed(self.good.items())}
+        return {page: row for row, question in reversed(self.good.items()) for page in question.pixels}
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each page, by the page's pixels once."""
+        pages = {p: s for question in self.good.values() for p, s in zip(question.pixels, question.sizes, strict=True)}
+        return list(pages.values())
 
     @property
     def kinds(self) -> Counter[str]:

@@ -24,14 +24,14 @@ class SyntheticPages(Examples):
         families: see `idefics_lit.data.pages.FAMILIES`.
 
     Attributes:
-        page_ids: the page of each question, as (family, page seed).
+        page_ids: the page of each question, as ((family, page seed),).
         answers: the accepted answers of each question.
 
     Raises:
         InputError: there is no such family.
     """
 
-    page_ids: list[tuple[str, int]]
+    page_ids: list[tuple[tuple[str, int]]]
     answers: list[list[str]]
 
     def __init__(
@@ -43,7 +43,7 @@ class SyntheticPages(Examples):
         for index in range(pages):
             page = families[index % len(families)], random.Random(f"{split} {seed} {index}").getrandbits(63)
             for number, question in enumerate(page_questions(*page)):
-                self.page_ids.append(page)
+                self.page_ids.append((page,))
                 self.answers.append(question.answers)
                 self._items.append((index, number))
 
@@ -54,7 +54,8 @@ class SyntheticPages(Examples):
     def __getitem__(self, index: int) -> Example:
         """Return a question with its page, mode "L", 448 x 336 pixels."""
         page, number = self._items[index]
-        image, questions = _render(*self.page_ids[index])
+        ((family, seed),) = self.page_ids[index]
+        image, questions = _render(family, seed)
         question = questions[number]
         return Example(
             question_id=page * MOST_QUESTIONS + number,
@@ -68,7 +69,7 @@ class SyntheticPages(Examples):
     def where(self, index: int) -> str:
         """Name a question's page for error messages."""
         page, number = self._items[index]
-        return f"synthetic {self.split}, page {page} ({self.page_ids[index][0]}), question {number}"
+        return f"synthetic {self.split}, page {page} ({self.page_ids[index][0][0]}), question {number}"
 
 
 @lru_cache(maxsize=16)
@@ -91,11 +92,11 @@ def write_docvqa(dataset: SyntheticPages, folder: str | Path) -> Path:
     folder = Path(folder)
     (folder / "documents").mkdir(parents=True, exist_ok=True)
     rows = []
-    for item, (family, seed) in enumerate(dataset.page_ids):
+    for item, ((family, _),) in enumerate(dataset.page_ids):
         example = dataset[item]
         page = int(example.question_id) // MOST_QUESTIONS
         image = f"documents/{dataset.split}_{family}_{page}.png"
-        if item == 0 or dataset.page_ids[item - 1] != (family, seed):
+        if item == 0 or dataset.page_ids[item - 1] != dataset.page_ids[item]:
             example.images[0].save(folder / image)
         rows.append(
             {

@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 
 from idefics_lit.data.forms import Form
-from idefics_lit.data.hub import HubDocVQA
-from idefics_lit.data.images import own_file
+from idefics_lit.data.hub import HubDocVQA, stored_keys
+from idefics_lit.data.images import locate
 from idefics_lit.errors import InputError
 
 KINDS = (".csv", ".jsonl")
@@ -92,8 +92,8 @@ class TableDocVQA(HubDocVQA):
     def _name(self, row: int, turn: int | None = None) -> str:
         return f"{super()._name(row, turn)} (line {self.lines[row]})"
 
-    def _tell_pages_apart(self, images: datasets.Dataset) -> list[str]:
-        return list(map(str, images.with_format(None)))  # by their paths
+    def _stored_keys(self, images: datasets.Dataset) -> list[list[str]]:
+        return list(map(stored_keys, images.with_format(None)))  # nothing to read for it: paths
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -148,7 +148,7 @@ def _missing(images: list[Any], folder: Path) -> str:
     """Say what is wrong with the first image whose file isn't there, or nothing."""
     for image in images:
         try:
-            place = own_file(image, str(folder)) if isinstance(image, str) else None
+            place = locate(image, str(folder)) if isinstance(image, str) else None
         except Exception as error:
             return str(error)
         if isinstance(place, Path) and not os.path.isfile(place):
