@@ -134,7 +134,7 @@ def test_a_bad_row_leaves_the_others_alone(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "read"),
     [
-        ([5, 2.5, True], ["5", "2.5", "True"]),
+        ([5, 2.5, True], ["5", "2.5", "true"]),
         (1976, ["1976"]),
         ([None, "", " \t", float("nan"), "a"], ["a"]),
         (["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000], ["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000]),
