@@ -1,6 +1,7 @@
 """CSV and JSONL files with images beside them."""
 
 import csv
+import gzip
 import io
 import json
 
@@ -165,6 +166,16 @@ def test_more_images_than_tables_and_splits_of_several_files(folder):
     assert splits["validation"].faults[0].startswith(f"{folder}/dev/z.jsonl, row 0 (line 1): the image file 'gone.png'")
 
 
+@pytest.mark.parametrize("name", ["data/train.csv.gz", "train.jsonl.gz"])
+def test_packed_texts_are_refused(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(gzip.compress(as_csv(WRITTEN).encode()))
+    for image in folder.rglob("*.png"):
+        image.unlink()
+    with pytest.raises(InputError, match=rf"{name}: `datasets` would unpack it .*: unpack it first"):
+        find_splits(str(folder), None, None, "en", 0)
+
+
 def test_texts_of_the_hub_stay_as_they_are_written(folder, monkeypatch):
     """Also where they were downloaded before, and the Hub can't be asked."""
     write(folder, as_csv(WRITTEN, image="file_name"), "metadata.csv")
@@ -192,6 +203,7 @@ def test_lists_in_cells_in_pythons_notation(folder, name, recwarn):
         "[\"it's\", 'a \"b\"', 'c\\nd']": ["it's", 'a "b"', "c\nd"],
         "['$ 12.80' '12.80'\n 'x']": ["$ 12.80", "12.80", "x"],
         "['0.10', 0.10, 007.50, None, nan]": ["0.10", "0.10", "007.50"],
+        "[np.str_('a'), np.float64(0.10)]": ["a", "0.10"],
         "[None]": [],
         "[1976, 0.50]": ["1976", "0.50"],
         "['a', 'b'] or so": ["['a', 'b'] or so"],
@@ -208,9 +220,9 @@ def test_lists_in_cells_in_pythons_notation(folder, name, recwarn):
     assert examples.answers == list(cells.values())
     assert {tuple(pages) for *_, pages in read(examples)} == {(0, 255)}
     python, brackets = [str(warning.message) for warning in recwarn if "train" in str(warning.message)]
-    assert f"{name}: 15 cells in Python's notation are read as the lists" in python and "line 2, column" in python
+    assert f"{name}: 17 cells in Python's notation are read as the lists" in python and "line 2, column" in python
     assert f"{name}: 3 questions have an answer in brackets, which is no list but one text. The first: " in brackets
-    assert "row 7 (line 10): [sic]" in brackets
+    assert "row 8 (line 11): [sic]" in brackets
 
 
 def test_questions_in_several_languages(folder):

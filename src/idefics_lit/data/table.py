@@ -20,6 +20,7 @@ from idefics_lit.data.text_files import DIVIDERS, KINDS, open_cell, read_rows
 from idefics_lit.errors import InputError
 
 SPLITS = ("train", "validation", "val", "test")
+PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".lz4")
 LISTS = ("image", "answers", "question_types")  # the parts of which a row may have several
 
 
@@ -76,12 +77,17 @@ def find_text_files(source: str, subset: str | None = None) -> dict[str, list[st
 
     Returns:
         None where `datasets` can't read the source, as without a network; no files where it holds something else.
+
+    Raises:
+        InputError: some are packed.
     """
     try:
         builder = datasets.load_dataset_builder(source, subset)
         files = _text_files(builder)
         if not files and builder.name == "imagefolder" and Path(source).exists():  # more images than other files
             files = _text_files(datasets.load_dataset_builder("csv", data_dir=source))
+    except InputError:
+        raise
     except Exception:  # `load_splits` says why
         return None
     return files
@@ -92,6 +98,8 @@ def _text_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     parquet = any(Path(file).name == "metadata.parquet" for some in files.values() for file in some)
     if parquet or builder.name not in ("csv", "json", "imagefolder"):
         return {}
+    if packed := next((file for some in files.values() for file in some if Path(file).suffix.lower() in PACKED), None):
+        raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
     texts = {
         str(split): [f for f in some if Path(f).suffix.lower() in (*KINDS, ".json")] for split, some in files.items()
     }

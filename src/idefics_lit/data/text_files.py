@@ -191,6 +191,8 @@ def read_python(text: str) -> list[Any] | dict[str, Any] | None:
 def _python_text(node: ast.expr, source: str) -> str | None:
     if isinstance(node, ast.Name) and node.id == "nan":
         return None
+    if isinstance(node, ast.Call) and len(node.args) == 1 and ast.unparse(node.func).startswith("np."):
+        node = node.args[0]  # np.str_('a')
     value = ast.literal_eval(node)
     if isinstance(value, (int, float)):
         return ast.get_source_segment(source, node)
