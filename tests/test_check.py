@@ -167,6 +167,26 @@ def test_what_belongs_to_no_one_row(check, folder):
     assert any(line.endswith("no accepted answer fits in model.max_new_tokens 10: 1") for line in lines)
 
 
+def test_texts_are_shown_as_they_are_trained_on(check, tmp_path):
+    """Five of each split, spread over it, among them what a CSV's reader may change."""
+    Image.new("L", (40, 30)).save(tmp_path / "p.png")
+    answers = [f'"[""{n}.0"", ""N/A""]"' for n in range(14)]
+    rows = "".join(f"{n:03},[red] {n:02}?,p.png,{answer}\n" for n, answer in enumerate(answers))
+    (tmp_path / "train.csv").write_text(f"id,question,image,answers\n{rows}")
+    (tmp_path / "val.csv").write_text("question,image,answer\n<b>?,p.png,é\n")
+    code, lines = check(tmp_path)
+    assert code == 0
+    start, end = (lines.index(f"{name} questions, as the model gets them") for name in ("training", "validation"))
+    prompt = r"'User: Answer briefly.<image>[red] {:02}?<end_of_utterance>\nAssistant:'"
+    shown = [
+        [f"{tmp_path}/train.csv, row {n} (line {n + 2})", f"id  '{n:03}'", f"prompt  {prompt.format(n)}"]
+        for n in (0, 2, 5, 8, 11)
+    ]
+    expected = [[*some, f"answers  '{int(some[1][-4:-1])}.0', 'N/A'"] for some in shown]
+    assert lines[start + 1 : end - 1] == [line for some in expected for line in some]
+    assert lines[end + 2] == "id  0" and "<b>?" in lines[end + 3] and lines[end + 4] == "answers  'é'"
+
+
 def test_limits_and_held_out_pages(check, docvqa):
     (code, lines) = check(docvqa, "--data.limit_train", 10, "--data.limit_val", 3, "--data.val_in_fit", 1)
     assert code == 0

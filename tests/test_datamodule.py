@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from idefics_lit.data import datamodule
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 
@@ -79,6 +80,26 @@ def test_prediction_takes_the_test_split_or_else_the_validation_split(data, offi
 def test_splits_may_be_named(data, official):
     module = data("fit", official(train=3, val=2, test=1), train_split="val", val_split="test")
     assert (len(module.examples["train"]), len(module.examples["val"])) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("nielsr/docvqa_1200_examples", {}, "test"),
+        ("nielsr/docvqa_1200_examples", {"val_split": "test"}, "test"),
+        ("nielsr/docvqa_1200_examples", {"val_split": "train"}, "train"),
+        ("me/docvqa_1200_examples", {}, "train"),
+        ("me/docvqa_1200_examples", {"val_split": "test"}, "test"),
+    ],
+)
+def test_only_a_set_known_for_it_is_validated_on_its_test_split(data, official, monkeypatch, source, options, expected):
+    folder = str(official(train=20, test=2))
+    find = datamodule.find_splits
+    monkeypatch.setattr(datamodule, "find_splits", lambda _, *args: find(folder, *args))
+    module = data("fit", source, limit_train=None, **options)
+    assert {question.split()[0] for question in questions(module.examples["val"])} == {expected}
+    held_out = pages(module.examples["train"]).isdisjoint(pages(module.examples["val"]))
+    assert held_out == (options.get("val_split") != "train")
 
 
 @pytest.mark.parametrize("option", ["train_split", "val_split"])

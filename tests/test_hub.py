@@ -2,13 +2,18 @@
 
 import io
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from idefics_lit.data.hub import HubDocVQA, load_splits
+from idefics_lit.data.source import find_splits
+from idefics_lit.data.streaming import find_streams
 from idefics_lit.errors import InputError
 
 IMAGE = Image.new("L", (40, 30), 255)
@@ -132,6 +137,61 @@ def test_texts_of_mixed_kinds_are_read():
         3: "set, row 3: column 'question' holds list where a text should be: mend it or drop the row",
         4: "set, row 4: no question in column 'question': drop the row",
     }
+
+
+ANSWERS = {
+    "float64": (pa.array([1976.0, 0.5, None, float("nan"), 1e20, 1e-7]), ["1976", "0.5", "", "", str(10**20), "1e-07"]),
+    "float32": (pa.array([1976.0, 0.1, 12.80], pa.float32()), ["1976", "0.1", "12.8"]),
+    "float16": (pa.array([0.1, 2.0], pa.float16()), ["0.1", "2"]),
+    "decimal": (pa.array([Decimal("0.10"), Decimal("1976.00")]), ["0.10", "1976.00"]),
+    "date32": (pa.array([date(1976, 7, 4)]), ["1976-07-04"]),
+    "timestamp": (pa.array([datetime(1976, 7, 4)], pa.timestamp("ns")), ["1976-07-04 00:00:00"]),
+    "bool": (pa.array([True, None, False]), ["True", "", "False"]),
+    "int64": (pa.array([1976, None]), ["1976", ""]),
+    "string": (pa.array(["0.10", "007", "N/A", None]), ["0.10", "007", "N/A", ""]),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_of_parquet_are_read_as_they_can_be_and_named(tmp_path, kind, is_list, streaming, recwarn):
+    stored, expected = ANSWERS[kind]
+    if is_list:
+        stored = pa.ListArray.from_arrays(range(len(stored) + 1), stored)
+    columns = {"id": pa.array([float(i) for i in range(len(stored))]), "question": pa.array(["a?"] * len(stored))}
+    table = pa.table({**columns, "image": pa.array(["p.png"] * len(stored)), "answer": stored})
+    pq.write_table(table, tmp_path / "train.parquet")
+    IMAGE.save(tmp_path / "p.png")
+    if streaming:
+        examples = find_streams(str(tmp_path), None, None, "en")["train"].first(99)
+    else:
+        examples = find_splits(str(tmp_path), None, None, "en", 0)["train"]()
+    assert examples.answers == [[text] if text else [] for text in expected]
+    ids = [examples[i].question_id for i in range(len(examples))]
+    assert ids == list(range(len(expected))) and {*map(type, ids)} == {int}
+    named = [str(warning.message) for warning in recwarn if "holds" in str(warning.message)]
+    assert len(named) == (kind not in ("int64", "string"))
+    assert all(f"train: column 'answer' holds {kind}" in warning and "Store texts" in warning for warning in named)
+
+
+def test_a_class_is_its_name():
+    row = {"question": ["a?"] * 3, "image": ["p.png"] * 3, "answer": [1, 0, None], "question_types": [[0, 1], [], [1]]}
+    kinds = datasets.ClassLabel(names=["no", "yes"])
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {"question": text, "image": text, "answer": kinds, "question_types": datasets.List(kinds)}
+    )
+    rows = HubDocVQA(datasets.Dataset.from_dict(row, features), "set")
+    assert rows.answers == [["yes"], ["no"], []]
+    read = [rows.form.read(rows._row(rows.dataset, i), None, "", i)["question_types"] for i in range(3)]
+    assert read == [["no", "yes"], [], ["yes"]]
+
+
+def test_a_binary_answer_is_named():
+    table = pa.table({"question": ["a?"], "image": ["p.png"], "answer": pa.array([b"x"])})
+    faults = HubDocVQA(datasets.Dataset(table), "set").faults
+    assert faults == {0: "set, row 0: column 'answer' holds bytes where a text should be: mend it or drop the row"}
 
 
 @pytest.mark.parametrize("part", [None, "", float("nan")])

@@ -52,6 +52,14 @@ def test_two_files_of_one_split_are_refused(tmp_path):
         find_official_splits(tmp_path)
 
 
+def test_numbers_stay_as_they_are_written(tmp_path):
+    file = write(tmp_path, question="QUESTION", answers="ANSWERS")
+    numbers = ["0.10", "1e3", "1976.0", "1976", "100000000000000000000", "true"]
+    file.write_text(file.read_text().replace('"QUESTION"', "0.50").replace('"ANSWERS"', f"[{', '.join(numbers)}]"))
+    example = OfficialDocVQA(file)[0]
+    assert (example.question_id, example.question, example.answers) == (7, "0.50", numbers)
+
+
 def test_reads_newer_archives(tmp_path):
     file = write(tmp_path, pages="spdocvqa_images", question_types=["form"])
     example = OfficialDocVQA(file)[0]
@@ -155,7 +163,7 @@ def test_a_bad_row_leaves_the_others_alone(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "read"),
     [
-        ([5, 2.5, True], ["5", "2.5", "True"]),
+        ([5, 2.5, True], ["5", "2.5", "true"]),
         (1976, ["1976"]),
         ([None, "", " \t", float("nan"), "a"], ["a"]),
         (["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000], ["\x00\x1b[31m", "שלום", "👩‍👩‍👧", "a" * 10_000]),

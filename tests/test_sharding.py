@@ -41,7 +41,7 @@ class Shares(Callback):
 def command(name, tiny, *args):
     """What a user types, for a small model and pages drawn here."""
     flags = f"""{name} --config {CONFIGS}/docvqa.yaml --config {CONFIGS}/fsdp.yaml --model.pretrained {tiny}
-        --data.source synthetic --data.val_split null --data.image_size 112 --data.limit_train 8 --data.limit_val 6
+        --data.source synthetic --data.image_size 112 --data.limit_train 8 --data.limit_val 6
         --data.num_workers 0 --data.batch_size 2 --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4
         --model.lora.dropout 0 --trainer.accelerator cpu --trainer.precision 32-true --trainer.val_check_interval 2
         --trainer.max_steps 4 --trainer.enable_progress_bar false

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def small(tiny, docvqa):
     """What makes a fit of docvqa.yaml small: a step a batch and a validation a step, which scores 0."""
-    flags = ["--model.pretrained", tiny, "--data.source", str(docvqa), "--data.val_split", "val"]
+    flags = ["--model.pretrained", tiny, "--data.source", str(docvqa)]
     flags += ["--data.num_workers", "0", "--data.image_size", "112", "--data.limit_val", "1"]
     flags += ["--model.max_new_tokens", "1", "--model.quantization", "none", "--trainer.val_check_interval", "1"]
     flags += ["--trainer.accumulate_grad_batches", "1", "--trainer.num_sanity_val_steps", "0"]

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from idefics_lit.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.survey import Batch, Split, first_epoch, read_split
 from idefics_lit.estimates import RATES, load_config, measured_model, peak_gib, weights_gib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 NAMES = {"train": "training", "val": "validation"}
 SHOWN = 3  # broken rows, ids and pages on the screen
+EXAMPLES = 5  # questions of each split whose texts are
 UP_TO = (1, 2, 4, 8, 16, 32, 64)  # tokens of an answer
 
 
@@ -48,6 +50,8 @@ def check(trainer: Trainer, model: "Idefics2Module", datamodule: DocVQADataModul
             name: read_split(datamodule, name, _advance(bar, name, len(examples)))
             for name, examples in datamodule.examples.items()
         }
+    for name, split in splits.items():
+        _show_texts(console, f"{NAMES[name]} questions", split, datamodule.collator(name))
     for table in (_data(splits, model, datamodule), _answers(splits), _types(splits)):
         if table.row_count:
             console.print(table, "")
@@ -67,6 +71,25 @@ def check(trainer: Trainer, model: "Idefics2Module", datamodule: DocVQADataModul
 def _advance(bar: Progress, name: str, total: int) -> Callable[[int], None]:
     task = bar.add_task(f"Reading {NAMES[name]} questions", total=total)
     return lambda questions: bar.advance(task, questions)
+
+
+def _show_texts(console: Console, title: str, split: Split, collator: Idefics2Collator) -> None:
+    """A few questions spread over a split, in full and in Python's notation: what is wrong with texts is seen here."""
+    good = list(split.good)
+    shown = dict.fromkeys(good[place * len(good) // EXAMPLES] for place in range(EXAMPLES) if good)
+    if shown:
+        console.print(f"{title}, as the model gets them", style="bold")
+    for row in shown:
+        example = split.examples[row]
+        texts = {
+            "id": repr(example.question_id),
+            "prompt": repr(collator.prompt(example)),
+            "answers": ", ".join(map(repr, example.answers)),
+        }
+        console.print(escape(split.examples.where(row)), soft_wrap=True)
+        for name, text in texts.items():
+            console.print(f"  {name:<9}{escape(text)}", soft_wrap=True)
+    console.print("")
 
 
 def _data(splits: Mapping[str, Split], model: "Idefics2Module", datamodule: DocVQADataModule) -> Table:

@@ -126,6 +126,14 @@ class Idefics2Collator:
         }
         return collated if self.train else {**collated, **self._evaluation(examples, tokens)}
 
+    def prompt(self, example: Example) -> str:
+        """Return the text that the model is to answer, an ``<image>`` for each page.
+
+        Raises:
+            InputError: the question holds one of the model's special tokens.
+        """
+        return self._text(example, None)
+
     def tokens(self, examples: Sequence[Example]) -> Tokens:
         """Tokenise questions and answers and process each page once.
 

@@ -60,8 +60,8 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
         image_size: scale the longest edge to so many pixels; the processor's own size unless given.
 
     Raises:
-        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for or
-            less than one of its patches.
+        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for
+            or less than one of its patches.
     """
     refuse_adapter(pretrained)
     try:

@@ -21,6 +21,8 @@ from idefics_lit.data.streaming import Stream, StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 
+# Sets without a validation split whose test questions are validated on: they have answers, and nobody else scores them.
+VAL_SPLITS = {"nielsr/docvqa_1200_examples": "test"}
 LEAST = {
     **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
     **dict.fromkeys(("questions_per_page", "batch_size", "eval_batch_size", "max_length"), 1),
@@ -46,7 +48,8 @@ class DocVQADataModule(LightningDataModule):
             many steps as trainer.max_steps says. Scored are the first limit_val or limit_test questions of a split;
             where there is no validation split, of the training split, which leaves their pages out.
         train_split: the split to train on, "train" unless given.
-        val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split.
+        val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split;
+            of nielsr/docvqa_1200_examples, which has no such split, its 200 test questions.
         test_split: the split to test on, "test" unless given.
         predict_split: the split to predict, the test split unless given, else the validation split.
         held_out: the share of the training pages to validate on where there is no validation split; questions that
@@ -306,8 +309,10 @@ class DocVQADataModule(LightningDataModule):
         return self._named(split) if split in self.splits or self.hparams.predict_split else self._val()
 
     def _val_split(self) -> str | None:
-        names = [self.hparams.val_split] if self.hparams.val_split else ["validation", "val"]
-        return next((name for name in names if name in self.splits), self.hparams.val_split)
+        if self.hparams.val_split:
+            return self.hparams.val_split
+        names = ["validation", "val", VAL_SPLITS.get(self.hparams.source)]
+        return next((name for name in names if name in self.splits), None)
 
     def _held_out(self, examples: Examples) -> set[int]:
         """Choose questions by their pages: a page that was trained on says nothing about new ones.

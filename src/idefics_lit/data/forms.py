@@ -4,7 +4,6 @@ What is special here: a row may have several questions, its turns, as in the Cau
 have several pages, as there and in MP-DocVQA. The columns' names alone tell.
 """
 
-import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from PIL.Image import Image
 
 from idefics_lit.data.example import Example, as_id, as_page, as_text, as_texts
 from idefics_lit.data.images import open_stored
+from idefics_lit.data.text_files import read_python
 from idefics_lit.errors import InputError
 
 # What each part of an example is called in nielsr/docvqa_1200_examples, lmms-lab/DocVQA, lmms-lab/MP-DocVQA,
@@ -177,11 +177,10 @@ class Form:
 
 def _unquoted(stored: object) -> object:
     """Return the list, or None, that a text spells in Python's notation, as lmms-lab/MP-DocVQA stores them."""
-    try:
-        found = ast.literal_eval(stored) if isinstance(stored, str) else stored
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return stored
-    return found if found is None or isinstance(found, list) else stored
+    if stored == "None":
+        return None
+    found = read_python(stored) if isinstance(stored, str) else None
+    return found if isinstance(found, list) else stored
 
 
 def _match(

@@ -1,18 +1,23 @@
 """Data sets that `datasets` reads, from the Hub or a local folder, with the published column forms of DocVQA."""
 
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.forms import Form
 from idefics_lit.data.images import locate, stored_key, tell_files_apart
 from idefics_lit.errors import InputError, first_line
+
+BRACKETED = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 
 
 def is_saved(source: str) -> bool:
@@ -70,7 +75,7 @@ class HubDocVQA(Examples):
     ) -> None:
         self.name = name
         self.form = Form(dataset.column_names, columns, language, folder, name)
-        self.features = undecoded(dataset.features)
+        self.features, self.typed = undecoded(dataset.features), typed_texts(dataset.features, self.form, name)
         self.dataset = dataset.with_format("arrow")  # as it is stored
         self.rows: list[tuple[int, int | None]] = []  # where each question is: its row, which of the row's turns
         published: list[tuple[str, ...]] = []
@@ -79,6 +84,11 @@ class HubDocVQA(Examples):
         texts = self.dataset.select_columns(self.form.text_columns)
         for row in range(len(dataset)):
             published.append(self._open(texts, row))
+        if bracketed := [i for i, answers in enumerate(self.answers) if any(map(BRACKETED.fullmatch, answers))]:
+            rank_zero_warn(
+                f"{name}: {len(bracketed)} questions have an answer in brackets, which is no list but one text. "
+                f"The first: {self.where(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
+            )
         pages = self._tell_pages_apart(self.dataset.select_columns(self.form.image_columns), folder)
         self.page_ids: list[tuple[Hashable, ...]] = [(*pages[row], *published[row]) for row, _ in self.rows]
         self.dataset = self.dataset.select_columns([*self.form.text_columns, *self.form.image_columns])
@@ -103,7 +113,8 @@ class HubDocVQA(Examples):
 
     def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
         try:
-            return self.features.decode_example(dataset[row].to_pylist()[0])
+            stored = self.features.decode_example(dataset[row].to_pylist()[0])
+            return {name: self.typed[name](value) if name in self.typed else value for name, value in stored.items()}
         except Exception as error:
             raise InputError(f"{self._name(row)}: the row can't be read: {first_line(error)}") from error
 
@@ -155,6 +166,49 @@ class HubDocVQA(Examples):
         except OSError:  # a folder that can't be written
             keys = images.map(_keys, **options, keep_in_memory=True)
         return list(keys.with_format(None)["keys"])
+
+
+def typed_texts(features: datasets.Features, form: Form, name: str) -> dict[str, Callable[[Any], Any]]:
+    """Return how to read the columns that hold numbers or classes where texts should be.
+
+    A class is its name. Numbers can't be as they were once written: a whole one is, a column with gaps being one of
+    floats, and a float of 16 or 32 bits has as many digits as tell it from others.
+
+    Args:
+        features: the split's.
+        form: which columns hold what.
+        name: names the split in the warning.
+    """
+    for part in ("question", "answers", "question_types"):
+        for column in form.parts.get(part, ()):
+            kind = _value(features.get(column))
+            if isinstance(kind, datasets.Value) and kind.dtype.startswith(("float", "decimal", "date", "time", "bool")):
+                rank_zero_warn(
+                    f"{name}: column {column!r} holds {kind.dtype} and no texts: what 1.0, 0.10 or a date was before "
+                    f"isn't known any more. Store texts, to train on what the page says."
+                )
+    columns = {column: _reader(features.get(column)) for column in form.text_columns}
+    return {column: read for column, read in columns.items() if read}
+
+
+def _value(feature: Any) -> Any:  # noqa: ANN401
+    return _value(feature.feature) if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+
+
+def _reader(feature: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        inner = _reader(feature.feature)
+        return inner and (lambda values: values if values is None else [inner(value) for value in values])
+    if isinstance(feature, datasets.ClassLabel):
+        return lambda number: None if number is None or number < 0 else feature.int2str(number)
+    if isinstance(feature, datasets.Value) and feature.dtype.startswith("float"):
+        precise = np.dtype(feature.dtype).type
+        return lambda number: number if number is None or number != number else _number(float(number), precise)
+    return None
+
+
+def _number(number: float, precise: type[np.floating[Any]]) -> int | str:
+    return int(number) if number.is_integer() else str(precise(number))
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:

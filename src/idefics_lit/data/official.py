@@ -3,7 +3,6 @@
 One JSON a split, page images in a folder beside it.
 """
 
-import json
 import os
 from collections.abc import Callable, Hashable
 from functools import lru_cache
@@ -15,7 +14,7 @@ from PIL import Image
 from idefics_lit.data.example import Example, Examples, as_id, as_page, as_text, as_texts, read_answers
 from idefics_lit.data.forms import INFOGRAPHIC_TYPES
 from idefics_lit.data.images import open_page, tell_files_apart
-from idefics_lit.data.table import KINDS
+from idefics_lit.data.text_files import KINDS, read_json
 from idefics_lit.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -186,7 +185,7 @@ def _split_inside(file: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a readable JSON file ({error}): fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):

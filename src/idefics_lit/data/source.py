@@ -8,7 +8,7 @@ from idefics_lit.data.example import Examples
 from idefics_lit.data.hub import HubDocVQA, is_saved, load_splits
 from idefics_lit.data.official import OfficialDocVQA, find_official_splits
 from idefics_lit.data.synthetic import SyntheticPages
-from idefics_lit.data.table import TableDocVQA, find_tables
+from idefics_lit.data.table import TableDocVQA, find_nested_tables, find_tables
 
 SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
 
@@ -27,10 +27,14 @@ def find_splits(
         return {
             split: partial(SyntheticPages, split, pages, seed, **chosen) for split, pages in SYNTHETIC_PAGES.items()
         }
-    if not is_saved(source) and (files := find_official_splits(Path(source))):
-        return {split: partial(OfficialDocVQA, file) for split, file in files.items()}
-    if not is_saved(source) and (files := find_tables(Path(source))):
-        return {split: partial(TableDocVQA, file, columns, language) for split, file in files.items()}
+    if not is_saved(source):
+        if files := find_official_splits(Path(source)):
+            return {split: partial(OfficialDocVQA, file) for split, file in files.items()}
+        if files := find_tables(Path(source)):
+            return {split: partial(TableDocVQA, file, columns, language) for split, file in files.items()}
+        root, nested = find_nested_tables(source, subset)
+        if nested:
+            return {split: partial(TableDocVQA, some, columns, language, Path(root)) for split, some in nested.items()}
     folder = source if Path(source).exists() else None
     return {
         split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, folder)

@@ -23,7 +23,7 @@ from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.forms import Form
 from idefics_lit.data.images import page_key
 from idefics_lit.data.official import find_official_splits
-from idefics_lit.data.table import find_tables
+from idefics_lit.data.table import find_tables, find_text_files
 from idefics_lit.errors import InputError, first_line
 
 SHUFFLE_WINDOW = 500  # rows; one of Docmatix takes half a megabyte
@@ -68,6 +68,7 @@ class Stream:
             raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
         self.form = Form(names, columns, language, folder, name)
         # Undecoded first: `datasets` decodes ahead, in threads, what it is not told to leave alone.
+        self.typed = hub.typed_texts(dataset.features, self.form, name)
         stored = dataset.decode(False).cast(hub.undecoded(dataset.features))
         self.dataset = stored.select_columns([*self.form.text_columns, *self.form.image_columns])
 
@@ -78,6 +79,7 @@ class Stream:
     def questions(self, row: Mapping[str, Any], shard: int, number: int) -> list[_Question]:
         """Return the questions of a row of a shard; a row without one has one with a fault, raised when read."""
         where = f"{self.name}, row {number}" + (f" of shard {shard}" if self.dataset.num_shards > 1 else "")
+        row = {column: self.typed[column](value) if column in self.typed else value for column, value in row.items()}
         key = f"{shard}-{number}"
         page_id = self._page_id(row) or (key,)
         try:
@@ -140,6 +142,11 @@ def find_streams(
     small = not hub.is_saved(source) and (find_official_splits(path) or find_tables(path))
     if small or source.partition(":")[0] == "synthetic":
         raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
+    if not hub.is_saved(source) and find_text_files(source, subset):
+        raise InputError(
+            f"data.source {source}: CSV and JSON files can't be streamed, `datasets` would change texts such as 0.10: "
+            f"leave data.streaming out, or save them as parquet files"
+        )
     splits = hub.load_splits(source, subset, streaming=True)
     folder = source if Path(source).exists() else None
     return {split: Stream(rows, f"{source} {split}", columns, language, folder) for split, rows in splits.items()}
