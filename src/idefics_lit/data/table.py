@@ -99,7 +99,9 @@ def _text_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     if parquet or builder.name not in ("csv", "json", "imagefolder"):
         return {}
     if packed := next((file for some in files.values() for file in some if Path(file).suffix.lower() in PACKED), None):
-        raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
+        if builder.name != "imagefolder":
+            raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
+        rank_zero_warn(f"{packed}: texts in it are read by `datasets`, which may change some, such as 0.10: unpack it")
     texts = {
         str(split): [f for f in some if Path(f).suffix.lower() in (*KINDS, ".json")] for split, some in files.items()
     }
