@@ -138,8 +138,8 @@ def find_streams(
         raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
     if not hub.is_saved(source) and find_text_files(source, subset):
         rank_zero_warn(
-            f"data.source {source}: the texts of a stream of CSV and JSON files are read by `datasets`, which may change "
-            f"some, such as 0.10 and N/A: leave data.streaming out, or save them as parquet files"
+            f"data.source {source}: the texts of a stream of CSV and JSON files are read by `datasets`, which may "
+            f"change some, such as 0.10 and N/A: leave data.streaming out, or save them as parquet files"
         )
     splits = hub.load_splits(source, subset, streaming=True)
     folder = source if Path(source).exists() else None
