@@ -84,9 +84,8 @@ def find_text_files(source: str, subset: str | None = None) -> dict[str, list[st
     try:
         builder = datasets.load_dataset_builder(source, subset)
         files = _text_files(builder)
-        if (
-            not files and builder.name == "imagefolder" and Path(source).exists() and not _packed(builder)
-        ):  # more images than other files
+        # One that has more images than tables.
+        if not files and builder.name == "imagefolder" and Path(source).exists() and not _packed(builder):
             files = _text_files(datasets.load_dataset_builder("csv", data_dir=source))
     except InputError:
         raise
