@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import datasets
 from datasets.distributed import split_dataset_by_node
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from idefics_lit.data import hub
@@ -143,9 +144,9 @@ def find_streams(
     if small or source.partition(":")[0] == "synthetic":
         raise InputError(f"data.source {source} can't be streamed, and needn't be: leave data.streaming out")
     if not hub.is_saved(source) and find_text_files(source, subset):
-        raise InputError(
-            f"data.source {source}: CSV and JSON files can't be streamed, `datasets` would change texts such as 0.10: "
-            f"leave data.streaming out, or save them as parquet files"
+        rank_zero_warn(
+            f"data.source {source}: the texts of a stream of CSV and JSON files are read by `datasets`, which may "
+            f"change some, such as 0.10 and N/A: leave data.streaming out, or save them as parquet files"
         )
     splits = hub.load_splits(source, subset, streaming=True)
     folder = source if Path(source).exists() else None

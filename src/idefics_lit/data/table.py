@@ -84,7 +84,8 @@ def find_text_files(source: str, subset: str | None = None) -> dict[str, list[st
     try:
         builder = datasets.load_dataset_builder(source, subset)
         files = _text_files(builder)
-        if not files and builder.name == "imagefolder" and Path(source).exists():  # more images than other files
+        # One that has more images than tables.
+        if not files and builder.name == "imagefolder" and Path(source).exists() and not _packed(builder):
             files = _text_files(datasets.load_dataset_builder("csv", data_dir=source))
     except InputError:
         raise
@@ -98,12 +99,19 @@ def _text_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     parquet = any(Path(file).name == "metadata.parquet" for some in files.values() for file in some)
     if parquet or builder.name not in ("csv", "json", "imagefolder"):
         return {}
-    if packed := next((file for some in files.values() for file in some if Path(file).suffix.lower() in PACKED), None):
-        raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
+    if packed := _packed(builder):
+        if builder.name != "imagefolder":
+            raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
+        rank_zero_warn(f"{packed}: texts in it are read by `datasets`, which may change some, such as 0.10: unpack it")
     texts = {
         str(split): [f for f in some if Path(f).suffix.lower() in (*KINDS, ".json")] for split, some in files.items()
     }
     return {split: some for split, some in texts.items() if some}
+
+
+def _packed(builder: datasets.DatasetBuilder) -> str | None:
+    files = (file for some in (builder.config.data_files or {}).values() for file in some)
+    return next((file for file in files if Path(file).suffix.lower() in PACKED), None)
 
 
 class TableDocVQA(HubDocVQA):
