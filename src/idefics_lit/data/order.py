@@ -53,12 +53,13 @@ class Visits(DistributedSampler[Any]):
     @cached_property
     def decided_by(self) -> dict[str, Any]:
         """What decides the order of all epochs: options by name, and which questions there are, wherever they lie."""
+        # By grouping and answers: a page's key may be a path of this machine.
+        questions = digest(zip(grouped(self.page_ids), map(list, self.answers), strict=True))
         return {
             "trainer.devices": self.num_replicas,
             "data.seed": self.seed,
             "data.questions_per_page": self.questions_per_page,
-            # By answers and grouping: a page's key may be a path of this machine.
-            "training questions": f"{len(self.page_ids)} ({digest(zip(grouped(self.page_ids), self.answers, strict=True))})",
+            "training questions": f"{len(self.page_ids)} ({questions})",
         }
 
     def __iter__(self) -> Iterator[Any]:
