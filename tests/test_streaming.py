@@ -123,7 +123,7 @@ def test_a_stream_in_another_order_is_refused(tmp_path):
         write(tmp_path / folder / "set", turns, shards=shards)
 
     def part(folder="a", **options):
-        questions = StreamedQuestions(stream(tmp_path / folder / "set"), **options)
+        questions = StreamedQuestions(stream(str(tmp_path / folder / "set")), **options)
         return StreamLoader(questions, trainer, batch_size=4, collate_fn=visits)
 
     list(islice(begun := part(), 3))
