@@ -11,20 +11,30 @@ What is special here:
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.cache import open_cache
-from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, go_on, set_rates
+from idefics_lit.checkpoint import (
+    base_fingerprint,
+    check_base,
+    check_embedding,
+    check_hyperparameters,
+    check_weights,
+    go_on,
+)
 from idefics_lit.distributed import gather_objects, summed
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation import Evaluation
@@ -63,7 +73,8 @@ class Idefics2Module(LightningModule):
         lr: AdamW's learning rate, reached after the warm-up.
         weight_decay: AdamW's, on matrices; biases and norms have none.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
-        schedule: how it falls to 0 at the last step, "linear" or "cosine".
+        schedule: how it falls to 0 at the last step, "linear" or "cosine"; where there is no last step, as with
+            trainer.max_time alone, it stays.
         gradient_checkpointing: compute activations twice to save memory.
         feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
             other questions and in every epoch. Nothing, unless given.
@@ -122,6 +133,9 @@ class Idefics2Module(LightningModule):
         self._accumulated: dict[str, Any] = {}
         self._losses, self._overflows = LossWatch(), OverflowWatch()
         self._signals: Signals | None = None
+        self._schedule: LambdaLR | None = None  # what `configure_optimizers` made
+        self._groups: list[dict[str, Any]] = []  # the optimizer's, as it made them
+        self._restored = False  # whether a checkpoint's optimizer was loaded
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -194,8 +208,14 @@ class Idefics2Module(LightningModule):
         self._signals = Signals(self.trainer)
 
     def on_train_start(self) -> None:
-        """Take up the gradients that a checkpoint holds."""
+        """Take up the gradients that a checkpoint holds, and the learning rate of this run's schedule."""
         go_on(self.trainer.fit_loop)
+        if self._restored and self._schedule in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
+            schedule = cast(Any, self._schedule)
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         if not self._accumulated:
             return
         self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
@@ -281,13 +301,37 @@ class Idefics2Module(LightningModule):
             # With a scaler it would unscale gradients by itself, behind the clipping.
             fused=parameters[0].is_cuda and not (self._scaler and self.trainer.gradient_clip_val),
         )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
         # It may have opened the loader, before a checkpoint's place in it was known.
         self.trainer.fit_loop._combined_loader = None
+        schedule = options.schedule
+        if steps == float("inf"):
+            rank_zero_warn(
+                f"model.schedule {schedule}: training has no last step that the learning rate could fall to, so it "
+                f"stays at model.lr after the warm-up: give trainer.max_steps or trainer.max_epochs to have it fall"
+            )
+            schedule = "constant_with_warmup"
         scheduler = get_scheduler(
-            options.schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=steps
+            schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=cast(int, steps)
         )
+        self._schedule, self._restored = scheduler, False
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.register_load_state_dict_pre_hook(self._keep_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _keep_settings(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+        """Let this run's learning rate and other settings win over a checkpoint's, before its optimizer is loaded.
+
+        Groups that a subclass has added or changed, or that a schedule of its own is at work on, stay the checkpoint's.
+        """
+        self._restored = True
+        if any(config.scheduler is not self._schedule for config in self.trainer.lr_scheduler_configs):
+            return None
+        groups = list(saved["param_groups"])
+        for i, (group, made) in enumerate(zip(optimizer.param_groups, self._groups, strict=False)):
+            if i < len(groups) and all(group.get(name) == value for name, value in made.items()):
+                groups[i] = {**groups[i], **made}
+        return {**saved, "param_groups": groups}
 
     # Evaluation
 
@@ -372,6 +416,7 @@ class Idefics2Module(LightningModule):
         Raises:
             InputError: with the first names that differ, when they are another adapter's.
         """
+        self.configure_model()
         check_weights(state_dict, dict(self._trainable()))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -382,7 +427,7 @@ class Idefics2Module(LightningModule):
             InputError: a loss wasn't finite: what would be saved is no good.
         """
         self._losses.check(wait=True)
-        checkpoint["base"] = base_weights(self.model)
+        checkpoint["base"] = self._base
         if broken := next((name for name, p in self._trainable() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
         if self._step is not None:
@@ -395,18 +440,33 @@ class Idefics2Module(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another base or scale of the adapter, say what else differs; this run's rates win over the saved."""
+        """Refuse another base or scale of the adapter, and weights alone to resume from; say what else differs."""
+        self.configure_model()
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise InputError(
+                f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't go on: "
+                f"give a checkpoint with the optimizer's state"
+            )
         self._accumulated = checkpoint.get("accumulated", {})
         own = {"hyper_parameters": self.hparams}
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, LightningDataModule):
             own["datamodule_hyper_parameters"] = data.hparams
         check_hyperparameters(checkpoint, own)
-        if "base" in checkpoint:
-            check_base(checkpoint["base"], base_weights(self.model), self.hparams.pretrained)
-        set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
+        base = checkpoint.get("base")
+        if isinstance(base, Tensor):
+            check_embedding(base, self.model, self.hparams.pretrained)
+        elif base is not None:
+            check_base(base, self._base, self.hparams.pretrained)
 
     # Helpers
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """What tells the base that was loaded from others."""
+        config = self.model.get_base_model().config
+        return base_fingerprint(self.hparams.pretrained, getattr(config, "_commit_hash", None))
 
     @property
     def _scaler(self) -> Any:  # noqa: ANN401

@@ -1,8 +1,10 @@
 """What ``pretrained`` names, the processor that is loaded from there, and the dtypes that models are loaded in."""
 
+import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoProcessor, ProcessorMixin
 
 from idefics_lit.errors import InputError, first_line
@@ -25,6 +27,25 @@ def fingerprint(pretrained: str) -> str:
     """Tell a local folder's weights from those that were there before: names, sizes and times of its files."""
     files = sorted(Path(resolve(pretrained)).glob("*.safetensors"))
     return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
+    """Return the files that a model's weights were loaded from: a folder's, or the Hub's cached ones.
+
+    Args:
+        pretrained: see `resolve`.
+        revision: the Hub's commit that was loaded.
+    """
+
+    def find(name: str) -> Path | None:
+        folder = Path(resolve(pretrained))
+        cached = folder / name if folder.is_dir() else try_to_load_from_cache(pretrained, name, revision=revision)
+        return Path(cached) if isinstance(cached, str | Path) and Path(cached).exists() else None
+
+    names = ["model.safetensors"]  # where there are both, it comes before the index
+    if find(names[0]) is None and (index := find("model.safetensors.index.json")):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for name in names if (file := find(name))]
 
 
 def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:
