@@ -54,10 +54,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
+        options = checkpoint["hyper_parameters"]
+        checkpoint["pytorch-lightning_version"], options["pretrained"], options["lora"]["alpha"]
+        if not all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()):
+            raise TypeError("its state_dict holds more than weights")
+        if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
+            raise TypeError("its datamodule_hyper_parameters are none")
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = first_line(error)
         raise InputError(f"ckpt_path {path}: not a checkpoint of this program, or a damaged one ({reason})") from error
     return checkpoint
@@ -120,8 +125,8 @@ def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mappi
     Raises:
         InputError: when the adapter had another scale.
     """
-    saved = checkpoint.get("hyper_parameters") or {}
-    alpha, own_alpha = (saved.get("lora") or {}).get("alpha"), own["hyper_parameters"]["lora"]["alpha"]
+    saved = checkpoint.get("hyper_parameters", {})
+    alpha, own_alpha = saved.get("lora", {}).get("alpha"), own["hyper_parameters"]["lora"]["alpha"]
     if alpha not in (None, own_alpha):
         raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
     differing = [

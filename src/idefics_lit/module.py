@@ -123,8 +123,14 @@ class Idefics2Module(LightningModule):
             raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
         if lr <= 0:
             raise InputError(f"model.lr {lr}: give a learning rate above 0")
+        if weight_decay < 0:
+            raise InputError(f"model.weight_decay {weight_decay}: give 0 or more")
+        if feature_cache_gb <= 0:
+            raise InputError(f"model.feature_cache_gb {feature_cache_gb}: give more than 0")
         # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
+        if lora["alpha"] <= 0:  # type: ignore[index]
+            raise InputError(f"model.lora.alpha {lora['alpha']}: give more than 0, the adapter's scale")  # type: ignore[index]
         self.save_hyperparameters()
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
@@ -382,10 +388,10 @@ class Idefics2Module(LightningModule):
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
         # Every rank must score the same types, whether or not it saw them.
-        types = {question_type for record in records for question_type in record["question_types"]}
-        for question_type in sorted(set().union(*gather_objects(self.trainer, types))):
-            of_type = [record for record in records if question_type in record["question_types"]]
-            self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
+        types = {name for record in records for name in map(_metric_name, record["question_types"])}
+        for name in sorted(set().union(*gather_objects(self.trainer, types))):
+            of_type = [record for record in records if name in map(_metric_name, record["question_types"])]
+            self.log(f"{stage}/anls/{name}", self._score(of_type), sync_dist=True)
         known = [record for record in records if "reference_page" in record]
         right = {record["question_id"]: record["answer_page"] == record["reference_page"] for record in known}
         once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
@@ -475,3 +481,8 @@ class Idefics2Module(LightningModule):
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+
+def _metric_name(question_type: str) -> str:
+    """Return a type of question without what tables and loggers would take for markup: [ and ], line breaks."""
+    return "".join(c if c.isprintable() else " " for c in question_type).translate(str.maketrans("[]", "()"))
