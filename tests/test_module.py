@@ -284,6 +284,16 @@ def test_load_from_checkpoint(tmp_path, tiny, processor, examples):
         assert torch.equal(loaded.eval()(batch), ours.eval()(batch))
 
 
+def test_weights_are_loaded_into_a_module_whose_model_is_not_there_yet(tiny):
+    ours, other = module(tiny, quantization="none"), module(tiny, quantization="none")
+    ours.configure_model()
+    with torch.no_grad():
+        for _, parameter in ours._trainable():
+            parameter.fill_(0.5)
+    other.load_state_dict(ours.state_dict())
+    assert all((parameter == 0.5).all() for _, parameter in other._trainable())
+
+
 def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):
     ours = module(tiny)
     ours.configure_model()
