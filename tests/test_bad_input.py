@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -116,6 +117,9 @@ def test_command_line(fails, args, message):
         ("model: {lora: {rank: 2}}", "no option model.lora.rank"),
         ("model: {lr: fast}", "model.lr: Expected a float. Got value: fast"),
         ("data: [", "Problems parsing config: .* line "),
+        ("model: {lora: null}", "model.lora is null: give its options, or leave it out"),
+        ("trainer: null", "trainer is null: give its options, or leave it out"),
+        ("", "Unexpected config"),
     ],
 )
 def test_config_file(fails, tmp_path, text, message):
@@ -144,6 +148,16 @@ def test_config_file(fails, tmp_path, text, message):
         (["--model.pretrained", "no/where"], "model.pretrained 'no/where': no processor can be loaded .* give a Hub"),
         (["--trainer.logger.init_args.save_dir", "file/logs"], "the output folder file/logs can't be written: "),
         (["--trainer.logger", "false", "--trainer.default_root_dir", "file/logs"], "the output folder file/logs can't"),
+        (["--model.weight_decay", "-1"], "model.weight_decay -1.0: give 0 or more"),
+        (["--model.lora.alpha", "0"], "model.lora.alpha 0: give more than 0"),
+        (["--model.schedule", "step"], r"model.schedule: Expected a Literal\['linear', 'cosine'\]. Got value: step"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches 0: give 1 or more"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval 0: give 1 or more batches"),
+        (["--trainer.val_check_interval", "100"], r"`val_check_interval` \(100\) must be less than or equal to the"),
+        (["--trainer.max_steps", "-5"], "`max_steps` must be a non-negative integer or -1"),
+        (["--trainer.devices", "-3"], "trainer: `devices` selected with `CPUAccelerator` should be an int > 0"),
+        (["--seed_everything", "-4"], "-4 is not in bounds"),
+        (["--ckpt_path", "best"], "`ModelCheckpoint` is not configured to save the best model"),
         (["--ckpt_path", "nope.ckpt"], "ckpt_path nope.ckpt: no such file"),
         (["--ckpt_path", "file"], "ckpt_path file: not a checkpoint of this program, or a damaged one"),
         (["--ckpt_path", "."], "ckpt_path .: not a checkpoint of this program, or a damaged one"),
@@ -271,7 +285,24 @@ def of_another_program(path):
     torch.save({"weights": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, pickled, saved_with_code, of_another_program])
+def changed(**changes):
+    def change(path):
+        torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(cut, pickled, saved_with_code, of_another_program),
+        *(
+            changed(hyper_parameters=value)
+            for value in (None, [1], {"hidden": 3}, {"pretrained": "tiny", "lora": None})
+        ),
+        *(changed(datamodule_hyper_parameters=None), changed(state_dict=None), changed(state_dict={"lora_A": "x"})),
+    ],
+)
 def test_damaged_checkpoints(fit_fails, checkpoint, tmp_path, damage):
     path = tmp_path / "my.ckpt"
     path.write_bytes(checkpoint.read_bytes())
@@ -290,6 +321,36 @@ def test_damaged_checkpoints(fit_fails, checkpoint, tmp_path, damage):
 )
 def test_checkpoints_of_another_adapter(fails, checkpoint, command, args, message):
     match(message, fails(command, "--ckpt_path", checkpoint, *CPU, *args))
+
+
+def test_a_checkpoint_of_another_version(fit_fails, checkpoint, tmp_path):
+    options = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    torch.save(torch.load(checkpoint, weights_only=True) | {"hyper_parameters": {**options, "new": 1}}, "my.ckpt")
+    match(
+        "ckpt_path my.ckpt: model.new, which it was trained with, is no option here",
+        fit_fails("--ckpt_path", "my.ckpt"),
+    )
+
+
+def test_a_metric_that_is_not_logged(run, tiny, capfd):
+    """It is known when the first validation has logged what there is; other text may stand before the line."""
+    stopping = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/f1")
+    with pytest.raises(SystemExit) as caught:
+        run("fit", "--model.pretrained", tiny, *CPU, "--data.source", REAL, *stopping)
+    assert caught.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    match("error: Early stopping conditioned on metric `val/f1` which is not available. .*`train/loss`", line)
+
+
+def test_text_of_the_data_is_no_markup(run, tiny, folder, capfd):
+    """In tables, and in the names of metrics that loggers and tables get."""
+    source = folder(question_types=["[/list]", "[bold]x\ny"], question="[/q]?", answers=["[/a]"])
+    shutil.copy(source / "train.json", source / "val.json")
+    flags = ("--data.image_size", 112, "--trainer.val_check_interval", 1, "--data.val_in_fit", 2)
+    written = run("fit", "--model.pretrained", tiny, *CPU, "--data.source", source, *flags)
+    assert "[/list]" in capfd.readouterr().out
+    names = next(written.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"val/anls/(/list)", "val/anls/(bold)x y"} <= set(names)
 
 
 def test_debug_shows_the_traceback(run, monkeypatch):

@@ -1,9 +1,11 @@
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import DATA
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Idefics2Config
 
 from idefics_lit.errors import InputError
@@ -77,6 +79,25 @@ def test_unpacked_weights_are_the_4_bit_ones(tiny, capfd):
 def test_a_pattern_that_matches_nothing_is_an_error(tiny):
     with pytest.raises(InputError, match=r"model\.lora: .*no_such_layer"):
         load(tiny, lora=LoRA(target_modules="no_such_layer"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", ["text_model.layers.1.self_attn.q_proj", "text_model.layers.1.input_layernorm"])
+def test_a_model_without_one_of_its_weights_is_an_error(tiny, tmp_path, quantization, name):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"model.{name}.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks 1 of the model's weights, such as model\.{name}\.weight: fetch"):
+        load(str(folder), quantization=quantization)
+
+
+def test_a_weight_that_the_model_has_no_place_for_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "head.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"has 1 weights that the model has no place for, such as head\.weight; they"):
+        load(str(folder), quantization="none")
 
 
 def test_a_model_that_is_not_there_is_an_error(tmp_path):

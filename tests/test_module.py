@@ -10,7 +10,7 @@ from idefics_lit.data.example import Example
 from idefics_lit.data.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.model import LoRA
-from idefics_lit.module import Idefics2Module
+from idefics_lit.module import Idefics2Module, _Step
 from idefics_lit.pretrained import load_processor
 
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
@@ -160,6 +160,119 @@ def test_weight_decay_spares_vectors_and_the_schedule_steps(tiny, processor, exa
     assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4])
 
 
+class Rates(Callback):
+    """The learning rates of an optimizer's groups, step by step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.values.append([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.fixture
+def rates(tiny, monkeypatch):
+    """Make so many steps and return the first group's learning rates, and the trainer."""
+
+    def training_step(self, batch, batch_idx):  # of no work: only rates are looked at
+        self._step = _Step(torch.ones(()), torch.zeros(()))
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
+
+    monkeypatch.setattr(Idefics2Module, "training_step", training_step)
+
+    def rates(steps, ckpt_path=None, kind=Idefics2Module, **options):
+        ours = kind(tiny, **{"quantization": "none", "lr": 1e-3, "warmup_steps": 2, **options})
+        trainer = Trainer(**CPU, **(steps if isinstance(steps, dict) else {"max_steps": steps}), callbacks=[Rates()])
+        trainer.fit(ours, DataLoader(range(2)), ckpt_path=ckpt_path, weights_only=True)
+        return [group[0] for group in trainer.callbacks[0].values], trainer
+
+    return rates
+
+
+@pytest.mark.parametrize("options", [{"lr": 5e-3}, {"schedule": "cosine"}, {"warmup_steps": 5, "steps": 5}])
+def test_a_resumed_run_has_its_own_schedules_rates_from_the_first_step(rates, tmp_path, options):
+    """Of more steps or fewer, another rate, another schedule: as if it had been so from the beginning."""
+    first, trainer = rates(3)
+    assert first == pytest.approx([0, 5e-4, 1e-3])  # and 0 at the end
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    options = {"steps": 8, **options}
+    whole, _ = rates(**options)
+    assert rates(ckpt_path=tmp_path / "a.ckpt", **options)[0] == whole[3:]
+
+
+class TwoRates(Idefics2Module):
+    """LoRA+: the B matrices learn 16 times faster."""
+
+    schedule = None
+
+    def configure_optimizers(self):
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if (letter in name)], "lr": lr, "weight_decay": decay}
+            for letter, lr, decay in (("lora_A", 1e-4, 0.1), ("lora_B", 16e-4, 0.2))
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        if self.schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+class TwoFallingRates(TwoRates):
+    def schedule(self, optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+class OurOptimizerAlone(Idefics2Module):
+    def configure_optimizers(self):
+        return super().configure_optimizers()["optimizer"]
+
+
+class OurOptimizerAndAnotherGroup(Idefics2Module):
+    """Its schedule is ours, the group isn't."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        group = configured["optimizer"].param_groups[0]
+        moved = {**group, "params": [group["params"].pop()], "initial_lr": 7e-4, "weight_decay": 0.5}
+        configured["optimizer"].param_groups.append(moved)
+        schedule = configured["lr_scheduler"]["scheduler"]
+        schedule.base_lrs.append(7e-4)
+        schedule.lr_lambdas.append(schedule.lr_lambdas[0])
+        return configured
+
+
+@pytest.mark.parametrize(
+    ("kind", "lrs", "decays"),
+    [
+        (TwoRates, [1e-4, 16e-4], [0.1, 0.2]),
+        (TwoFallingRates, [1e-4 / 8, 16e-4 / 8], [0.1, 0.2]),
+        (OurOptimizerAlone, [3e-3], [0.3]),
+        (OurOptimizerAndAnotherGroup, [3e-3 * 3 / 6, 7e-4 * 3 / 6], [0.3, 0.5]),
+    ],
+)
+def test_a_resumed_run_changes_the_rates_of_its_own_groups_alone(rates, tmp_path, kind, lrs, decays):
+    _, trainer = rates(3, kind=kind, warmup_steps=0)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    changed = {"kind": kind, "lr": 3e-3, "weight_decay": 0.3, "warmup_steps": 0}
+    _, trainer = rates(6, tmp_path / "a.ckpt", **changed)
+    assert trainer.callbacks[0].values[0] == pytest.approx(lrs)
+    assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == decays
+
+
+def test_without_a_last_step_the_rate_stays(rates):
+    """By time alone, or without an end."""
+    with pytest.warns(UserWarning, match="model.schedule linear: training has no last step that the learning rate"):
+        found, _ = rates({"max_epochs": -1, "max_time": {"seconds": 1}})
+    assert found[:3] == [0, 5e-4, 1e-3] and set(found[3:]) <= {1e-3}
+
+
+def test_weights_alone_are_refused_to_resume_from(rates, tmp_path):
+    _, trainer = rates(1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(InputError, match=r"ckpt_path .*a\.ckpt holds weights alone \(save_weights_only\), from"):
+        rates(2, tmp_path / "a.ckpt")
+
+
 def test_load_from_checkpoint(tmp_path, tiny, processor, examples):
     ours = module(tiny)
     trainer = Trainer(**CPU, max_steps=2)
@@ -169,6 +282,16 @@ def test_load_from_checkpoint(tmp_path, tiny, processor, examples):
     batch = Idefics2Collator(processor, train=False)(examples[:2])
     with torch.no_grad():
         assert torch.equal(loaded.eval()(batch), ours.eval()(batch))
+
+
+def test_weights_are_loaded_into_a_module_whose_model_is_not_there_yet(tiny):
+    ours, other = module(tiny, quantization="none"), module(tiny, quantization="none")
+    ours.configure_model()
+    with torch.no_grad():
+        for _, parameter in ours._trainable():
+            parameter.fill_(0.5)
+    other.load_state_dict(ours.state_dict())
+    assert all((parameter == 0.5).all() for _, parameter in other._trainable())
 
 
 def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):

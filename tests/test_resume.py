@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,14 @@ class CutOff(Callback):
 
     def __init__(self, place=None, batches=0):
         self.place, self.left = place, batches
+        self.visited = []
 
     def save(self, trainer, name):
         self.path = f"{self.place or 'whole'}-{name}.ckpt"
         trainer.save_checkpoint(self.path)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.visited += batch["question_ids"]
         self.left -= 1
         self.save(trainer, f"{trainer.current_epoch}-{batch_idx}")
         if self.left == 0 and self.place == "batch":
@@ -123,6 +127,39 @@ def test_another_number_of_workers(cut, short_fit, monkeypatch):
     with pytest.warns(UserWarning, match=r"epoch is begun anew.*: data.num_workers 1, here 2\."):
         _, callback = cut([*args[:-1], "2", "--ckpt_path", middle])
     assert not all(map(torch.equal, whole["state_dict"].values(), load(callback.path)["state_dict"].values()))
+
+
+def copy_with(source, folder, change):
+    """Copy an official data set whose training rows are changed."""
+    shutil.copytree(source, folder)
+    file = next(folder.glob("train*.json"))
+    content = json.loads(file.read_text())
+    change(content["data"])
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, docvqa, tmp_path):
+    """Whatever decides it: that is named, and the epoch's questions are visited once each."""
+    args = short_fit("--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 9)
+    args[args.index("--trainer.val_check_interval") + 1] = "1.0"
+    copy_with(docvqa, tmp_path / "moved", lambda rows: None)
+    copy_with(docvqa, tmp_path / "turned", lambda rows: rows.reverse())
+    folder, callback = cut(args)
+    args += ["--ckpt_path", str((folder / "whole-0-2.ckpt").rename(folder / "middle"))]
+    visited = callback.visited
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*begun anew")
+        assert cut([*args, "--data.source", "moved"])[1].visited == visited[6:]
+    for option, value, differing in (
+        ("--data.seed", 1, "data.seed 0, here 1"),
+        ("--data.questions_per_page", 2, "data.questions_per_page 1, here 2"),
+        ("--data.source", "turned", r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"),
+    ):
+        with pytest.warns(UserWarning, match=rf"checkpoint's epoch is begun anew, .* others: {differing}\."):
+            _, callback = cut([*args, option, str(value)])
+        assert len(callback.visited) == len(set(callback.visited)) >= 5, option
+        assert callback.visited != visited
 
 
 class Process:

@@ -119,6 +119,31 @@ def test_a_resumed_loader_goes_on_at_the_next_question(tmp_path, form, shards, n
     assert whole[-1][0][0] > 0
 
 
+def test_a_stream_in_another_order_is_refused(tmp_path):
+    """Whatever decides it; and not the folder that it lies in."""
+    trainer = Trainer(max_steps=10, logger=False, accelerator="cpu")
+
+    for folder, shards in (("a", 4), ("b", 4), ("c", 3)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "set", turns, shards=shards)
+
+    def part(folder="a", **options):
+        questions = StreamedQuestions(stream(str(tmp_path / folder / "set")), **options)
+        return StreamLoader(questions, trainer, batch_size=4, collate_fn=visits)
+
+    list(islice(begun := part(), 3))
+    state = begun.state_dict()
+    part("b").load_state_dict(state)
+    for options, differing in (
+        ({"seed": 1}, r"data.seed 0, here 1$"),
+        ({"questions_per_page": 2}, r"data.questions_per_page 1, here 2$"),
+        ({"held_out": ["0-1"]}, r"held-out pages 0 \(\w+\), here 1 \(\w+\)$"),
+        ({"folder": "c"}, r"data.source set train, 4 files, here set train, 3 files$"),
+    ):
+        with pytest.raises(InputError, match=rf"stream was read otherwise, resume with the same: {differing}"):
+            part(**options).load_state_dict(state)
+
+
 def test_another_epoch_of_the_trainers_goes_on(tmp_path):
     source = write(tmp_path / "set", turns, shards=4)
     trainer = Trainer(max_steps=10, logger=False, accelerator="cpu")
@@ -327,7 +352,7 @@ def test_a_resumed_fit_ends_in_the_same_adapter(run, tiny, tmp_path, capsys):
     assert_same_end(folder)
     with pytest.raises(SystemExit):
         run(*flags(tiny, source, "--ckpt_path", middle, "--data.num_workers", 1))
-    assert "read by 1 devices with data.num_workers 2, not by 1 with 1: resume with as many" in capsys.readouterr().err
+    assert "stream was read otherwise, resume with the same: data.num_workers 2, here 1" in capsys.readouterr().err
     source = write(tmp_path / "broken", turns, rows=8, images=[{"bytes": b"no image", "path": None}])
     with pytest.raises(SystemExit):
         run(*flags(tiny, source))

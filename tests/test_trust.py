@@ -2,14 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file, save_file
 
+from idefics_lit.checkpoint import base_fingerprint, check_base
+from idefics_lit.errors import InputError
 from idefics_lit.tiny import build_tiny
+
+EMBEDDING = "model.text_model.embed_tokens.weight"
 
 
 class RunsCode:
@@ -66,11 +74,82 @@ def checkpoint(run, short_fit):
 
 
 def test_another_base_model_is_refused_and_the_same_elsewhere_is_not(run, checkpoint, model, capfd, tmp_path):
-    run("validate", "--ckpt_path", checkpoint, "--model.pretrained", model, "--trainer.accelerator", "cpu")
+    """A sibling, trained a little further, is another; the same base in another precision isn't."""
+    validate = ("validate", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", "--model.pretrained", model)
+    run(*validate)
     build_tiny(tmp_path / "other", seed=1)
-    other = ("--model.pretrained", "other", "--trainer.accelerator", "cpu")
-    error = fails(run, capfd, "validate", "--ckpt_path", checkpoint, *other)
+    error = fails(run, capfd, *validate[:-1], "other")
+    assert re.search(
+        r"trained on another base model than model.pretrained 'other' \(\d+ of 165 weights differ, such as lm_head",
+        error,
+    )
+    weights = load_file(model / "model.safetensors")
+    for changed, name in ((torch.bfloat16, None), (None, "model.text_model.layers.2.self_attn.v_proj.weight")):
+        stored = {
+            n: weight.to(changed) if changed else weight * (1 + 2e-3 * (n == name)) for n, weight in weights.items()
+        }
+        save_file(stored, model / "model.safetensors", {"format": "pt"})
+        if changed:
+            run(*validate, "--model.quantization", "nf4", "--trainer.precision", "bf16-mixed")
+        else:
+            error = fails(run, capfd, *validate)
+            assert (
+                f"another base model than model.pretrained '{model}' (1 of 165 weights differ, such as {name})" in error
+            )
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_an_embedding_alone(run, checkpoint, capfd, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    embedding = load_file(Path(saved["hyper_parameters"]["pretrained"]) / "model.safetensors")[EMBEDDING]
+    torch.save({**saved, "base": embedding[:8, :8].float()}, "old.ckpt")
+    validate = ("validate", "--ckpt_path", "old.ckpt", "--trainer.accelerator", "cpu")
+    run(*validate)
+    build_tiny(tmp_path / "other", seed=1)
+    error = fails(run, capfd, *validate, "--model.pretrained", "other")
     assert "trained on another base model than model.pretrained 'other', whose embeddings differ: give the" in error
+
+
+def test_the_hubs_revision_is_remembered_and_named(tmp_path, monkeypatch):
+    """Another commit with the same weights is the same base."""
+    bases = {}
+    for revision, seed in (("a" * 40, 0), ("b" * 40, 0), ("c" * 40, 1)):
+        build_tiny(tmp_path / "models--someone--base" / "snapshots" / revision, seed=seed)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        cached = partial(try_to_load_from_cache, cache_dir=tmp_path)
+        monkeypatch.setattr("idefics_lit.pretrained.try_to_load_from_cache", cached)
+        bases[revision[0]] = base_fingerprint("someone/base", revision)
+    assert len(bases["a"]["names"]) == 165
+    check_base(bases["a"], bases["b"], "someone/base")
+    with pytest.raises(InputError, match=rf"weights differ, such as .*; revision {'a' * 40}, here {'c' * 40}\)"):
+        check_base(bases["a"], bases["c"], "someone/base")
+
+
+def test_an_adapter_that_is_no_number_is_refused(run, checkpoint, capfd):
+    saved = torch.load(checkpoint, weights_only=True)
+    name = next(iter(saved["state_dict"]))
+    saved["state_dict"][name][0, 0] = float("nan")
+    torch.save(saved, "nan.ckpt")
+    for command in (("validate",), ("export", "--output", "out")):
+        error = fails(run, capfd, *command, "--ckpt_path", "nan.ckpt", "--trainer.accelerator", "cpu")
+        assert error == f"error: the checkpoint's {name} holds numbers that aren't finite: take an earlier checkpoint"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "ask", "export"])
+def test_a_base_that_lacks_a_weight_is_refused(run, short_fit, checkpoint, model, docvqa, capfd, command):
+    """It would be random numbers."""
+    weights = load_file(model / "model.safetensors")
+    name = "model.vision_model.encoder.layers.0.mlp.fc1.bias"
+    weights["vision.old"] = weights.pop(name)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    page = next((docvqa / "documents").iterdir())
+    options = {"ask": ("--image", page, "--question", "?"), "export": ("--output", "out", "--merge", "true")}
+    args = (command, "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", *options.get(command, ()))
+    error = fails(run, capfd, *(short_fit() if command == "fit" else args), "--model.pretrained", model)
+    assert error == (
+        f"error: model.pretrained '{model}' lacks 1 of the model's weights, such as {name}, and has 1 weights that the "
+        f"model has no place for, such as vision.old: fetch or convert it again"
+    )
 
 
 def test_another_prompt_and_processor_are_named(run, checkpoint):

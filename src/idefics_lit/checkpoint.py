@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import safe_open
 from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.files import replacing
+from idefics_lit.pretrained import weight_files
+
+SLICE = 8  # numbers of each weight in `base_fingerprint`
 
 # Other answers can't be told from worse ones when these differ from what the adapter was trained with.
 TRAINED_WITH = {
@@ -50,10 +54,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
+        options = checkpoint["hyper_parameters"]
+        checkpoint["pytorch-lightning_version"], options["pretrained"], options["lora"]["alpha"]
+        if not all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()):
+            raise TypeError("its state_dict holds more than weights")
+        if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
+            raise TypeError("its datamodule_hyper_parameters are none")
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = first_line(error)
         raise InputError(f"ckpt_path {path}: not a checkpoint of this program, or a damaged one ({reason})") from error
     return checkpoint
@@ -89,10 +98,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of trained weights.
+    """Compare the names and shapes of trained weights, and see that they are numbers.
 
     Raises:
-        InputError: with the first that differ.
+        InputError: with the first that differ, or the first that isn't finite.
     """
     shapes = [{name: tuple(value.shape) for name, value in weights.items()} for weights in (saved, own)]
     theirs, ours = shapes
@@ -102,6 +111,8 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
             f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): "
             f"give model.pretrained and model.lora as it was trained with"
         )
+    if broken := next((name for name, value in saved.items() if not value.isfinite().all()), None):
+        raise InputError(f"the checkpoint's {broken} holds numbers that aren't finite: take an earlier checkpoint")
 
 
 def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> None:
@@ -129,34 +140,67 @@ def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mappi
         rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
 
 
-def base_weights(model: torch.nn.Module) -> Tensor:
-    """Return 8 x 8 of the embedding's weights on the CPU, float32: they tell one base model from another."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight[:8, :8].detach().float().cpu().clone()
+def base_fingerprint(pretrained: str, revision: str | None = None) -> dict[str, Any]:
+    """Return what tells a base model from others, its siblings too: a few numbers of every weight as it is stored.
+
+    They are the files', and so the same in any precision and quantization.
+
+    Args:
+        pretrained: where the base was loaded from.
+        revision: the Hub's commit.
+
+    Returns:
+        ``names`` and ``values`` (weights, `SLICE`) float32 of the weights, their ``dtype``, and the ``revision``.
+    """
+    values: dict[str, Tensor] = {}
+    dtypes = set()
+    for path in weight_files(pretrained, revision):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                if shape and part.get_dtype() in ("F16", "BF16", "F32"):
+                    index = [slice(0, SLICE) for _ in shape]
+                    if len(shape) > 1:  # the middle row: the first are often of tokens that nothing is trained on
+                        index[0] = slice(shape[0] // 2, shape[0] // 2 + 1)
+                    found = part[tuple(index)].flatten()[:SLICE].float()
+                    values[name] = torch.nn.functional.pad(found, (0, SLICE - len(found)))
+                    dtypes.add(part.get_dtype())
+    names = sorted(values)
+    stacked = torch.stack([values[name] for name in names]) if names else torch.empty(0, SLICE)
+    return {"names": names, "values": stacked, "dtype": " ".join(sorted(dtypes)), "revision": revision}
 
 
-def check_base(saved: Tensor, own: Tensor, pretrained: str) -> None:
-    """Compare `base_weights`, which both precisions of 16 bits round.
+def check_base(saved: Mapping[str, Any], own: Mapping[str, Any], pretrained: str) -> None:
+    """Compare two `base_fingerprint`. A copy that is stored in another precision is the same base.
+
+    Raises:
+        InputError: when they are of different base models.
+    """
+    theirs, ours = (dict(zip(base["names"], base["values"], strict=True)) for base in (saved, own))
+    # bfloat16 rounds to 2**-9, float16's smallest step is 2**-24.
+    rtol, atol = (0.0, 0.0) if saved["dtype"] == own["dtype"] else (2**-8, 2**-24)
+    both = theirs.keys() & ours.keys()
+    differing = sorted(name for name in both if not torch.allclose(theirs[name], ours[name], rtol, atol))
+    if differing or (theirs and ours and not both):
+        weights = f"{len(differing)} of {len(both)} weights differ, such as {differing[0]}" if both else "other weights"
+        there, here = saved["revision"], own["revision"]
+        revisions = f"; revision {there}, here {here}" if there != here else ""
+        raise InputError(
+            f"the checkpoint's adapter was trained on another base model than model.pretrained {pretrained!r} "
+            f"({weights}{revisions}): give the one it was trained on"
+        )
+
+
+def check_embedding(saved: Tensor, model: torch.nn.Module, pretrained: str) -> None:
+    """Compare 8 x 8 of the embedding's weights, all that a checkpoint of an earlier version knows of its base.
 
     Raises:
         InputError: when they are of another base model.
     """
-    if not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):
+    own = model.get_input_embeddings().weight[:8, :8].detach().float().cpu()  # type: ignore[operator]
+    if not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):  # both precisions of 16 bits round it
         raise InputError(
             f"the checkpoint's adapter was trained on another base model than model.pretrained {pretrained!r}, whose "
             f"embeddings differ: give the one it was trained on"
         )
-
-
-def set_rates(checkpoint: dict[str, Any], lr: float, weight_decay: float) -> None:
-    """Put this run's learning rate and weight decay into the states of optimizer and schedule.
-
-    Both remember the rates they were saved with, which would otherwise win over what the user gives.
-    """
-    for optimizer in checkpoint.get("optimizer_states", []):
-        for group in optimizer["param_groups"]:
-            group["lr"] *= lr / group["initial_lr"]
-            group["initial_lr"] = lr
-            group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
-    for scheduler in checkpoint.get("lr_schedulers", []):
-        scheduler["base_lrs"] = [lr for _ in scheduler["base_lrs"]]

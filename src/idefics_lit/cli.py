@@ -8,12 +8,14 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
@@ -117,12 +119,19 @@ class DocVQACLI(LightningCLI):
             path = self._newest_checkpoint()
         if path and path not in ("best", "hpc"):
             checkpoint = read_checkpoint(path)
-            remembered = {
+            remembered: dict[str, Any] = {
                 "model": checkpoint.get("hyper_parameters", {}),
                 "data": checkpoint.get("datamodule_hyper_parameters", {}),
             }
-            remembered["data"].pop("pretrained", None)  # linked to the model's
-            self._subcommand_parsers[command].set_defaults(_flat(remembered))
+            remembered = _flat(remembered)
+            remembered.pop("data.pretrained", None)  # linked to the model's
+            known = {action.dest for action in self._subcommand_parsers[command]._actions}
+            if unknown := sorted(remembered.keys() - known):
+                raise InputError(
+                    f"ckpt_path {path}: {unknown[0]}, which it was trained with, is no option here: it is another "
+                    f"version's, or another program's"
+                )
+            self._subcommand_parsers[command].set_defaults(remembered)
             self.config = self._parse(parser, args)
         self.config[command].ckpt_path = path
 
@@ -143,10 +152,16 @@ class DocVQACLI(LightningCLI):
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
         try:
-            return parser.parse_args(args)
+            config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise InputError(f"a config file is no text in UTF-8: {error}") from error
         except ArgumentError as error:
             known = {action.dest for command in self._subcommand_parsers.values() for action in command._actions}
             raise InputError(_explain(str(error), sorted(known))) from error
+        for part in ("trainer", "data", "model.lora"):
+            if config[config.subcommand].get(part) is None:
+                raise InputError(f"{part} is null: give its options, or leave it out")
+        return config
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters win over the user's flags."""
@@ -157,6 +172,10 @@ class DocVQACLI(LightningCLI):
         if not options.data.source and self.config.subcommand not in WITHOUT_DATA:
             raise InputError("data.source is missing: give --config FILE, or a folder, Hub id or synthetic")
         trainer = options.trainer
+        if trainer.accumulate_grad_batches < 1:
+            raise InputError(f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: give 1 or more")
+        if trainer.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval 0: give 1 or more batches, or a share of an epoch up to 1.0")
         if self.config.subcommand in WITHOUT_DATA:
             trainer.logger = trainer.enable_progress_bar = False
             # One process answers page by page; what a config limits, it limits for runs.
@@ -178,7 +197,7 @@ class DocVQACLI(LightningCLI):
         """Return the Trainer; what it refuses, such as a job's wrong environment, is a user's mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -314,6 +333,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not re.match(old, record.getMessage())
 
 
+def _is_lightnings(error: Exception) -> bool:
+    """Whether Lightning itself refuses something, such as a callback's metric that isn't logged."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    folder = Path(lightning.__file__).parent
+    return folder in Path(frame.filename).parents and (frame.line or "").startswith("raise ")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run one of `COMMANDS`.
 
@@ -356,8 +384,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 "exit_on_error": False,
             },
         )
-    except (InputError, MisconfigurationException, torch.OutOfMemoryError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not (isinstance(error, InputError | torch.OutOfMemoryError) or _is_lightnings(error)):
             raise
         text = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)

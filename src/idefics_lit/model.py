@@ -6,12 +6,15 @@ bitsandbytes' inference kernels, which have no gradient and never let go of a la
 """
 
 import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
@@ -70,7 +73,8 @@ def load_model(
         compiled: compile the layers, each kind once, and what else goes over all patches.
 
     Raises:
-        InputError: when there is no such model, it is an adapter, or ``target_modules`` match none of its layers.
+        InputError: when there is no such model, it is an adapter or lacks a weight, or ``target_modules`` match none of
+            its layers.
     """
     refuse_adapter(pretrained)
     # No one else's code is run: neither a repository's own nor what a pickle holds.
@@ -84,20 +88,22 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head"] if quantize_vision else ["lm_head", "model.vision_model"],
         )
+    options |= {"output_loading_info": True}
     try:
-        base: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
+        with _quiet():  # what it reports is refused or said below
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
     except Exception as error:
         raise cannot_load("model", pretrained, error) from error
+    base: PreTrainedModel = loaded[0]
+    _check_complete(pretrained, loaded[1])
     if device.type == "cpu":
         for layer in base.modules():
             if isinstance(layer, Linear4bit):
                 # The first evaluation would repack the weight for a kernel without autograd, for good.
                 layer.support_avx512bf16_for_cpu = False
     if dequantize and quantization != "none":
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it warns of what is wanted
-        base = base.dequantize(dtype)
-        transformers.logging.set_verbosity(verbosity)
+        with _quiet():  # it warns of what is wanted
+            base = base.dequantize(dtype)
     model = add_lora(base, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,6 +124,39 @@ def load_model(
             part.compile(dynamic=True)
     # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
     return model.train()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' warnings."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> None:
+    """Refuse a base some of whose weights would be random numbers, and say which others the model has no place for.
+
+    Args:
+        pretrained: where it was loaded from.
+        report: transformers' loading info; what is tied to another weight isn't missing.
+
+    Raises:
+        InputError: with the first that is missing.
+    """
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    others = f"{len(unexpected)} weights that the model has no place for, such as {unexpected[0]}" if unexpected else ""
+    if missing:
+        instead = f", and has {others}" if others else ""
+        raise InputError(
+            f"model.pretrained {pretrained!r} lacks {len(missing)} of the model's weights, such as {missing[0]}"
+            f"{instead}: fetch or convert it again"
+        )
+    if others:
+        rank_zero_warn(f"model.pretrained {pretrained!r} has {others}; they are ignored.")
 
 
 def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:

@@ -11,20 +11,30 @@ What is special here:
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.cache import open_cache
-from idefics_lit.checkpoint import base_weights, check_base, check_hyperparameters, check_weights, go_on, set_rates
+from idefics_lit.checkpoint import (
+    base_fingerprint,
+    check_base,
+    check_embedding,
+    check_hyperparameters,
+    check_weights,
+    go_on,
+)
 from idefics_lit.distributed import gather_objects, summed
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation import Evaluation
@@ -64,7 +74,8 @@ class Idefics2Module(LightningModule):
         lr: AdamW's learning rate, reached after the warm-up.
         weight_decay: AdamW's, on matrices; biases and norms have none.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
-        schedule: how it falls to 0 at the last step, "linear" or "cosine".
+        schedule: how it falls to 0 at the last step, "linear" or "cosine"; where there is no last step, as with
+            trainer.max_time alone, it stays.
         gradient_checkpointing: compute activations twice to save memory.
         feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
             other questions and in every epoch. Nothing, unless given.
@@ -114,8 +125,14 @@ class Idefics2Module(LightningModule):
             raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
         if lr <= 0:
             raise InputError(f"model.lr {lr}: give a learning rate above 0")
+        if weight_decay < 0:
+            raise InputError(f"model.weight_decay {weight_decay}: give 0 or more")
+        if feature_cache_gb <= 0:
+            raise InputError(f"model.feature_cache_gb {feature_cache_gb}: give more than 0")
         # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
+        if lora["alpha"] <= 0:  # type: ignore[index]
+            raise InputError(f"model.lora.alpha {lora['alpha']}: give more than 0, the adapter's scale")  # type: ignore[index]
         self.save_hyperparameters()
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
@@ -124,6 +141,9 @@ class Idefics2Module(LightningModule):
         self._accumulated: dict[str, Any] = {}
         self._losses, self._overflows = LossWatch(), OverflowWatch()
         self._signals: Signals | None = None
+        self._schedule: LambdaLR | None = None  # what `configure_optimizers` made
+        self._groups: list[dict[str, Any]] = []  # the optimizer's, as it made them
+        self._restored = False  # whether a checkpoint's optimizer was loaded
 
     def configure_model(self) -> None:
         """Load processor and model onto this process' device."""
@@ -196,8 +216,14 @@ class Idefics2Module(LightningModule):
         self._signals = Signals(self.trainer)
 
     def on_train_start(self) -> None:
-        """Take up the gradients that a checkpoint holds."""
+        """Take up the gradients that a checkpoint holds, and the learning rate of this run's schedule."""
         go_on(self.trainer.fit_loop)
+        if self._restored and self._schedule in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
+            schedule = cast(Any, self._schedule)
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         if not self._accumulated:
             return
         self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
@@ -283,13 +309,37 @@ class Idefics2Module(LightningModule):
             # With a scaler it would unscale gradients by itself, behind the clipping.
             fused=parameters[0].is_cuda and not (self._scaler and self.trainer.gradient_clip_val),
         )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
         # It may have opened the loader, before a checkpoint's place in it was known.
         self.trainer.fit_loop._combined_loader = None
+        schedule = options.schedule
+        if steps == float("inf"):
+            rank_zero_warn(
+                f"model.schedule {schedule}: training has no last step that the learning rate could fall to, so it "
+                f"stays at model.lr after the warm-up: give trainer.max_steps or trainer.max_epochs to have it fall"
+            )
+            schedule = "constant_with_warmup"
         scheduler = get_scheduler(
-            options.schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=steps
+            schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=cast(int, steps)
         )
+        self._schedule, self._restored = scheduler, False
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.register_load_state_dict_pre_hook(self._keep_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _keep_settings(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+        """Let this run's learning rate and other settings win over a checkpoint's, before its optimizer is loaded.
+
+        Groups that a subclass has added or changed, or that a schedule of its own is at work on, stay the checkpoint's.
+        """
+        self._restored = True
+        if any(config.scheduler is not self._schedule for config in self.trainer.lr_scheduler_configs):
+            return None
+        groups = list(saved["param_groups"])
+        for i, (group, made) in enumerate(zip(optimizer.param_groups, self._groups, strict=False)):
+            if i < len(groups) and all(group.get(name) == value for name, value in made.items()):
+                groups[i] = {**groups[i], **made}
+        return {**saved, "param_groups": groups}
 
     # Evaluation
 
@@ -340,10 +390,10 @@ class Idefics2Module(LightningModule):
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
         # Every rank must score the same types, whether or not it saw them.
-        types = {question_type for record in records.values() for question_type in record["question_types"]}
-        for question_type in sorted(set().union(*gather_objects(self.trainer, types))):
-            of_type = {key: record for key, record in records.items() if question_type in record["question_types"]}
-            self.log(f"{stage}/anls/{question_type}", self._score(of_type), sync_dist=True)
+        types = {name for record in records.values() for name in map(_metric_name, record["question_types"])}
+        for name in sorted(set().union(*gather_objects(self.trainer, types))):
+            of_type = {key: r for key, r in records.items() if name in map(_metric_name, r["question_types"])}
+            self.log(f"{stage}/anls/{name}", self._score(of_type), sync_dist=True)
         known = {key: record for key, record in records.items() if "reference_page" in record}
         right = {key: record["answer_page"] == record["reference_page"] for key, record in known.items()}
         once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
@@ -374,6 +424,7 @@ class Idefics2Module(LightningModule):
         Raises:
             InputError: with the first names that differ, when they are another adapter's.
         """
+        self.configure_model()
         check_weights(state_dict, dict(self._trainable()))
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -384,7 +435,7 @@ class Idefics2Module(LightningModule):
             InputError: a loss wasn't finite: what would be saved is no good.
         """
         self._losses.check(wait=True)
-        checkpoint["base"] = base_weights(self.model)
+        checkpoint["base"] = self._base
         if broken := next((name for name, p in self._trainable() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
         if self._step is not None:
@@ -397,18 +448,33 @@ class Idefics2Module(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another base or scale of the adapter, say what else differs; this run's rates win over the saved."""
+        """Refuse another base or scale of the adapter, and weights alone to resume from; say what else differs."""
+        self.configure_model()
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise InputError(
+                f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't go on: "
+                f"give a checkpoint with the optimizer's state"
+            )
         self._accumulated = checkpoint.get("accumulated", {})
         own = {"hyper_parameters": self.hparams}
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, LightningDataModule):
             own["datamodule_hyper_parameters"] = data.hparams
         check_hyperparameters(checkpoint, own)
-        if "base" in checkpoint:
-            check_base(checkpoint["base"], base_weights(self.model), self.hparams.pretrained)
-        set_rates(checkpoint, self.hparams.lr, self.hparams.weight_decay)
+        base = checkpoint.get("base")
+        if isinstance(base, Tensor):
+            check_embedding(base, self.model, self.hparams.pretrained)
+        elif base is not None:
+            check_base(base, self._base, self.hparams.pretrained)
 
     # Helpers
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """What tells the base that was loaded from others."""
+        config = self.model.get_base_model().config
+        return base_fingerprint(self.hparams.pretrained, getattr(config, "_commit_hash", None))
 
     @property
     def _scaler(self) -> Any:  # noqa: ANN401
@@ -417,3 +483,8 @@ class Idefics2Module(LightningModule):
 
     def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+
+def _metric_name(question_type: str) -> str:
+    """Return a type of question without what tables and loggers would take for markup: [ and ], line breaks."""
+    return "".join(c if c.isprintable() else " " for c in question_type).translate(str.maketrans("[]", "()"))

@@ -69,7 +69,8 @@ class PredictionWriter(BasePredictionWriter):
             finally:  # one of the files is better than none
                 _write(folder / "submission.json", [json.dumps(answers, ensure_ascii=False)])
             Console().print(
-                f"{len(records)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}"
+                f"{len(records)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}",
+                markup=False,
             )
 
 
@@ -116,9 +117,9 @@ class Results(Callback):
         console = Console()
         if stage != "fit":
             if self.after:
-                console.print(f"{len(self.after)} answers in {self.file}")
+                console.print(f"{len(self.after)} answers in {self.file}", markup=False)
             if self.report:
-                console.print(f"report in {self.report}")
+                console.print(f"report in {self.report}", markup=False)
             return
         if self.after:
             console.print(_scores(self.compared, self.after))
@@ -128,15 +129,15 @@ class Results(Callback):
     def _places(self, trainer: Trainer) -> Table:
         folder = run_folder(trainer)
         places = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None)
-        places.add_row("run", str(folder))
+        places.add_row("run", escape(str(folder)))
         best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_score", None) is not None), None)
         if best is not None:
             score = f"({best.monitor} {float(best.best_model_score):.4f})"  # type: ignore[attr-defined]
-            places.add_row("best checkpoint", f"{best.best_model_path} {score}")  # type: ignore[attr-defined]
+            places.add_row("best checkpoint", escape(f"{best.best_model_path} {score}"))  # type: ignore[attr-defined]
         if self.after:
-            places.add_row("answers", str(self.file))
+            places.add_row("answers", escape(str(self.file)))
         if self.report:
-            places.add_row("report", str(self.report))
+            places.add_row("report", escape(str(self.report)))
         for name in ("train/loss", "val/loss"):
             if name in trainer.callback_metrics:
                 places.add_row(name, f"{float(trainer.callback_metrics[name]):.4f}")
@@ -174,7 +175,7 @@ class SkippedExamples(Callback):
         """Count them, on rank 0."""
         if trainer.is_global_zero and self.file.exists():
             count = len(set(self.file.read_text(encoding="utf-8").splitlines()))
-            Console().print(f"{count} examples were skipped: {self.file}")
+            Console().print(f"{count} examples were skipped: {self.file}", markup=False)
 
 
 def _scores(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]]) -> Table:
@@ -184,7 +185,7 @@ def _scores(before: Mapping[Any, dict[str, Any]], after: Sequence[dict[str, Any]
     def add(name: str, records: Sequence[dict[str, Any]]) -> None:
         scores = [[before[record["place"]]["score"] for record in records]] if before else []
         scores.append([record["score"] for record in records])
-        table.add_row(name, *(f"{sum(some) / len(some):.3f}" for some in scores), str(len(records)))
+        table.add_row(escape(name), *(f"{sum(some) / len(some):.3f}" for some in scores), str(len(records)))
 
     add("all", after)
     for kind in sorted({kind for record in after for kind in record["question_types"]}):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -49,6 +50,25 @@ def refuse_adapter(pretrained: str) -> None:
         f"--model.pretrained {base} --ckpt_path CHECKPOINT, with the checkpoint that it was exported from; or the "
         f"merged model that `export --ckpt_path CHECKPOINT --merge true --output FOLDER` writes"
     )
+
+
+def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
+    """Return the files that a model's weights were loaded from: a folder's, or the Hub's cached ones.
+
+    Args:
+        pretrained: see `resolve`.
+        revision: the Hub's commit that was loaded.
+    """
+
+    def find(name: str) -> Path | None:
+        folder = Path(resolve(pretrained))
+        cached = folder / name if folder.is_dir() else try_to_load_from_cache(pretrained, name, revision=revision)
+        return Path(cached) if isinstance(cached, str | Path) and Path(cached).exists() else None
+
+    names = ["model.safetensors"]  # where there are both, it comes before the index
+    if find(names[0]) is None and (index := find("model.safetensors.index.json")):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for name in names if (file := find(name))]
 
 
 def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:

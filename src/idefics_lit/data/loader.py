@@ -1,6 +1,6 @@
 """The loaders of training batches, of a set and of a stream, which a resumed run goes on with where it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning import Trainer
@@ -15,13 +15,13 @@ from idefics_lit.errors import InputError
 class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
     """A loader that knows its place in an epoch.
 
-    A place is so many batches: another run finds the same questions behind it when as many devices, workers and
-    examples a batch make it. With others its epoch is begun anew, and says so.
+    A place is so many batches: another run finds the same questions behind it when the same sampler, and as many
+    workers and examples a batch, make it. With others its epoch is begun anew, and says so.
 
     Args:
         dataset: the questions.
         trainer: whose epoch it is.
-        options: a DataLoader's.
+        options: a DataLoader's, the sampler `Visits` among them.
     """
 
     def __init__(self, dataset: Any, trainer: Trainer | None, **options: Any) -> None:  # noqa: ANN401
@@ -41,8 +41,7 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there, or begin the epoch anew."""
         saved, own, place = state_dict["made by"], self._made_by(), state_dict["place"]
-        if place and saved != own:
-            differing = ", ".join(f"{name} {saved[name]}, here {own[name]}" for name in own if saved[name] != own[name])
+        if place and (differing := _differing(saved, own)):
             rank_zero_warn(f"The checkpoint's epoch is begun anew, since its batches were others: {differing}.")
             assert self.trainer is not None
             self.trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
@@ -51,11 +50,10 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _made_by(self) -> dict[str, Any]:
         return {
-            "trainer.devices": self.trainer.world_size if self.trainer else 1,
+            **self.sampler.decided_by,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "data.batch_size": self.batch_size,
             "data.num_workers": self.num_workers,
-            "questions": len(self.dataset),
         }
 
 
@@ -70,7 +68,7 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
         options: a DataLoader's.
 
     Raises:
-        InputError: when a state is of other ranks or workers.
+        InputError: when a state is of a stream that was read in another order.
     """
 
     def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
@@ -90,14 +88,23 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return where all ranks are; all of them must call it."""
-        return {"num_workers": self.num_workers, "ranks": gather_objects(self.trainer, super().state_dict())}
+        return {"made by": self._made_by(), "ranks": gather_objects(self.trainer, super().state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where this rank was."""
-        ranks, workers = len(state_dict["ranks"]), state_dict["num_workers"]
-        if (ranks, workers) != (self.trainer.world_size, self.num_workers):
-            raise InputError(
-                f"the checkpoint's stream was read by {ranks} devices with data.num_workers {workers}, not by "
-                f"{self.trainer.world_size} with {self.num_workers}: resume with as many"
-            )
+        if differing := _differing(state_dict["made by"], self._made_by()):
+            raise InputError(f"the checkpoint's stream was read otherwise, resume with the same: {differing}")
         super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])
+
+    def _made_by(self) -> dict[str, Any]:
+        return {
+            **self.dataset.decided_by,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "data.num_workers": self.num_workers,
+        }
+
+
+def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Say what decides the order of a checkpoint's batches and of a run's own, where it isn't the same."""
+    names = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
+    return ", ".join(f"{name} {saved.get(name, 'unknown')}, here {own.get(name, 'unknown')}" for name in names)

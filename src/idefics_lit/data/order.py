@@ -1,6 +1,8 @@
 """Which questions of a split are visited, and in which order by which rank."""
 
-from collections.abc import Hashable, Iterator, Sequence
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -64,6 +66,19 @@ class Visits(DistributedSampler[Any]):
     def __init__(self, examples: Examples, questions_per_page: int, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(examples, **kwargs)
         self.page_ids, self.questions_per_page = examples.page_ids, questions_per_page
+        self.answers = examples.answers
+
+    @cached_property
+    def decided_by(self) -> dict[str, Any]:
+        """What decides the order of all epochs: options by name, and which questions there are, wherever they lie."""
+        # By grouping and answers: a page's key may be a path of this machine.
+        questions = digest(zip(grouped(self.page_ids), map(list, self.answers), strict=True))
+        return {
+            "trainer.devices": self.num_replicas,
+            "data.seed": self.seed,
+            "data.questions_per_page": self.questions_per_page,
+            "training questions": f"{len(self.page_ids)} ({questions})",
+        }
 
     def __iter__(self) -> Iterator[Any]:
         """Yield what `Selected` takes."""
@@ -84,6 +99,20 @@ class Visits(DistributedSampler[Any]):
         share = (len(order) - whole) // self.num_replicas
         rest = order[whole + self.rank * share :][:share]
         return iter([*chain.from_iterable(runs[self.rank :: self.num_replicas]), *rest])
+
+
+def grouped(page_ids: Iterable[Hashable]) -> list[int]:
+    """Return which page each question is about, by the place of the page's first question."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(page_id, place) for place, page_id in enumerate(page_ids)]
+
+
+def digest(values: Iterable[Any]) -> str:
+    """Return eight hexadecimal digits that tell one sequence of numbers and texts from another."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(f"{value!r}\n".encode())
+    return found.hexdigest()[:8]
 
 
 class PageByPage(DistributedSampler[Any]):

@@ -24,6 +24,7 @@ from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.forms import Form
 from idefics_lit.data.images import page_key
 from idefics_lit.data.official import find_official_splits
+from idefics_lit.data.order import digest
 from idefics_lit.data.table import find_tables, find_text_files
 from idefics_lit.errors import InputError, first_line
 
@@ -202,6 +203,17 @@ class StreamedQuestions(IterableDataset[Example]):
         self.seed, self.questions_per_page, self.held_out = seed, questions_per_page, frozenset(held_out)
         # Epoch, shard in the epoch's order, window in it, what `datasets` reads that from, question in it.
         self._state: dict[str, Any] = {"epoch": 0, "place": 0, "window": 0, "source": None, "offset": 0}
+
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """What decides the order: options by name, and which files and questions there are, wherever they lie."""
+        return {
+            "trainer.devices": self.world_size,
+            "data.seed": self.seed,
+            "data.questions_per_page": self.questions_per_page,
+            "data.source": f"{Path(self.stream.name).name}, {self.stream.dataset.num_shards} files",
+            "held-out pages": f"{len(self.held_out)} ({digest(sorted(map(str, self.held_out)))})",
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the next question is."""
