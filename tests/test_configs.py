@@ -39,6 +39,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
         changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
     configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)
+    end_wandb()
     checkpoints = sorted(folder.rglob("*.ckpt"))
     assert [path.name for path in checkpoints] == ["best.ckpt", "last.ckpt"]
     config = next(folder.rglob("config.yaml"))
@@ -48,7 +49,6 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     saved = yaml.safe_load(config.read_text())
     assert saved["data"]["image_splitting"] == (name == "image_splitting")
     assert saved["trainer"]["precision"] == ("bf16-mixed" if name in ("gpu_80gb", "fsdp") else "32-true")
-    end_wandb()
     capfd.readouterr()
     run("fit", *configs, *changed, "--trainer.max_steps", 2, "--ckpt_path", "last")
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns).relative_to(folder)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
-from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace, dict_to_namespace
 from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -71,6 +71,23 @@ NO_MEMORY = (
     "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
     "give --model.gradient_checkpointing true, or for an evaluation lower data.eval_batch_size"
 )
+
+
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, whose default logger leaves nothing to another one that is given in its place."""
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401
+        """Return the defaults, the logger's without those of its class: a class that has them too would inherit them.
+
+        ``save_dir`` stays, which CSVLogger and TensorBoardLogger require.
+        """
+        defaults = super().get_defaults(*args, **kwargs)
+        if "trainer.logger" in defaults:
+            defaults["trainer.logger"] = dict_to_namespace(LOGGER)
+        return defaults
 
 
 class DocVQACLI(LightningCLI):
@@ -383,14 +400,12 @@ def main(args: Sequence[str] | None = None) -> None:
             trainer_defaults={
                 "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
                 "enable_model_summary": False,
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "."},  # no more: another class given in its place inherits them
-                },
+                "logger": LOGGER,
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=_Parser,
             parser_kwargs={
                 "prog": Path(sys.argv[0]).name if "idefics-lit" in sys.argv[0] else "python -m idefics_lit",
                 "description": "Fine-tune Idefics2 on document questions.",
