@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.loggers.csv_logs import CSVLogger as FabricCSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from idefics_lit.checkpoint import CheckpointConnector
@@ -52,7 +53,7 @@ def changed(name, **parts):
         if value is None:
             checkpoint.pop(key, None)
         elif isinstance(value, dict):
-            checkpoint[key] = {**checkpoint[key], **value}
+            checkpoint[key] = {**checkpoint.get(key, {}), **value}
         else:
             checkpoint[key] = value
     Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -269,15 +270,16 @@ def test_a_logger_inherits_nothing_from_the_default_one(in_effect, monkeypatch):
 
 def racing(patch):
     """Let another command take the number that one has seen to be free."""
-    taken, mkdir = [], Path.mkdir
+    taken, next_version = [], FabricCSVLogger._get_next_version
 
-    def race(path, *args, **kwargs):
-        if path.name.startswith("version_") and not taken:
-            taken.append(path)
-            mkdir(path, parents=True)
-        return mkdir(path, *args, **kwargs)
+    def race(logger):
+        number = next_version(logger)
+        if not taken:
+            taken.append(Path(logger.root_dir, f"version_{number}"))
+            taken[0].mkdir(parents=True)
+        return number
 
-    patch.setattr(Path, "mkdir", race)
+    patch.setattr(FabricCSVLogger, "_get_next_version", race)
     return taken
 
 
@@ -292,9 +294,9 @@ def test_two_commands_at_once_have_a_folder_each(run, flags, command):
 
 
 def test_check_too_and_it_leaves_no_empty_one(run, flags, monkeypatch, tmp_path, docvqa):
-    shutil.copytree(docvqa, tmp_path / "broken")
-    run("check", *flags, "--data.source", "broken")
+    run("check", *flags)
     assert not Path("lightning_logs/version_1").exists()
+    shutil.copytree(docvqa, tmp_path / "broken")
     for page in (tmp_path / "broken" / "documents").iterdir():
         page.write_bytes(b"")
     for options in ([], [*DOCVQA]):
