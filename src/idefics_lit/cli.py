@@ -161,12 +161,14 @@ class DocVQACLI(LightningCLI):
         """
         command = self.config.subcommand
         options = self.config[command]
-        root = Path(options.trainer.default_root_dir or ".")
+        root = Path(options.trainer.default_root_dir or ".").expanduser()
         version = _given_version(options.trainer.logger)
-        folder = log_folder(
-            [instantiate_class((), logger.as_dict()) for logger in _loggers(options.trainer.logger)], root, version
-        )
-        if not _loggers(options.trainer.logger):
+        try:
+            loggers = [instantiate_class((), logger.as_dict()) for logger in _loggers(options.trainer.logger)]
+        except ModuleNotFoundError as error:
+            raise InputError(f"trainer.logger: {error}") from error
+        folder = log_folder(loggers, root, version)
+        if not loggers:
             folder /= "checkpoints"
         files = {*root.glob("hpc_ckpt_*.ckpt")}  # where Lightning saves before SLURM queues a job again
         if options.ckpt_path == "last":
