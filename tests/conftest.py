@@ -57,6 +57,22 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def in_effect(monkeypatch):
+    """Return the config that a command would run with, without running it."""
+
+    from idefics_lit.cli import DocVQACLI, main
+
+    def in_effect(*args):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(DocVQACLI, "_run_subcommand", lambda cli, command: seen.append(cli.config[command]))
+            main([str(arg) for arg in args])
+        return seen[0]
+
+    return in_effect
+
+
+@pytest.fixture
 def short_fit(tiny, docvqa):
     """The arguments of a fit of three epochs of five batches, two a step, with validation inside each epoch."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from idefics_lit.cli import COMMANDS, DocVQACLI, _explain, main
+from idefics_lit.cli import COMMANDS, _explain, main
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(__file__).parent / "data" / "docvqa-public-domain"
@@ -49,20 +49,6 @@ def fitted(tiny, tmp_path_factory):
 @pytest.fixture
 def checkpoint(fitted):
     return next(fitted.rglob("*.ckpt"))
-
-
-@pytest.fixture
-def in_effect(monkeypatch):
-    """Return the config that a command would run with, without running it."""
-
-    def in_effect(*args):
-        seen = []
-        with monkeypatch.context() as patch:
-            patch.setattr(DocVQACLI, "_run_subcommand", lambda cli, command: seen.append(cli.config[command]))
-            main([str(arg) for arg in args])
-        return seen[0]
-
-    return in_effect
 
 
 def test_help_tells_what_the_commands_do(capsys, monkeypatch):

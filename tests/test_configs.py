@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -17,6 +18,7 @@ RUNS = {  # the files, and the batches of an optimizer step
     "early_stopping": (["docvqa.yaml", "early_stopping.yaml"], 8),
     "quickstart": (["quickstart.yaml"], 1),
 }
+LOGS = {"quickstart": "lightning_logs"}  # where runs log, where it isn't Weights & Biases' project
 
 
 def test_no_config_is_left_out():
@@ -24,8 +26,9 @@ def test_no_config_is_left_out():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_config_runs(run, tiny, docvqa, name, monkeypatch, end_wandb):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypatch, end_wandb, capfd):
+    """With its own logger: the fit, the same command again, which goes on with it, and what its config.yaml says."""
+    monkeypatch.setenv("WANDB_MODE", "offline" if name == "docvqa" else "disabled")
     files, batches = RUNS[name]
     # What a CPU, a small model and two minutes ask for; the rest is the config's own.
     changed = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.num_workers", 0]
@@ -38,10 +41,23 @@ def test_a_config_runs(run, tiny, docvqa, name, monkeypatch, end_wandb):
         changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
     configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)
-    assert {path.name for path in folder.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
-    saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
+    end_wandb()
+    checkpoints = sorted(folder.rglob("*.ckpt"))
+    assert [path.name for path in checkpoints] == ["best.ckpt", "last.ckpt"]
+    config = next(folder.rglob("config.yaml"))
+    assert config.parent.parent == folder / LOGS.get(name, "lightning_logs/idefics_lit")
+    repeated, first = (in_effect("fit", *args) for args in (["--config", config], [*configs, *changed]))
+    assert {**repeated.as_dict(), "config": None} == {**first.as_dict(), "config": None}
+    saved = yaml.safe_load(config.read_text())
     assert saved["data"]["image_splitting"] == (name == "image_splitting")
     assert saved["trainer"]["precision"] == ("bf16-mixed" if name in ("gpu_80gb", "fsdp") else "32-true")
+    capfd.readouterr()
+    run("fit", *configs, *changed, "--trainer.max_steps", 2, "--ckpt_path", "last")
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns).relative_to(folder)
+    assert f"last checkpoint: {newest}" in capfd.readouterr().err.splitlines()
+    (again,) = {path.parent for path in folder.rglob("*.ckpt")} - {checkpoints[0].parent}
+    steps = {torch.load(path, weights_only=True)["global_step"] for path in again.glob("*.ckpt")}
+    assert steps == {2} and again.parent.parent == config.parent.parent
 
 
 @pytest.mark.parametrize(

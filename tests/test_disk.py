@@ -66,6 +66,17 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(run, short_fit, small_disk,
     assert torch.load(checkpoints(disk)[-1], weights_only=True)["global_step"] == 9
 
 
+def test_a_full_disk_when_a_fit_begins(run, short_fit, small_disk, capfd):
+    disk = small_disk(4)
+    (disk / "full").write_bytes(bytes(4096))
+    with pytest.raises(SystemExit) as caught:
+        run(*short_fit("--trainer.logger", "false", "--trainer.default_root_dir", disk))
+    assert caught.value.code == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {disk}/config.yaml can't be written: No space left on device; nothing is left")
+    assert {path.name for path in disk.iterdir()} == {".lock", "full"}
+
+
 def test_a_full_disk_in_the_cache_is_said_once_and_changes_nothing(run, short_fit, small_disk):
     disk = small_disk(40)
     args = short_fit(*every_step("--trainer.max_steps", 2, "--trainer.limit_val_batches", 0))

@@ -21,6 +21,7 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.survey import Batch, Split, first_epoch, read_split
 from idefics_lit.estimates import RATES, load_config, measured_model, peak_gib, weights_gib
 from idefics_lit.pretrained import DTYPES
+from idefics_lit.runs import run_folder
 
 if TYPE_CHECKING:
     from idefics_lit.module import Idefics2Module
@@ -60,7 +61,7 @@ def check(trainer: Trainer, model: "Idefics2Module", datamodule: DocVQADataModul
     console.print(_fit(splits, trainer, model, datamodule))
     lines = [line for split in splits.values() for line in split.broken.values()]
     if lines:
-        _tell_broken(console, splits, lines, Path(trainer.default_root_dir) / "check.txt")
+        _tell_broken(console, splits, lines, run_folder(trainer) / "check.txt")
     if lines and datamodule.hparams.on_bad_example == "raise":
         print(
             f"broken rows: {len(lines)}; mend them, or leave them out with --data.on_bad_example skip", file=sys.stderr

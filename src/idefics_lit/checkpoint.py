@@ -1,4 +1,4 @@
-"""Checkpoints: how they are written, read and found, and what they must agree in with the run that loads them."""
+"""Checkpoints: how they are written and read, and what they must agree in with the run that loads them."""
 
 import io
 import pickle
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
@@ -44,6 +45,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.write(content.getbuffer())
         except InputError as error:
             raise InputError(f"{error}, then go on with --ckpt_path last") from error
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's, in which rank 0 tells the others what is loaded, and SLURM's checkpoint is no special one.
+
+    Lightning (2.6) loads ``hpc_ckpt_N.ckpt`` of whichever run where a job gives no checkpoint.
+    """
+
+    _hpc_resume_path = None
+
+    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:  # noqa: ANN401
+        """Load what rank 0 says.
+
+        Raises:
+            InputError: this rank has taken its options from another checkpoint.
+        """
+        path = self.trainer.strategy.broadcast(checkpoint_path)
+        if checkpoint_path and checkpoint_path != path:
+            raise InputError(f"ckpt_path: rank 0 found {path}, this rank {checkpoint_path}: give it by name")
+        super().resume_start(path, weights_only)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -83,18 +104,6 @@ def go_on(loop: Any) -> None:  # noqa: ANN401
         epochs.increment_completed()
         loop.reset_restart_stage()
         loop.epoch_loop.restarting = False
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder and those in it that can be read; None when there is none."""
-    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            read_checkpoint(path)
-        except InputError as error:
-            rank_zero_warn(f"Passed over: {error}")
-        else:
-            return path
-    return None
 
 
 def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,24 @@ import lightning
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
-from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentError, DefaultHelpFormatter, Namespace, dict_to_namespace
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from idefics_lit.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from idefics_lit.checkpoint import AtomicCheckpointIO, CheckpointConnector, read_checkpoint
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.experiment import describe, differences, flatten, only_experiment, resumable, tell
 from idefics_lit.outputs import PredictionWriter, Results, SaveConfig, SkippedExamples
 from idefics_lit.progress import ProgressBar
 from idefics_lit.report import Report
-from idefics_lit.runs import own_folder
+from idefics_lit.runs import log_folder, own_folder
 from idefics_lit.signals import SaveOnSigterm
 from idefics_lit.trainer import OPTIONS, DocVQATrainer
 
@@ -70,6 +73,23 @@ NO_MEMORY = (
     "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
     "give --model.gradient_checkpointing true, or for an evaluation lower data.eval_batch_size"
 )
+
+
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, whose default logger leaves nothing to another one that is given in its place."""
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401
+        """Return the defaults, the logger's without those of its class: a class that has them too would inherit them.
+
+        ``save_dir`` stays, which CSVLogger and TensorBoardLogger require.
+        """
+        defaults = super().get_defaults(*args, **kwargs)
+        if "trainer.logger" in defaults:
+            defaults["trainer.logger"] = dict_to_namespace(LOGGER)
+        return defaults
 
 
 class DocVQACLI(LightningCLI):
@@ -114,16 +134,21 @@ class DocVQACLI(LightningCLI):
         """Parse; with a checkpoint parse again, its hyperparameters as defaults below the config and the flags."""
         self.config = self._parse(parser, args)
         command = self.config.subcommand
-        path = self.config[command].ckpt_path
-        if path == "last":
-            path = self._newest_checkpoint()
-        if path and path not in ("best", "hpc"):
+        options = self.config[command]
+        path, rank = options.ckpt_path, rank_zero_only.rank  # type: ignore[attr-defined]
+        complete = command == "fit" and bool(options.data.source)  # the command itself says what is trained
+        if path in ("last", "hpc") or (path is None and complete and SLURMEnvironment.detect()):
+            # Ranks may see different files: rank 0 tells them, but what they need for their config they look up.
+            path = self._find_checkpoint(complete=complete) if rank == 0 or not complete else None
+        else:
+            complete = path == "best"
+        if path and not complete:
             checkpoint = read_checkpoint(path)
             remembered: dict[str, Any] = {
                 "model": checkpoint.get("hyper_parameters", {}),
                 "data": checkpoint.get("datamodule_hyper_parameters", {}),
             }
-            remembered = _flat(remembered)
+            remembered = flatten(remembered)
             remembered.pop("data.pretrained", None)  # linked to the model's
             known = {action.dest for action in self._subcommand_parsers[command]._actions}
             if unknown := sorted(remembered.keys() - known):
@@ -135,19 +160,45 @@ class DocVQACLI(LightningCLI):
             self.config = self._parse(parser, args)
         self.config[command].ckpt_path = path
 
-    def _newest_checkpoint(self) -> str | None:
-        """Find what "last" means; a fit that finds none begins, so that a job's script can always say it."""
-        options = self.config[self.config.subcommand]
-        logger = options.trainer.logger
-        args = logger.init_args if isinstance(logger, Namespace) else Namespace()
-        folder = Path(args.get("save_dir") or options.trainer.default_root_dir or ".", args.get("name") or "")
-        if logger is False:
+    def _find_checkpoint(self, *, complete: bool) -> str | None:
+        """Find what "last" means, or a SLURM job's own checkpoint where none is asked for.
+
+        A fit that finds none begins, so that a job's script can always say "last".
+
+        Args:
+            complete: the command says what it trains, and goes on with that alone.
+        """
+        command = self.config.subcommand
+        options = self.config[command]
+        root = Path(options.trainer.default_root_dir or ".").expanduser()
+        version = _given_version(options.trainer.logger)
+        try:
+            loggers = [instantiate_class((), logger.as_dict()) for logger in _loggers(options.trainer.logger)]
+        except ModuleNotFoundError as error:
+            raise InputError(f"trainer.logger: {error}") from error
+        folder = log_folder(loggers, root, version)
+        if not loggers:
             folder /= "checkpoints"
-        path = newest_checkpoint(folder)
-        if path is None and self.config.subcommand != "fit":
-            raise InputError(f"ckpt_path last: no checkpoint in {folder}")
-        found = f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins"
-        rank_zero_only(print)(found, file=sys.stderr)
+        files = {*root.glob("hpc_ckpt_*.ckpt")}  # where Lightning saves before SLURM queues a job again
+        if options.ckpt_path == "last":
+            others = [callback.get("init_args", {}).get("dirpath") for callback in options.trainer.callbacks or []]
+            for some in (folder, *filter(None, others)):
+                files.update(Path(some, name) for name in glob("**/*.ckpt", root_dir=some, recursive=True))
+        own = describe(options.as_dict())
+        if complete:
+            # A version that the user gives is one run, whatever it was trained with.
+            named = version is not None
+            path = resumable(
+                files, lambda path, saved: [] if named and folder in path.parents else differences(saved, own)
+            )
+        else:
+            defaults = describe(self._subcommand_parsers[command].get_defaults().as_dict())
+            given = {name: value for name, value in own.items() if value != defaults.get(name)}
+            path = only_experiment(files, given, strict=command == "fit")
+        if path is None and command != "fit":
+            raise InputError(f"ckpt_path {options.ckpt_path}: no checkpoint in {folder}")
+        if path or options.ckpt_path:
+            tell(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
         return str(path) if path else None
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
@@ -161,6 +212,13 @@ class DocVQACLI(LightningCLI):
         for part in ("trainer", "data", "model.lora"):
             if config[config.subcommand].get(part) is None:
                 raise InputError(f"{part} is null: give its options, or leave it out")
+        trainer = config[config.subcommand].trainer
+        if trainer.logger in (None, True):
+            trainer.logger = self._subcommand_parsers[config.subcommand].get_defaults().trainer.logger
+        for logger in _loggers(trainer.logger):
+            # CSVLogger and TensorBoardLogger log into a folder lightning_logs, also of one that is called so already.
+            if logger.init_args.get("name") == Path(logger.init_args.get("save_dir") or ".").name == "lightning_logs":
+                logger.init_args.name = ""
         return config
 
     def _parse_ckpt_path(self) -> None:
@@ -182,10 +240,13 @@ class DocVQACLI(LightningCLI):
             trainer.devices, trainer.num_nodes = _one_device(trainer.devices), 1
             trainer.limit_predict_batches, trainer.fast_dev_run, trainer.overfit_batches = None, False, 0.0
             self.trainer_defaults["callbacks"] = []
-        logger = trainer.logger.class_path.rpartition(".")[2] if isinstance(trainer.logger, Namespace) else ""
-        if logger == "WandbLogger":
-            _prepare_wandb(trainer.logger.init_args.get("save_dir") or ".")
-        if logger == "TensorBoardLogger" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        loggers = {logger.class_path.rpartition(".")[2]: logger.init_args for logger in _loggers(trainer.logger)}
+        if self.config.subcommand == "check" and loggers and not {"CSVLogger", "TensorBoardLogger"} & loggers.keys():
+            # It logs nothing: the first free number is enough for its file.
+            trainer.logger = self._subcommand_parsers["check"].get_defaults().trainer.logger
+        elif "WandbLogger" in loggers:
+            _prepare_wandb(loggers["WandbLogger"].get("save_dir") or ".")
+        if "TensorBoardLogger" in loggers and not (find_spec("tensorboard") or find_spec("tensorboardX")):
             raise InputError("trainer.logger TensorBoardLogger writes with tensorboard: pip install tensorboard")
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())
@@ -201,7 +262,8 @@ class DocVQACLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Find out now, not after training, that results can't be written; write checkpoints whole or not at all."""
+        """Find out now, not after training, that results can't be written; read and write checkpoints our way."""
+        self.trainer._checkpoint_connector = CheckpointConnector(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.config.subcommand in WITHOUT_DATA:
@@ -219,14 +281,15 @@ class DocVQACLI(LightningCLI):
             raise InputError(f"the output folder {folder} can't be written: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Give a fit a folder of its own."""
-        if subcommand != "fit" or not self.trainer.is_global_zero:
+        """Give a run a folder of its own."""
+        if subcommand in WITHOUT_DATA or not self.trainer.is_global_zero:
             super()._run_subcommand(subcommand)
             return
         options = self.config[subcommand]
-        logger = options.trainer.logger
-        numbered = not isinstance(logger, Namespace) or logger.init_args.get("version") is None
-        with own_folder(self.trainer, numbered=numbered, resumed=options.ckpt_path):
+        resumed = options.ckpt_path if subcommand == "fit" else None
+        with own_folder(
+            self.trainer, version=_given_version(options.trainer.logger), fit=subcommand == "fit", resumed=resumed
+        ):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -278,13 +341,18 @@ def _explain(error: str, options: Sequence[str]) -> str:
     return error
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested values by their dotted path, ``columns`` excepted, which is one value."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, Mapping) and name != "columns"
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
+def _loggers(logger: Any) -> list[Namespace]:  # noqa: ANN401
+    """Return the loggers of a config, of which there may be none, one or several."""
+    return [*logger] if isinstance(logger, list) else [logger] if isinstance(logger, Namespace) else []
+
+
+def _given_version(logger: Any) -> int | str | None:  # noqa: ANN401
+    """Return the version that the user gives the first logger, by which a run is known; Weights & Biases' is an id."""
+    for first in _loggers(logger)[:1]:
+        args = first.init_args
+        drawn = os.environ.get("WANDB_RUN_ID") if first.class_path.endswith("WandbLogger") else None
+        return next((x for x in (args.get("version"), args.get("id"), drawn) if x is not None), None)
+    return None
 
 
 def _prepare_wandb(folder: str) -> None:
@@ -369,14 +437,12 @@ def main(args: Sequence[str] | None = None) -> None:
             trainer_defaults={
                 "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
                 "enable_model_summary": False,
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": ".", "name": "lightning_logs"},
-                },
+                "logger": LOGGER,
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=_Parser,
             parser_kwargs={
                 "prog": Path(sys.argv[0]).name if "idefics-lit" in sys.argv[0] else "python -m idefics_lit",
                 "description": "Fine-tune Idefics2 on document questions.",

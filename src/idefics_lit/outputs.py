@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from idefics_lit.distributed import gather_objects
+from idefics_lit.experiment import describe
 from idefics_lit.files import replacing
 from idefics_lit.records import by_place
 from idefics_lit.runs import run_folder
@@ -25,14 +26,17 @@ NUMBER = re.compile("0|-?[1-9][0-9]{0,14}")  # the one way to write it, and exac
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the config in effect as ``config.yaml`` in the run's folder, for a fit."""
+    """Save the config in effect as ``config.yaml`` in a fit's folder, and what it trains in its checkpoints."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; called on rank 0 only."""
         if stage == "fit":
-            folder = run_folder(trainer)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / "config.yaml"), overwrite=True)
+            # With what is null, which isn't everywhere the default.
+            _write(run_folder(trainer) / "config.yaml", [self.parser.dump(self.config, skip_none=False)])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what the run trains, by which ``--ckpt_path last`` knows it."""
+        checkpoint["experiment"] = describe(self.config.as_dict())
 
 
 class PredictionWriter(BasePredictionWriter):
