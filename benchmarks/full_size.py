@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from lightning import Callback
 
-from idefics_lit.model import TARGET_MODULES
+from idefics_lit.model.loading import TARGET_MODULES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # steps that aren't counted
@@ -110,7 +110,7 @@ def build_model(folder: Path, tokenizer: Path) -> None:
     """Write the full-size model with random float16 weights, in the Hub's form."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    shutil.copytree(REPOSITORY / "tests" / "data" / "idefics2-8b-files", folder)
+    shutil.copytree(REPOSITORY / "tests" / "assets" / "idefics2-8b-files", folder)
     shutil.copy(tokenizer, folder / "tokenizer.model")
     config = AutoConfig.from_pretrained(folder)
     with torch.device("cuda"):
@@ -127,7 +127,7 @@ def build(options: argparse.Namespace, write_data: Callable[[Path], None] | None
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         if options.tiny:
-            from idefics_lit.tiny import build_tiny
+            from idefics_lit.model.tiny import build_tiny
 
             build_tiny(model)
         else:
@@ -166,7 +166,7 @@ def build_data(folder: Path, size: tuple[int, int]) -> None:
     """Write 320 training questions on 80 pages and 32 test questions on 8, in the official form."""
     from PIL import Image
 
-    from idefics_lit.data.synthetic import SyntheticPages, write_docvqa
+    from idefics_lit.data.sources.synthetic import SyntheticPages, write_docvqa
 
     for split, pages, questions in (("train", 80, 320), ("test", 8, 32)):
         file = write_docvqa(SyntheticPages(split, pages), folder)

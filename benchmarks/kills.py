@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from idefics_lit.tiny import build_tiny
+from idefics_lit.model.tiny import build_tiny
 
-DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "docvqa-public-domain"
+DATA = Path(__file__).resolve().parents[1] / "tests" / "assets" / "docvqa-public-domain"
 
 
 def command(tiny: Path, steps: int) -> list[str]:

@@ -14,10 +14,10 @@ from full_size import arguments, build, save, versions
 from lightning import Trainer
 from PIL import Image
 
-from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
-from idefics_lit.module import Idefics2Module
 from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
 
 QUESTION = "What is the total amount that the third column of the table gives for the second quarter of the year?"
 HELD = {

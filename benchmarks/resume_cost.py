@@ -25,10 +25,10 @@ from lightning import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
-from idefics_lit.checkpoint import AtomicCheckpointIO
-from idefics_lit.cli import DocVQACLI
-from idefics_lit.cli import main as command_line
-from idefics_lit.data.loader import TrainingLoader
+from idefics_lit.cli.main import DocVQACLI
+from idefics_lit.cli.main import main as command_line
+from idefics_lit.data.loaders import TrainingLoader
+from idefics_lit.training.checkpoint import AtomicCheckpointIO
 
 ADAPTER = 8_000_000  # the recipe's has 7.4 million weights
 ROUNDS = 7

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_throughput import SIZES
 
-from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
-from idefics_lit.forward import Idefics2Forward
-from idefics_lit.module import Idefics2Module
+from idefics_lit.model.forward import Idefics2Forward
 from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
 
 CUDA = torch.cuda.is_available()
 QUESTION = "What is the {} amount that the third column of the table gives for the second quarter of the year?"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from full_size import REPOSITORY, arguments, build, command, measure, save, versions
 
-from idefics_lit.model import TARGET_MODULES, LoRA
+from idefics_lit.model.loading import TARGET_MODULES, LoRA
 
 SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]  # one page in seven is no portrait
 
@@ -35,7 +35,7 @@ def build_data(folder: Path, tiny: bool) -> None:
 
     from PIL import Image
 
-    from idefics_lit.data.synthetic import SyntheticPages, write_docvqa
+    from idefics_lit.data.sources.synthetic import SyntheticPages, write_docvqa
 
     for split, pages in (("train", 190), ("test", 12)):
         file = write_docvqa(SyntheticPages(split, pages), folder)
@@ -136,7 +136,7 @@ def run_agreement(options: argparse.Namespace) -> None:
     from lightning import Trainer
 
     from idefics_lit.data.datamodule import DocVQADataModule
-    from idefics_lit.module import Idefics2Module
+    from idefics_lit.training.module import Idefics2Module
 
     cuda = torch.cuda.is_available()
     trainer = Trainer(precision="16-mixed" if cuda else "32-true", logger=False, enable_checkpointing=False)

@@ -92,7 +92,7 @@ def generate(model: Any, processor: Any, batch: Any) -> torch.Tensor:
 def run_generate(options: argparse.Namespace) -> None:
     """Answer with transformers' generate, every question with its page."""
     from idefics_lit.data.datamodule import DocVQADataModule
-    from idefics_lit.model import LoRA, load_model
+    from idefics_lit.model.loading import LoRA, load_model
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -125,7 +125,7 @@ def run_agreement(_: argparse.Namespace) -> None:
 
     from idefics_lit.data.datamodule import DocVQADataModule
     from idefics_lit.metrics import anls
-    from idefics_lit.module import Idefics2Module
+    from idefics_lit.training.module import Idefics2Module
 
     cuda = torch.cuda.is_available()
     trainer = Trainer(precision="bf16-mixed" if cuda else "32-true", logger=False, enable_checkpointing=False)

@@ -9,12 +9,12 @@ from lightning import Trainer
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from idefics_lit.collator import Idefics2Collator
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.metrics import ANLS
-from idefics_lit.model import LoRA
-from idefics_lit.module import Idefics2Module
+from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
 
 pretrained = sys.argv[1] if len(sys.argv) > 1 else "tiny"  # or HuggingFaceM4/idefics2-8b
 

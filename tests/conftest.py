@@ -13,9 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Small models: threads cost more than they bring, and on a busy machine far more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from idefics_lit.tiny import build_tiny
+from idefics_lit.model.tiny import build_tiny
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "assets"
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def hub_files(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("idefics2-8b")
     shutil.copytree(DATA / "idefics2-8b-files", folder, dirs_exist_ok=True)
-    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    model = Path(mistral_common.__file__).parent / "assets" / "tokenizer.model.v1"
     shutil.copy(model, folder / "tokenizer.model")
     return folder
 
@@ -45,7 +45,7 @@ def docvqa():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Type a command as a user would, in a folder of its own; returns that folder."""
-    from idefics_lit.cli import main
+    from idefics_lit.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -60,7 +60,7 @@ def run(tmp_path, monkeypatch):
 def in_effect(monkeypatch):
     """Return the config that a command would run with, without running it."""
 
-    from idefics_lit.cli import DocVQACLI, main
+    from idefics_lit.cli.main import DocVQACLI, main
 
     def in_effect(*args):
         seen = []

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import capture_parser
 from PIL import Image
 
-from idefics_lit.cli import PARTS, main
+from idefics_lit.cli.main import PARTS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning import Trainer
 
-from idefics_lit.collator import Idefics2Collator
-from idefics_lit.data.synthetic import SyntheticPages
-from idefics_lit.model import LoRA
-from idefics_lit.module import Idefics2Module
+from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ import torch
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
-from idefics_lit.cli import main
+from idefics_lit.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "docvqa_colab.ipynb"

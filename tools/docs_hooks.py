@@ -21,8 +21,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-from idefics_lit.cli import COMMANDS, PARTS, TRAINER_OPTIONS, main
-from idefics_lit.trainer import OPTIONS
+from idefics_lit.cli.main import COMMANDS, PARTS, TRAINER_OPTIONS, main
+from idefics_lit.cli.trainer import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"

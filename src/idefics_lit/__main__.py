@@ -1,6 +1,6 @@
 """``python -m idefics_lit``."""
 
-from idefics_lit.cli import main
+from idefics_lit.cli.main import main
 
 if __name__ == "__main__":
     main()

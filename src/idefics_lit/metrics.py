@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from idefics_lit.errors import InputError
-from idefics_lit.texts import list_of_texts
+from idefics_lit.utils.texts import list_of_texts
 
 
 def anls(

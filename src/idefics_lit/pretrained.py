@@ -21,7 +21,7 @@ def resolve(pretrained: str) -> str:
         pretrained: a Hub id; a folder in the Hub's form; or ``tiny``, the small Idefics2 that comes with the package
             and reads the pages that the package draws.
     """
-    return str(Path(__file__).parent / "reader") if pretrained == "tiny" else pretrained
+    return str(Path(__file__).parent / "model" / "reader") if pretrained == "tiny" else pretrained
 
 
 def refuse_adapter(pretrained: str) -> None:

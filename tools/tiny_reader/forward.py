@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Idefics2ForConditionalGeneration
 
 from idefics_lit.data.pages import Page
-from idefics_lit.tiny import IMAGE, LATENTS, PATCH, tiny_processor
+from idefics_lit.model.tiny import IMAGE, LATENTS, PATCH, tiny_processor
 
 
 class Outputs(NamedTuple):
@@ -33,7 +33,7 @@ class PackedReader(nn.Module):
     """Packed forward over ``model``'s parameters.
 
     Args:
-        model: a model of `idefics_lit.tiny`'s architecture.
+        model: a model of `idefics_lit.model.tiny`'s architecture.
         slots: tasks on a page.
     """
 

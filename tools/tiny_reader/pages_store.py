@@ -21,7 +21,7 @@ from tasks import QUESTIONS, READINGS, SLOT, question_tasks, reading_tasks
 from torch import Tensor
 
 from idefics_lit.data.pages import FAMILIES, Page, render_page
-from idefics_lit.tiny import LATENTS, PAGE_HEIGHT, PAGE_WIDTH, PATCH
+from idefics_lit.model.tiny import LATENTS, PAGE_HEIGHT, PAGE_WIDTH, PATCH
 
 TRAINED_FAMILIES = FAMILIES[:3]
 SHARES = (0.3, 0.32, 0.2, 0.18)  # of the families and of `SCATTER` among the training pages

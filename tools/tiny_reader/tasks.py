@@ -8,7 +8,7 @@ import random
 from typing import Any, NamedTuple
 
 from idefics_lit.data.pages import Page
-from idefics_lit.tiny import BOS, END_OF_UTTERANCE, FAKE, IMAGE, LATENTS, tiny_processor
+from idefics_lit.model.tiny import BOS, END_OF_UTTERANCE, FAKE, IMAGE, LATENTS, tiny_processor
 
 QUESTIONS, READINGS = 12, 12  # tasks of each kind kept per page
 SLOT = 80  # tokens of a task, padding included; the few longer ones are left out

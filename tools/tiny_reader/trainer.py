@@ -16,7 +16,7 @@ from pages_store import Batch, PageStore
 from torch import Tensor, nn
 from training_loss import TrainingLoss, new_reader
 
-from idefics_lit.tiny import save_tiny
+from idefics_lit.model.tiny import save_tiny
 
 PEAK_RATE, WARMUP_STEPS = 1e-3, 300
 WEIGHT_DECAY = 0.02

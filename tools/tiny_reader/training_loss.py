@@ -13,7 +13,7 @@ from tasks import CHARACTERS
 from torch import Tensor, nn
 from transformers import Idefics2ForConditionalGeneration
 
-from idefics_lit.tiny import PATCH, tiny_model
+from idefics_lit.model.tiny import PATCH, tiny_model
 
 NO_CHARACTER_WEIGHT = 0.05  # most cells are empty
 CELL_ROWS, CELL_COLUMNS = ROWS // SIDE, COLUMNS // SIDE  # patches under a latent

@@ -11,13 +11,13 @@ from lightning import LightningDataModule
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader, DistributedSampler
 
-from idefics_lit.collator import Idefics2Collator, PromptStyle
+from idefics_lit.data.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
-from idefics_lit.data.loader import StreamLoader, TrainingLoader
-from idefics_lit.data.order import PageByPage, Selected, Visits, connected
+from idefics_lit.data.loaders import StreamLoader, TrainingLoader
+from idefics_lit.data.samplers import PageByPage, Selected, Visits, connected
 from idefics_lit.data.skipping import Tolerant, TolerantCollator, known_faults
-from idefics_lit.data.source import find_splits
-from idefics_lit.data.streaming import Stream, StreamedQuestions, find_streams
+from idefics_lit.data.sources.splits import find_splits
+from idefics_lit.data.sources.streaming import Stream, StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from idefics_lit.errors import InputError
-from idefics_lit.texts import list_of_texts
+from idefics_lit.utils.texts import list_of_texts
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Where questions come from: the official files, the Hub, tables, streams, drawn pages."""

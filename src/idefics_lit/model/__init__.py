@@ -1,0 +1,1 @@
+"""The model: loading, forward, packing, feature cache, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Results on the screen, in files, in loggers and in report.html."""

@@ -1,0 +1,1 @@
+"""Files, ranks and copies: small things that several packages use."""

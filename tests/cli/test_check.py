@@ -1,0 +1,254 @@
+"""`check` tells what a fit would meet, without a model's weights."""
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from idefics_lit.cli.check import UP_TO
+from idefics_lit.cli.estimates import load_config, measured_model, peak_gib, weights_gib
+from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
+from idefics_lit.training.module import Idefics2Module
+
+ROOT = Path(__file__).parents[1]
+CPU = (
+    *("--trainer.accelerator", "cpu"),
+    *("--trainer.precision", "32-true"),
+    *("--trainer.max_steps", "6"),
+    *("--trainer.logger", "false"),
+)
+
+
+@pytest.fixture
+def check(run, tiny, capfd, monkeypatch):
+    """Check data as a user would; returns the exit code and what is printed, runs of spaces made two."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def check(source, *args, pretrained=tiny, workers=0):
+        code = 0
+        capfd.readouterr()
+        try:
+            run(
+                "check",
+                "--model.pretrained",
+                pretrained,
+                "--data.source",
+                source,
+                "--data.num_workers",
+                workers,
+                *CPU,
+                *args,
+            )
+        except SystemExit as stop:
+            code = stop.code
+        printed = capfd.readouterr()
+        return code, [re.sub(" {2,}", "  ", line.strip()) for line in (printed.out + printed.err).splitlines()]
+
+    return check
+
+
+def rows_of(docvqa, split):
+    return json.loads((docvqa / f"{split}.json").read_text())["data"]
+
+
+def spread(values):
+    values, last = sorted(values), len(values) - 1
+    middle, high = math.ceil(len(values) / 2) - 1, math.ceil(0.95 * len(values)) - 1
+    return " / ".join(str(values[place]) for place in (0, middle, high, last))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write an official folder: rows of training and of validation questions, on pages p and q, and a broken one."""
+
+    def write(train, val):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for number, name in enumerate(("p", "q", "same_as_p")):
+            Image.new("L", (40, 30), 255 if name != "q" else number).save(folder / f"{name}.png")
+        (folder / "broken.png").write_bytes((folder / "p.png").read_bytes()[:60])
+        for split, rows in (("train", train), ("val", val)):
+            full = [
+                {"questionId": i, "question": "What?", "image": "p.png", "answers": ["a"], **row}
+                for i, row in enumerate(rows)
+            ]
+            (folder / f"{split}.json").write_text(json.dumps({"data": full}))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clean_data(check, docvqa, tmp_path, workers):
+    code, lines = check(docvqa, "--data.questions_per_page", 4, "--data.batch_size", 8, workers=workers)
+    assert code == 0
+    assert not (tmp_path / "check.txt").exists()
+    assert "questions  24  5" in lines
+    assert "broken rows  0  0" in lines
+    # The tiny model's tokens are bytes, but for <s>, a page's 66 and two <end_of_utterance>.
+    around = 1 + len("User: Answer briefly.") + 66 + len("\nAssistant:") + 2
+    lengths, answers, beyond = {}, {}, {}
+    for split in ("train", "val"):
+        rows = rows_of(docvqa, split)
+        sizes = [{len(f" {answer}".encode()) for answer in row["answers"]} for row in rows]
+        answers[split] = [len(f" {a}".encode()) for row in rows for a in dict.fromkeys(row["answers"])]
+        lengths[split] = [around + len(r["question"].encode()) + max(s) for r, s in zip(rows, sizes, strict=True)]
+        beyond[split] = sum(min(some) > 32 for some in sizes)
+    assert f"tokens in all  {spread(lengths['train'])}  {spread(lengths['val'])}" in lines
+    assert f"tokens of an answer  {spread(answers['train'])}  {spread(answers['val'])}" in lines
+    assert f"beyond max_new_tokens 32  {beyond['train']}  {beyond['val']}" in lines
+    counted = [[sum(low < n <= high for n in answers[split]) for split in answers] for low, high in pairwise(UP_TO)]
+    assert f"9 to 16  {counted[3][0]}  {counted[3][1]}" in lines
+    areas = sorted(
+        (Image.open(docvqa / image).size for image in {row["image"] for row in rows_of(docvqa, "train")}), key=math.prod
+    )
+    assert any(line.startswith("largest page, pixels  {} x {}  ".format(*areas[-1])) for line in lines)
+    pages = {row["image"] for row in rows_of(docvqa, "train")}
+    assert f"pages  {len(pages)}  {len({row['image'] for row in rows_of(docvqa, 'val')})}" in lines
+    assert "steps  6, of 3 an epoch: 2.00 epochs" in lines
+    assert "questions  48 seen on 1 device" in lines
+
+
+def test_every_kind_of_broken_row(check, folder, tmp_path):
+    long = "a" * 2100
+    train = [
+        *({}, {"answers": []}, {"answers": ["a", "<image>"]}, {"question": "<image>?"}),
+        *({"image": "broken.png"}, {"image": "broken.png"}, {"question": long}, {"answers": ["a", long]}, {}),
+    ]
+    # What only training would meet: validation's texts are made of the first answer.
+    val = [{}, {"answers": ["a", "<image>"]}, {"answers": ["a", long]}, {"answers": None}]
+    source = folder(train, val)
+    code, lines = check(source)
+    assert code == 1
+    assert lines[-1] == "broken rows: 8; mend them, or leave them out with --data.on_bad_example skip"
+    assert "questions  9  4" in lines
+    assert "broken rows  7  1" in lines
+    assert "no answer  1  1" in lines
+    assert "holds one of the model's special tokens  2  0" in lines
+    assert "the image can't be read  2  0" in lines
+    assert "tokens are more than 2048  2  0" in lines
+    written = (tmp_path / "check.txt").read_text().splitlines()
+    assert [int(re.search(r"row (\d+)", line)[1]) for line in written] == [1, 2, 3, 4, 5, 6, 7, 3]
+    assert [line for line in lines if line in written] == written[:3]
+    assert f"all 8 lines: {tmp_path / 'check.txt'}" in lines or "all 8 lines: check.txt" in lines
+    assert check(source, "--data.on_bad_example", "skip")[0] == 0
+    assert check(source, "--data.max_length", "9999")[1][-1].startswith("broken rows: 6; ")
+
+
+def test_rows_of_a_data_set(check, tmp_path):
+    Image.new("L", (40, 30), 255).save(tmp_path / "p.png")
+    row = {"id": 1, "query": "What?", "answers": ["a"], "question_types": ["form"]}
+    row["image"] = {"bytes": (tmp_path / "p.png").read_bytes(), "path": None}
+    rows = [row, {**row, "query": None}, {**row, "image": {"bytes": b"cut", "path": None}}]
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": made, "validation": made.select([0])}).save_to_disk(tmp_path / "data")
+    code, lines = check("data", workers=2)
+    assert code == 1
+    assert "no question in column 'query'  1  0" in lines
+    assert "the row can't be read  1  0" in lines
+    assert "form  1  1" in lines
+
+
+def test_what_belongs_to_no_one_row(check, folder):
+    train = [{"questionId": 7}, {"questionId": 7, "image": "q.png"}, {"questionId": 8}]
+    val = [{"image": "same_as_p.png"}, {"answers": ["1234567890", "twelve bytes"]}]
+    code, lines = check(folder(train, val), "--model.max_new_tokens", 10)
+    assert code == 0  # a fit doesn't stop at it
+    assert "ids that occur twice  1  0" in lines
+    assert "training ids that occur twice: 7" in lines
+    assert any(line.startswith("validation pages that are trained on too, by their pixels: 1, ") for line in lines)
+    assert any("row 0 (questionId 0, image same_as_p.png)" in line for line in lines)
+    assert "beyond max_new_tokens 10  0  1" in lines  # with the space before it an answer of ten bytes has eleven
+    assert any(line.endswith("no accepted answer fits in model.max_new_tokens 10: 1") for line in lines)
+
+
+def test_texts_are_shown_as_they_are_trained_on(check, tmp_path):
+    """Five of each split, spread over it, among them what a CSV's reader may change."""
+    Image.new("L", (40, 30)).save(tmp_path / "p.png")
+    answers = [f'"[""{n}.0"", ""N/A""]"' for n in range(14)]
+    rows = "".join(f"{n:03},[red] {n:02}?,p.png,{answer}\n" for n, answer in enumerate(answers))
+    (tmp_path / "train.csv").write_text(f"id,question,image,answers\n{rows}")
+    (tmp_path / "val.csv").write_text("question,image,answer\n<b>?,p.png,é\n")
+    code, lines = check(tmp_path)
+    assert code == 0
+    start, end = (lines.index(f"{name} questions, as the model gets them") for name in ("training", "validation"))
+    prompt = r"'User: Answer briefly.<image>[red] {:02}?<end_of_utterance>\nAssistant:'"
+    shown = [
+        [f"{tmp_path}/train.csv, row {n} (line {n + 2})", f"id  '{n:03}'", f"prompt  {prompt.format(n)}"]
+        for n in (0, 2, 5, 8, 11)
+    ]
+    expected = [[*some, f"answers  '{int(some[1][-4:-1])}.0', 'N/A'"] for some in shown]
+    assert lines[start + 1 : end - 1] == [line for some in expected for line in some]
+    assert lines[end + 2] == "id  0" and "<b>?" in lines[end + 3] and lines[end + 4] == "answers  'é'"
+
+
+def test_limits_and_held_out_pages(check, docvqa):
+    (code, lines) = check(docvqa, "--data.limit_train", 10, "--data.limit_val", 3, "--data.val_in_fit", 1)
+    assert code == 0
+    assert "questions  10  3" in lines
+
+
+def test_a_stream_is_checked_where_it_is_scored(check, tmp_path):
+    Image.new("L", (40, 30), 255).save(tmp_path / "p.png")
+    row = {"query": "What?", "answers": ["a"], "image": {"bytes": (tmp_path / "p.png").read_bytes(), "path": None}}
+    made = datasets.Dataset.from_list([row] * 6).cast_column("image", datasets.Image())
+    (tmp_path / "data").mkdir()
+    made.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    code, lines = check("data", "--data.streaming", "true", "--data.limit_val", 4)
+    assert code == 0
+    assert "questions  4" in lines
+    assert "training  a stream, not read: 6 steps" in lines
+
+
+def test_nothing_is_loaded_but_config_and_processor(check, docvqa, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "base")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    code, lines = check(docvqa, "--model.quantization", "none", pretrained=tmp_path / "base")
+    assert code == 0
+    weights = sum(p.numel() for p in tiny_model().parameters()) * 4 / 2**30
+    (counted,) = (float(line.split()[1]) for line in lines if line.startswith("weights  "))
+    assert weights < counted < weights + 0.02
+    (tmp_path / "base" / "config.json").unlink()
+    assert any(
+        line.startswith("GPU  no estimate: the model's conf") for line in check(docvqa, pretrained=tmp_path / "base")[1]
+    )
+
+
+def test_memory_of_the_full_size(hub_files):
+    config = load_config(str(hub_files))
+    assert measured_model(config)
+    options = dict(Idefics2Module(str(hub_files)).hparams)
+    weights = {
+        (quantize_vision, dequantize): weights_gib(
+            config, {**options, "quantize_vision": quantize_vision, "dequantize": dequantize}, "16-mixed"
+        )
+        for quantize_vision, dequantize in ((True, False), (False, False), (True, True))
+    }
+    # benchmarks/results/full_size.json: 4.607 GiB are allocated between steps; docs/memory.md: 0.6 and 11 GiB more.
+    assert weights[True, False] == pytest.approx(4.607, abs=0.1)
+    assert weights[False, False] - weights[True, False] == pytest.approx(0.6, abs=0.05)
+    assert weights[True, True] - weights[True, False] == pytest.approx(11, abs=0.3)
+    measured = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["peak_gib"]
+    for held, peaks in measured.items():
+        for name, gib in peaks.items():
+            pages = int(name.split(",")[-2 if "a page" in name else -1].split()[-1]) // (4 if "a page" in name else 1)
+            images = 5 if "splitting" in name else 1
+            tokens = (368 if images == 5 else 112) if "a page" not in name else (480 if images == 5 else 208)
+            found = peak_gib(weights[True, False], 3785 * images * pages, tokens * pages, "checkpointing" in held)
+            assert found == pytest.approx(gib, abs=0.55), (held, name)
+
+
+def test_the_smallest_image_size_is_fitted_and_a_smaller_one_refused(check, run, short_fit, docvqa, capfd):
+    """A page must have a patch."""
+    assert check(docvqa, "--data.image_size", 14)[0] == 0
+    code, lines = check(docvqa, "--data.image_size", 13)
+    assert code == 2 and any("data.image_size 13: choose from 14 to 448" in line for line in lines)
+    with pytest.raises(SystemExit, match="2"):
+        run(*short_fit("--data.image_size", 13))
+    assert "data.image_size 13: choose from 14 to 448" in capfd.readouterr().err
+    run(*short_fit("--data.image_size", 14, "--trainer.max_steps", 2))

@@ -1,0 +1,129 @@
+"""On which of its pages an answer is found."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.evaluation.answer_pages import page_scores
+from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
+
+
+@pytest.fixture(scope="module")
+def module():
+    module = Idefics2Module("tiny", quantization="none", max_new_tokens=8)  # one that reads
+    module.configure_model()
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The processor for pages of 112 x 84 pixels."""
+    return load_processor("tiny", image_size=112)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Ten questions on five documents of one to three pages; two on each, which share its pages."""
+    pages = SyntheticPages("val", 12)
+    firsts = {page: i for i, page in reversed(list(enumerate(pages.page_ids)))}
+    on_page = [[pages[i], pages[i + 1]] for i in sorted(firsts.values())]
+    found = []
+    for document, (first, count, right) in enumerate([(0, 3, 0), (3, 1, 0), (4, 2, 1), (6, 3, 2), (9, 3, 1)]):
+        images = [on_page[first + n][0].images[0] for n in range(count)]
+        asked = [replace(example, images=images, page_id=document) for example in on_page[first + right]]
+        found += [replace(example, answer_page=right) for example in asked]
+    return found
+
+
+def theirs(module, collate, example, answer):
+    """The log-likelihood of an answer's tokens on each page, by transformers' own forward from the pixels."""
+    scores = []
+    for page in example.images:
+        batch = collate([replace(example, images=[page], page_id=None)])
+        ids = torch.cat([batch["prompt_input_ids"], torch.tensor([answer])], dim=1)
+        pixels = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask")}
+        with torch.no_grad():
+            logits = module.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
+        tokens = logits[0, -len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+        scores.append(tokens.sum())
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize(("shared", "style"), [(True, "recipe"), (False, "idefics")])
+def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, documents, style, shared):
+    """Also where questions share their rows."""
+    examples = documents[:6] if shared else [replace(e, page_id=None) for e in documents[:6]]
+    collate = Idefics2Collator(small, train=False, prompt_style=style)
+    batch = collate(examples)
+    answered = module.evaluation.read_and_answer(batch)
+    answers = dict(enumerate(answered.ids))
+    assert len({len(ids) for ids in answered.ids}) > 1
+    with torch.no_grad():
+        scores = page_scores(module.parts, batch, answered.seen, answers, module.processor.tokenizer)
+    for i, example in enumerate(examples):
+        expected = theirs(module, collate, example, answered.ids[i])
+        assert scores[i].shape == expected.shape == (len(example.images),)
+        assert torch.allclose(scores[i], expected, atol=2e-4)
+
+
+def test_pages_split_into_images_are_scored_as_such(module, documents):
+    processor = load_processor("tiny", image_splitting=True, image_size=112)
+    batch = Idefics2Collator(processor, train=False, max_length=4000)([documents[0]])
+    (alone,) = Idefics2Collator(processor, train=False)([replace(documents[0], images=documents[0].images[:1])])[
+        "prompt_input_ids"
+    ]
+    answered = module.evaluation.read_and_answer(batch)
+    assert answered.seen[0].shape[0] == 3 * 5 * 64
+    read, rows = module.parts.read, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.parts, "read", lambda row, pages: rows.append((row, pages)) or read(row, pages))
+        module.evaluation._answer_pages(batch, answered, all_of_them=True)
+    assert len(rows) == 3
+    for number, (row, (page,)) in enumerate(rows):
+        assert row["input_ids"][0, : len(alone)].tolist() == alone.tolist()
+        assert torch.equal(page, answered.seen[0][number * 320 :][:320])
+
+
+def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
+    batch = Idefics2Collator(module.processor, train=False)(documents)
+    with torch.no_grad():
+        end = module.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        ids = [module.processor.tokenizer(f" {e.answers[0]}", add_special_tokens=False).input_ids for e in documents]
+        answers = {i: [*some, end] for i, some in enumerate(ids)}
+        scores = page_scores(module.parts, batch, module.see(batch), answers, module.processor.tokenizer)
+    assert [int(scores[i].argmax()) for i in range(10)] == batch["reference_pages"] == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+
+
+def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
+    """Where memory is short."""
+    batch = Idefics2Collator(small, train=False)(documents)
+    whole = module.evaluation.records(batch, module.eval_loss)
+    assert len({record["answer_page"] for record in whole}) > 1
+    module.evaluation.most_rows = 2
+    assert module.evaluation.records(batch, module.eval_loss) == whole
+    module.evaluation.most_rows = None
+
+
+def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, small, documents, monkeypatch):
+    collate = Idefics2Collator(small, train=False)
+    look, read, calls = module.parts.look, module.parts.read, []
+    monkeypatch.setattr(module.parts, "look", lambda *some: calls.append("look") or look(*some))
+    monkeypatch.setattr(module.parts, "read", lambda *some: calls.append("read") or read(*some))
+    unknown = [replace(example, answer_page=None) for example in documents]
+
+    def evaluate(examples, loss):
+        calls.clear()
+        return [record.get("answer_page") for record in module.evaluation.records(collate(examples), loss)], calls
+
+    assert evaluate(documents, module.eval_loss)[1] == ["look", "read", "read", "read", "read"]
+    found, made = evaluate(unknown, None)  # a prediction
+    assert made == ["look", "read", "read", "read", "read"]
+    assert [page is None for page in found] == [False] * 2 + [True] * 2 + [False] * 6
+    found, made = evaluate(unknown, module.eval_loss)  # a validation without references to pages
+    assert (set(found), made) == ({None}, ["look", "read"])
+    found, made = evaluate([replace(e, answer_page=3) for e in documents], module.eval_loss)  # that it doesn't have
+    assert (set(found), made) == ({None}, ["look", "read"])

@@ -1,0 +1,29 @@
+"""Answers depend on their own batch alone, though the memory that they are read in is another one's too."""
+
+import torch
+
+from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.evaluation.decoding import Answering, Memory
+from idefics_lit.training.module import Idefics2Module
+
+
+def test_a_batch_that_overflowed_leaves_nothing_to_the_next_one():
+    module = Idefics2Module("tiny", quantization="none")
+    module.configure_model()
+    module.eval()
+    pages = SyntheticPages("validation", 1)
+    batch = Idefics2Collator(module.processor, train=False)([pages[0], pages[1]])
+    batch = module.transfer_batch_to_device(batch, module.model.device, 0)
+    answering = Answering(module.parts, module.processor, 6, graphs=True)  # which keep their memory
+
+    @torch.no_grad()
+    def answer(factor):
+        memory = Memory()
+        hidden = module.parts.read(batch, module.see(batch), memory)
+        memory.layers = [(keys * factor, values * factor) for keys, values in memory.layers]
+        return answering.answer(batch, hidden, memory)
+
+    first = answer(1.0)
+    assert answer(torch.nan) != first
+    assert answer(1.0) == first

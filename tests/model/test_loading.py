@@ -1,0 +1,105 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import DATA
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, Idefics2Config
+
+from idefics_lit.errors import InputError
+from idefics_lit.model.loading import LoRA, add_lora, load_model
+
+CPU = torch.device("cpu")
+
+
+def load(tiny, **kwargs):
+    options = {"quantization": "nf4", "lora": LoRA(dropout=0.0), "dtype": torch.float32, "device": CPU}
+    return load_model(tiny, **{**options, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def idefics2_8b():
+    """The real architecture, without memory for weights."""
+    config = AutoConfig.for_model(**json.loads((DATA / "idefics2-8b-files" / "config.json").read_text()))
+    assert isinstance(config, Idefics2Config)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def test_the_recipe_trains_as_many_parameters_as_the_article_prints(idefics2_8b, capsys):
+    assert sum(p.numel() for p in idefics2_8b.parameters()) == 8_402_768_112
+    add_lora(idefics2_8b, LoRA()).print_trainable_parameters()
+    expected = "trainable params: 7,589,912 || all params: 8,410,358,024 || trainable%: 0.0902"
+    assert capsys.readouterr().out.strip() == expected
+
+
+def test_everything_is_frozen_but_float32_adapters(tiny):
+    for quantization in ("nf4", "none"):
+        model = load(tiny, quantization=quantization, dtype=torch.float16)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+        assert all(module.training for module in model.modules())
+
+
+def test_nf4_quantizes_every_linear_layer_but_the_head(tiny):
+    model = load(tiny)
+    linear = {name: type(m).__name__ for name, m in model.named_modules() if "Linear" in type(m).__name__}
+    kinds = {name: kind for name, kind in linear.items() if "lora_" not in name}
+    assert {name for name, kind in kinds.items() if kind == "Linear"} <= {
+        name for name in kinds if re.search("lm_head", name)
+    }
+    assert sum("Linear4bit" in kind for kind in kinds.values()) > 50
+
+
+def test_unpacked_weights_are_the_4_bit_ones(tiny, capfd):
+    """The same function, and the same adapter: a checkpoint of one is one of the other."""
+    found = []
+    for dequantize in (False, True):
+        torch.manual_seed(0)
+        model = load(tiny, dequantize=dequantize)
+        ids = torch.arange(20, 52)[None]
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kinds = {type(m).__name__ for m in model.modules()}
+        assert ("Linear4bit" in kinds) == (not dequantize)
+        found.append((logits, trained))
+    (packed, packed_trained), (unpacked, unpacked_trained) = found
+    assert torch.equal(packed, unpacked)
+    assert packed_trained.keys() == unpacked_trained.keys()
+    for name, parameter in packed_trained.items():
+        assert torch.equal(parameter, unpacked_trained[name])
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, unpacked_trained[name].grad, atol=1e-7)
+    assert "dequantized" not in "".join(capfd.readouterr())
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tiny):
+    with pytest.raises(InputError, match=r"model\.lora: .*no_such_layer"):
+        load(tiny, lora=LoRA(target_modules="no_such_layer"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("name", ["text_model.layers.1.self_attn.q_proj", "text_model.layers.1.input_layernorm"])
+def test_a_model_without_one_of_its_weights_is_an_error(tiny, tmp_path, quantization, name):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"model.{name}.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks 1 of the model's weights, such as model\.{name}\.weight: fetch"):
+        load(str(folder), quantization=quantization)
+
+
+def test_a_weight_that_the_model_has_no_place_for_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "head.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"has 1 weights that the model has no place for, such as head\.weight; they"):
+        load(str(folder), quantization="none")
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no model can be loaded"):
+        load(str(tmp_path / "nowhere"))

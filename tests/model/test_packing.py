@@ -1,0 +1,239 @@
+"""Questions that share a row have the logits, the loss and the gradients of questions in rows of their own."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DistributedSampler
+
+from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.example import Example
+from idefics_lit.data.samplers import PageByPage, Visits
+from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.evaluation.decoding import Answering
+from idefics_lit.model.loading import LoRA
+from idefics_lit.pretrained import load_processor
+from idefics_lit.training.module import Idefics2Module
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Three pages with two to four questions each."""
+    pages = SyntheticPages("train", 3)
+    found = [replace(pages[i], page_id=page) for i, page in enumerate(pages.page_ids)]
+    return [e for page in dict.fromkeys(pages.page_ids) for e in [e for e in found if e.page_id == page][:4]]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return load_processor(tiny)
+
+
+def alone(examples):
+    return [replace(example, page_id=None) for example in examples]
+
+
+def module(tiny, **kwargs):
+    torch.manual_seed(0)
+    ours = Idefics2Module(tiny, lora=LoRA(dropout=0.0), **kwargs)
+    ours.configure_model()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return ours.eval()
+
+
+def test_a_row_holds_the_page_once(processor, examples):
+    batch = Idefics2Collator(processor, train=True)(examples)
+    assert len(batch["pixel_values"]) == len({e.page_id for e in examples}) < len(examples)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [64] * 3
+    assert batch["attention_mask"].shape == (3, 1, *batch["input_ids"].shape[1:] * 2)
+
+
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processor, examples, style, quantization):
+    ours = module(tiny, quantization=quantization)
+    collate = Idefics2Collator(processor, train=True, prompt_style=style)
+    for example in examples:
+        example.answers = example.answers[:1]
+    results = []
+    for batch in (collate(examples), collate(alone(examples))):
+        ours.zero_grad()
+        loss, tokens = ours.loss(batch)
+        loss.backward()
+        with torch.no_grad():
+            logits = ours(batch)[:, :-1][batch["labels"][:, 1:] != -100]
+        gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+        results.append((logits, loss.item() / tokens.item(), tokens, gradients))
+    (packed, packed_loss, packed_tokens, packed_grads), (plain, plain_loss, plain_tokens, plain_grads) = results
+    assert torch.equal(packed_tokens, plain_tokens)
+    assert torch.allclose(packed, plain, atol=1e-5)
+    assert packed_loss == pytest.approx(plain_loss, abs=1e-6)
+    assert packed_grads.keys() == plain_grads.keys()
+    assert all(torch.allclose(packed_grads[n], plain_grads[n], atol=1e-4) for n in plain_grads)
+
+
+def test_the_loss_is_transformers_own(tiny, processor, examples):
+    """A shared row is a batch that transformers' Idefics2 takes as it is."""
+    ours = module(tiny, quantization="none")
+    for batch in (b := Idefics2Collator(processor, train=True))(examples), b(alone(examples)):
+        theirs = ours.model(**batch, use_cache=False)
+        loss, tokens = ours.loss(batch)
+        assert (loss / tokens).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+        answers = batch["labelled"]
+        assert torch.allclose(ours(batch).flatten(0, 1)[answers], theirs.logits.flatten(0, 1)[answers], atol=1e-5)
+
+
+def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny, processor, examples):
+    ours = module(tiny, quantization="none")
+    config = ours.model.config.text_config
+    assert config is ours.model.get_base_model().model.text_model.config
+    config.sliding_window = 80
+    for example in examples:
+        example.answers = example.answers[:1]
+    batch = Idefics2Collator(processor, train=True)(alone(examples))
+    loss, tokens = ours.loss(batch)
+    assert batch["input_ids"].shape[1] > 80
+    assert (loss / tokens).item() == pytest.approx(ours.model(**batch, use_cache=False).loss.item(), abs=1e-5)
+    packed, _ = ours.loss(Idefics2Collator(processor, train=True)(examples))
+    assert packed.item() == pytest.approx(loss.item(), abs=1e-4)
+    config.sliding_window = None
+    assert abs(ours.loss(batch)[0] - loss) > 1e-3
+
+
+def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, processor):
+    """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
+    ours = module(tiny, quantization="none")
+    shapes = [(448, 336), (336, 448), (448, 400), (420, 448), (448, 336)]
+    pages = [Image.effect_noise(shape, 80) for shape in shapes]
+    batch = Idefics2Collator(processor, train=True)(
+        [
+            Example(1, "Who?", pages[:3], ["Ann"]),
+            Example(2, "When?", pages[3:4], ["Now"]),
+            Example(3, "a", pages[4:], ["b"]),
+        ]
+    )
+    assert len({size for row in batch["image_sizes"] for size in row}) == 4
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(ours(batch)[real], ours.model(**batch).logits[real], atol=1e-5)
+
+
+def test_answers_are_generates(processor, examples, monkeypatch):
+    """Read from the rows' keys and values they are what `generate` gives, token for token, from the pixels."""
+    ours = Idefics2Module("tiny", quantization="none", max_new_tokens=12)  # one that says something
+    ours.configure_model()
+    ours.eval()
+    # An answer that is given, and none, as in a test set; both kinds of rows; windows shorter than a prompt and longer.
+    examples = [replace(e, answers=e.answers[: i % 3]) for i, e in enumerate(examples)]
+    for window in (None, 60, 4096):
+        ours.model.config.text_config.sliding_window = window
+        expected, lengths = [], set()
+        for example in alone(examples):
+            one = Idefics2Collator(processor, train=False)([example])
+            ids = ours.model.generate(
+                input_ids=one["prompt_input_ids"],
+                attention_mask=one["prompt_attention_mask"],
+                pixel_values=one["pixel_values"],
+                pixel_attention_mask=one["pixel_attention_mask"],
+                generation_config=transformers.GenerationConfig(max_new_tokens=12, eos_token_id=[2, 5], pad_token_id=0),
+                bad_words_ids=[[3], [4]],
+            )
+            new = ids[0, one["prompt_input_ids"].shape[1] :]
+            lengths.add(len(new))
+            expected.append(processor.decode(new, skip_special_tokens=True).strip())
+        assert len(set(expected)) > 3 and len(lengths) > 3
+        collate = Idefics2Collator(processor, train=False)
+        assert ours.generate(collate(examples)) == expected
+        assert ours.generate(collate(alone(examples))) == expected
+        # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
+        monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS", 2)
+        ours.evaluation.answering = Answering(ours.parts, ours.processor, 12, graphs=True)
+        some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
+        assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
+        ours.evaluation.forget()
+
+
+def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
+    ours = module(tiny, max_new_tokens=4)
+    batch = Idefics2Collator(processor, train=False)(examples)
+    for place in range(len(examples)):
+        batch["places"][place] = place
+    whole = ours.evaluation.records(batch, ours.eval_loss)
+    loss = ours.eval_loss.compute()
+    read, sizes = ours.parts.read, []
+
+    def too_large_for_two_rows(batch, *more):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError
+        return read(batch, *more)
+
+    monkeypatch.setattr(ours.parts, "read", too_large_for_two_rows)
+    ours.eval_loss.reset()
+    assert ours.evaluation.records(batch, ours.eval_loss) == whole
+    assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
+    assert sizes == [3, 2, 1, 1, 1]
+    ours.evaluation.records(batch)
+    assert sizes[5:] == [1, 1, 1]
+
+
+def test_prompts_that_are_trained_on_stay_in_rows_of_their_own(processor, examples):
+    batch = Idefics2Collator(processor, train=True, train_on_prompt=True)(examples)
+    assert len(batch["input_ids"]) == len(examples)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_goes_page_by_page(tiny, ranks):
+    data = DocVQADataModule("synthetic", tiny, limit_val=97, num_workers=0)
+    data.setup("validate")
+    examples = data.examples["val"]
+    shares = [list(PageByPage(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
+    assert {len(share) for share in shares} == {-(-97 // ranks)}
+    order = [index for share in shares for index, _, repeated in share if not repeated]
+    assert sorted(order) == list(range(97))
+    pages = [examples.page_ids[index] for index in order]
+    changes = sum(a != b for a, b in pairwise(pages))
+    assert changes == len(set(pages)) - 1
+    count = Counter(pages)
+    assert sum(count[a] > count[b] for a, b in pairwise(pages)) <= 97 // 40  # sorted within a window
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    """211 training questions, as a data module draws them."""
+    data = DocVQADataModule("synthetic", tiny, questions_per_page=4, limit_train=211, num_workers=0)
+    data.setup("fit")
+    return data.examples["train"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("questions", [1, 3, 4, 100])
+def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questions, ranks):
+    def epoch(number):
+        samplers = [Visits(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        for sampler in samplers:
+            sampler.set_epoch(number)
+        visits = [list(sampler) for sampler in samplers]
+        assert len({index for visit in visits for index, _, repeated in visit if not repeated}) == 211
+        assert sum(repeated for visit in visits for *_, repeated in visit) == -211 % ranks
+        return [[index for index, *_ in visit] for visit in visits]
+
+    shares = epoch(0)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted({i for share in shares for i in share}) == list(range(211))
+    assert sum(map(len, shares)) == -(-211 // ranks) * ranks
+    assert epoch(0) == shares != epoch(1)
+    pages = [drawn.page_ids[i] for share in shares for i in share]
+    changes = sum(a != b for a, b in pairwise(pages))
+    count = Counter(drawn.page_ids)
+    assert changes < 2 * sum(-(-on_page // questions) for on_page in count.values())
+    if questions == 1:  # the order of a plain DistributedSampler
+        plain = [DistributedSampler(range(211), num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        assert [list(sampler) for sampler in plain] == shares

@@ -1,0 +1,102 @@
+"""The reader that comes with the package: as good as its card says, and quick to show which details of a recipe matter.
+
+Each fine-tuning is `configs/quickstart.yaml`, shorter.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning import Trainer, seed_everything
+
+import idefics_lit
+from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.model.packing import IGNORED_LABEL
+from idefics_lit.training.module import Idefics2Module
+
+CARD = Path(idefics_lit.__file__).parent / "reader" / "README.md"
+QUICKSTART = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
+TRAINER = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
+           "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}  # fmt: skip
+STEPS = 70
+
+
+def data(**changed):
+    options = {**QUICKSTART["data"], "limit_val": 64, "num_workers": 0, **changed}
+    return DocVQADataModule(options.pop("source"), "tiny", **options)
+
+
+def fine_tuned(steps=STEPS):
+    """ANLS on unseen identity cards after so many steps."""
+    seed_everything(0, verbose=False)
+    module = Idefics2Module(**{**QUICKSTART["model"], "warmup_steps": 10})
+    trainer = Trainer(**TRAINER, max_steps=steps, limit_val_batches=0)
+    pages = data()
+    if steps:
+        trainer.fit(module, pages)
+    return Trainer(**TRAINER).validate(module, pages, verbose=False)[0]["val/anls"]
+
+
+@pytest.fixture(scope="module")
+def right():
+    return fine_tuned()
+
+
+@pytest.mark.slow
+def test_it_reads_as_well_as_its_card_says():
+    claimed = float(re.search(r"\| unseen pages \| [\d.]+ \| ([\d.]+) \|", CARD.read_text())[1])
+    module = Idefics2Module("tiny", quantization="none", max_new_tokens=48)
+    scores = Trainer(**TRAINER).validate(module, data(source="synthetic", limit_val=96), verbose=False)[0]
+    assert scores["val/anls"] >= claimed - 0.02
+
+
+def test_it_is_small_and_in_the_hubs_form():
+    files = {path.name: path.stat().st_size for path in CARD.parent.iterdir()}
+    assert sum(files.values()) <= 16e6
+    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "README.md"} <= files.keys()
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in files)
+
+
+@pytest.mark.long
+def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
+    before = fine_tuned(steps=0)
+    assert before <= 0.2
+    assert right >= before + 0.3
+
+
+# Labels that are not masked as they should be; rows stay shared, for speed.
+
+
+def on_the_prompt_too(self, example, ids, prompt):
+    return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
+
+
+def on_image_tokens(self, example, ids, prompt):
+    """What labels come to that are copied from the ids, with padding alone left out."""
+    return list(ids)
+
+
+WRONG = [on_the_prompt_too, on_image_tokens]
+
+
+@pytest.mark.parametrize("labels", WRONG)
+def test_wrong_labels_are_more_labels(labels, monkeypatch):
+    """What the long test below trains on, without the training."""
+    pages = data()
+    pages.setup("fit")
+    examples = [pages.examples["train"][i] for i in range(2)]
+    right = pages.collator("train")(examples)
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
+    wrong = pages.collator("train")(examples)
+    assert len(wrong["labelled"]) > len(right["labelled"])
+    image = right["input_ids"] == pages.processor.image_token_id
+    assert image.any() and (wrong["labels"][image] != IGNORED_LABEL).all() == (labels is on_image_tokens)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("labels", WRONG)
+def test_training_on_wrong_labels_hurts(labels, right, monkeypatch):
+    monkeypatch.setattr(Idefics2Collator, "_labels", labels)
+    assert fine_tuned() <= right - 0.1

@@ -1,0 +1,263 @@
+"""A fit that is cut off anywhere goes on to the same bits."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from idefics_lit.cli.main import DocVQACLI
+
+
+class Stop(Exception):
+    pass
+
+
+class CutOff(Callback):
+    """Save a checkpoint behind every batch, and cut the fit off at one of its places."""
+
+    def __init__(self, place=None, batches=0):
+        self.place, self.left = place, batches
+        self.visited = []
+
+    def save(self, trainer, name):
+        self.path = f"{self.place or 'whole'}-{name}.ckpt"
+        trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.visited += batch["question_ids"]
+        self.left -= 1
+        self.save(trainer, f"{trainer.current_epoch}-{batch_idx}")
+        if self.left == 0 and self.place == "batch":
+            raise Stop
+        if self.left == 0 and self.place == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_end(self, trainer, module):
+        if self.left <= 0 and self.place == "validation":
+            self.save(trainer, "validation")
+            raise Stop
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.left <= 0 and self.place == "epoch":
+            self.save(trainer, "epoch")
+            raise Stop
+
+
+@pytest.fixture
+def cut(run, monkeypatch):
+    """Run with a callback; returns the folder, and the callback."""
+
+    def cut(args, place=None, batches=0):
+        callback = CutOff(place, batches)
+        before = DocVQACLI.before_instantiate_classes
+
+        def with_callback(cli):
+            cli.trainer_defaults["callbacks"].append(callback)
+            before(cli)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DocVQACLI, "before_instantiate_classes", with_callback)
+            folder = run(*args)
+        return folder, callback
+
+    return cut
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(first, second):
+    """Adapter, optimizer, schedule and the report's curves are the same bits."""
+    assert first["global_step"] == second["global_step"]
+    assert first["callbacks"]["Report"]["steps"] == second["callbacks"]["Report"]["steps"]
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    states = (checkpoint["optimizer_states"][0]["state"].values() for checkpoint in (first, second))
+    for a, b in zip(*states, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert first["lr_schedulers"] == second["lr_schedulers"]
+
+
+# In the middle of a step, at an epoch's end and at the next one's, behind a validation inside an epoch and at its end.
+@pytest.mark.parametrize(
+    ("place", "batches", "workers"),
+    [
+        ("batch", [1, 2], 2),
+        ("batch", [5, 5, 1], 0),
+        ("sigterm", [3, 2, 5], 0),
+        ("validation", [3, 2], 0),
+        ("epoch", [5, 5], 2),
+    ],
+)
+def test_it_goes_on_from_anywhere_and_from_there_again(cut, short_fit, place, batches, workers, tmp_path):
+    args = short_fit("--data.num_workers", workers)
+    folder, callback = cut(args)
+    whole = load(callback.path)
+    for left in batches:
+        with pytest.raises((Stop, SystemExit)) as caught:
+            cut(args, place, left)
+        assert caught.type is Stop or caught.value.code == 128 + signal.SIGTERM
+        saved = folder.glob(f"{place}-*.ckpt") if place != "sigterm" else folder.rglob("sigterm.ckpt")
+        newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
+        args = [*short_fit("--data.num_workers", workers), "--ckpt_path", newest]
+    _, callback = cut(args)
+    assert_same(whole, load(callback.path))
+
+
+def test_another_number_of_workers(cut, short_fit, monkeypatch):
+    """Where none is given it is the checkpoint's, whatever this machine's cores; else the epoch is begun anew."""
+    args = short_fit("--data.num_workers", 1)
+    folder, callback = cut(args)
+    whole, middle = load(callback.path), folder / "whole-0-2.ckpt"
+    monkeypatch.setattr("idefics_lit.data.datamodule.suggested_max_num_workers", lambda _: 2)
+    _, callback = cut([*args[:-1], "null", "--ckpt_path", middle])
+    assert_same(whole, load(callback.path))
+    with pytest.warns(UserWarning, match=r"epoch is begun anew.*: data.num_workers 1, here 2\."):
+        _, callback = cut([*args[:-1], "2", "--ckpt_path", middle])
+    assert not all(map(torch.equal, whole["state_dict"].values(), load(callback.path)["state_dict"].values()))
+
+
+def copy_with(source, folder, change):
+    """Copy an official data set whose training rows are changed."""
+    shutil.copytree(source, folder)
+    file = next(folder.glob("train*.json"))
+    content = json.loads(file.read_text())
+    change(content["data"])
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, docvqa, tmp_path):
+    """Whatever decides it: that is named, and the epoch's questions are visited once each."""
+    args = short_fit("--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 9)
+    args[args.index("--trainer.val_check_interval") + 1] = "1.0"
+    copy_with(docvqa, tmp_path / "moved", lambda rows: None)
+    copy_with(docvqa, tmp_path / "turned", lambda rows: rows.reverse())
+    folder, callback = cut(args)
+    args += ["--ckpt_path", str((folder / "whole-0-2.ckpt").rename(folder / "middle"))]
+    visited = callback.visited
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*begun anew")
+        assert cut([*args, "--data.source", "moved"])[1].visited == visited[6:]
+    for option, value, differing in (
+        ("--data.seed", 1, "data.seed 0, here 1"),
+        ("--data.questions_per_page", 2, "data.questions_per_page 1, here 2"),
+        ("--data.source", "turned", r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"),
+    ):
+        with pytest.warns(UserWarning, match=rf"checkpoint's epoch is begun anew, .* others: {differing}\."):
+            _, callback = cut([*args, option, str(value)])
+        assert len(callback.visited) == len(set(callback.visited)) >= 5, option
+        assert callback.visited != visited
+
+
+class Process:
+    """The program as a process of its own."""
+
+    def __init__(self, folder, args, **environment):
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "idefics_lit", *args],
+            cwd=folder,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
+        self.folder = folder
+
+    def wait_for(self, pattern):
+        """Until a file is there."""
+        end = time.monotonic() + 120
+        while not list(self.folder.glob(pattern)):
+            assert self.process.poll() is None and time.monotonic() < end, (self.folder / "log").read_text()
+            time.sleep(0.01)
+
+    def end(self, signal_=None):
+        """Send a signal; returns the exit code and what was printed."""
+        if signal_:
+            self.process.send_signal(signal_)
+        code = self.process.wait(120)
+        return code, (self.folder / "log").read_text()
+
+
+LONG = ("--trainer.max_epochs", "6", "--trainer.check_val_every_n_epoch", "6")
+EVERY_STEP = (
+    *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "1"),
+    *("--trainer.callbacks.save_top_k", "2", "--trainer.callbacks.monitor", "step", "--trainer.callbacks.mode", "max"),
+)
+
+
+def last_weights(folder):
+    newest = max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return load(newest)
+
+
+@pytest.fixture
+def uninterrupted(run, short_fit):
+    """What a long fit ends in, and the flags of it."""
+    args = short_fit(*LONG, *EVERY_STEP)
+    args[args.index("--trainer.val_check_interval") + 1] = "1.0"
+    with contextlib.redirect_stdout(io.StringIO()):
+        folder = run(*args)
+    whole = last_weights(folder)
+    (folder / "lightning_logs").rename(folder / "whole")
+    return args, whole
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    args, whole = uninterrupted
+    args = [*args, "--ckpt_path", "last"]
+    first = Process(tmp_path, args)
+    first.wait_for("lightning_logs/version_0/checkpoints/*.ckpt")
+    code, printed = first.end(signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert "no checkpoint in lightning_logs yet: the fit begins" in printed
+    assert "stopped by SIGTERM at step" in printed and "Traceback" not in printed
+    saved = tmp_path / "lightning_logs/version_0/checkpoints/sigterm.ckpt"
+    assert 0 < load(saved)["global_step"] < whole["global_step"]
+    code, printed = Process(tmp_path, args).end()
+    assert code == 0 and f"last checkpoint: {saved.relative_to(tmp_path)}" in printed
+    assert_same(whole, last_weights(tmp_path / "lightning_logs"))
+
+
+@pytest.mark.long
+def test_slurm_requeues_the_job_and_its_next_start_goes_on(uninterrupted, tmp_path):
+    """As Lightning gives it: SLURM's warning signal saves, `scontrol requeue` is called, and SIGTERM is bypassed."""
+    args, whole = uninterrupted
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/requeued\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    job |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    first = Process(tmp_path, args, **job)
+    first.wait_for("lightning_logs/version_0/checkpoints/*.ckpt")
+    first.process.send_signal(signal.SIGUSR1)
+    first.wait_for("requeued")
+    first.end(signal.SIGKILL)
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    saved = load(tmp_path / "hpc_ckpt_1.ckpt")
+    assert 0 < saved["global_step"] < whole["global_step"]
+    code, printed = Process(tmp_path, args, **job).end()
+    assert code == 0 and "hpc_ckpt_1.ckpt" in printed
+    assert last_weights(tmp_path / "lightning_logs")["global_step"] == whole["global_step"]
+
+
+@pytest.mark.long
+def test_it_is_killed_and_ends_in_the_same_bits():
+    """Three of the kills of benchmarks/kills.py: in training, in the writing of a checkpoint, and in training."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "3", "--steps", "40"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{\n") :])["same bits"] is True
