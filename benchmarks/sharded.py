@@ -22,7 +22,7 @@ STEPS = 24
 LIMIT = 180  # seconds that the fit, and the validation, may take
 
 
-class Memory(Callback):
+class PrefillCache(Callback):
     """Write this rank's memory and the last validation's loss beside the file that $STEP_TIMES names."""
 
     def __init__(self) -> None:

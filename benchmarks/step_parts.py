@@ -23,7 +23,7 @@ from train_throughput import SIZES
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
-from idefics_lit.model.forward import Idefics2Forward
+from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.pretrained import load_processor
 from idefics_lit.training.module import Idefics2Module
 
@@ -98,7 +98,7 @@ def waits(run: Callable[[], None]) -> list[str]:
 def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str, note: Callable[..., None]) -> None:
     features: dict[str, list[Tensor]] = {}
     for graphs in (False, True)[: 1 + CUDA]:
-        module.parts = Idefics2Forward(module.model, graphs=graphs)
+        module.backbone = Idefics2Backbone(module.model, graphs=graphs)
         for name, batch in batches.items():
             how = f"{name}, {variant}{', graphs' if graphs else ''}"
             images = list(batch["pixel_values"].flatten(0, 1))
@@ -106,17 +106,17 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
 
             def vision(images: Any = images, sizes: Any = sizes, name: str = name) -> None:
                 with torch.no_grad():
-                    features[name] = module.parts.look(images, sizes, [""] * len(sizes))
+                    features[name] = module.backbone.encode_images(images, sizes, [""] * len(sizes))
 
             def connector(name: str = name) -> None:
                 module.zero_grad()
-                states = module.parts.connect(features[name])
+                states = module.backbone.connect(features[name])
                 states.sum().backward()
 
             def read(batch: Any = batch, name: str = name) -> None:
                 module.zero_grad()
-                states = module.parts.connect(features[name])
-                loss, tokens = module.parts.loss(batch, module.parts.read(batch, list(states)))
+                states = module.backbone.connect(features[name])
+                loss, tokens = module.backbone.loss(batch, module.backbone.prefill(batch, list(states)))
                 (loss / tokens).backward()
 
             if name.startswith("64"):
@@ -131,12 +131,12 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
     if CUDA and variant == "unpacked":
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-                module.parts = Idefics2Forward(module.model, graphs=True)
+                module.backbone = Idefics2Backbone(module.model, graphs=True)
                 images = [batches["16 questions, 16 pages"]["pixel_values"][0, 0]] * 8
 
                 def alike(images: Any = images) -> None:
                     with torch.no_grad():
-                        module.parts.look(images, [images[0].shape[1:]] * 8, [""] * 8)
+                        module.backbone.encode_images(images, [images[0].shape[1:]] * 8, [""] * 8)
 
                 note(f"vision, 8 pages of one shape, {variant}, graphs, {backend.name}", alike)
                 print("\n".join(kernels(alike)[:8]), flush=True)

@@ -31,7 +31,7 @@ def hub_files(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("idefics2-8b")
     shutil.copytree(DATA / "idefics2-8b-files", folder, dirs_exist_ok=True)
-    model = Path(mistral_common.__file__).parent / "assets" / "tokenizer.model.v1"
+    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(model, folder / "tokenizer.model")
     return folder
 

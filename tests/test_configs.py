@@ -37,7 +37,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     changed += ["--model.max_new_tokens", 2]
     if name in ("docvqa", "image_splitting", "gpu_15gb", "early_stopping"):  # a CPU has no 16-mixed
         changed += ["--trainer.precision", "32-true"]
-    if name == "fsdp":  # its strategy takes processes of its own, in test_sharding.py
+    if name == "fsdp":  # its strategy takes processes of its own, in test_fsdp.py
         changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
     configs = [argument for file in files for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)

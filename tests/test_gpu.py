@@ -143,7 +143,7 @@ def test_a_shape_that_finds_no_memory_takes_that_of_the_graphs(tiny):
     for _ in range(3):
         losses.append(module.loss(batches[0])[0])
         losses[-1].backward()
-    graphed = module.parts._graphs["read"]
+    graphed = module.backbone._graphs["prefill"]
     assert any(graphed._graphs.values())
     function, calls = graphed.function, []
 

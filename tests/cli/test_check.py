@@ -15,7 +15,7 @@ from idefics_lit.cli.estimates import load_config, measured_model, peak_gib, wei
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
 from idefics_lit.training.module import Idefics2Module
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = (
     *("--trainer.accelerator", "cpu"),
     *("--trainer.precision", "32-true"),

@@ -77,7 +77,7 @@ def test_labels_token_by_token_in_a_batch(small):
             assert mask[0] == 1
             assert kept.nonzero().max() == mask.nonzero().max()  # the answer stands last
         labels = batch["labels"]
-        assert torch.equal(labels.flatten()[batch["labelled"] + 1], labels[labels != -100])
+        assert torch.equal(labels.flatten()[batch["supervised_positions"] + 1], labels[labels != -100])
     prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
     for ids, mask in zip(*prompts, strict=True):
         assert mask[-1] == 1

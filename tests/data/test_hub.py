@@ -184,7 +184,7 @@ def test_a_class_is_its_name():
     )
     rows = HubDocVQA(datasets.Dataset.from_dict(row, features), "set")
     assert rows.answers == [["yes"], ["no"], []]
-    read = [rows.form.read(rows._row(rows.dataset, i), None, "", i)["question_types"] for i in range(3)]
+    read = [rows.mapping.read(rows._row(rows.dataset, i), None, "", i)["question_types"] for i in range(3)]
     assert read == [["no", "yes"], [], ["yes"]]
 
 

@@ -12,9 +12,9 @@ from lightning import Trainer
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from idefics_lit.data import streaming
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.loaders import StreamLoader
+from idefics_lit.data.sources import streaming
 from idefics_lit.data.sources.streaming import StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
 

@@ -59,11 +59,11 @@ def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, docume
     examples = documents[:6] if shared else [replace(e, page_id=None) for e in documents[:6]]
     collate = Idefics2Collator(small, train=False, prompt_style=style)
     batch = collate(examples)
-    answered = module.evaluation.read_and_answer(batch)
+    answered = module.evaluator.read_and_answer(batch)
     answers = dict(enumerate(answered.ids))
     assert len({len(ids) for ids in answered.ids}) > 1
     with torch.no_grad():
-        scores = page_scores(module.parts, batch, answered.seen, answers, module.processor.tokenizer)
+        scores = page_scores(module.backbone, batch, answered.seen, answers, module.processor.tokenizer)
     for i, example in enumerate(examples):
         expected = theirs(module, collate, example, answered.ids[i])
         assert scores[i].shape == expected.shape == (len(example.images),)
@@ -76,12 +76,12 @@ def test_pages_split_into_images_are_scored_as_such(module, documents):
     (alone,) = Idefics2Collator(processor, train=False)([replace(documents[0], images=documents[0].images[:1])])[
         "prompt_input_ids"
     ]
-    answered = module.evaluation.read_and_answer(batch)
+    answered = module.evaluator.read_and_answer(batch)
     assert answered.seen[0].shape[0] == 3 * 5 * 64
-    read, rows = module.parts.read, []
+    read, rows = module.backbone.prefill, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.parts, "read", lambda row, pages: rows.append((row, pages)) or read(row, pages))
-        module.evaluation._answer_pages(batch, answered, all_of_them=True)
+        patch.setattr(module.backbone, "prefill", lambda row, pages: rows.append((row, pages)) or read(row, pages))
+        module.evaluator._answer_pages(batch, answered, all_of_them=True)
     assert len(rows) == 3
     for number, (row, (page,)) in enumerate(rows):
         assert row["input_ids"][0, : len(alone)].tolist() == alone.tolist()
@@ -94,30 +94,30 @@ def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
         end = module.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
         ids = [module.processor.tokenizer(f" {e.answers[0]}", add_special_tokens=False).input_ids for e in documents]
         answers = {i: [*some, end] for i, some in enumerate(ids)}
-        scores = page_scores(module.parts, batch, module.see(batch), answers, module.processor.tokenizer)
+        scores = page_scores(module.backbone, batch, module.encode_pages(batch), answers, module.processor.tokenizer)
     assert [int(scores[i].argmax()) for i in range(10)] == batch["reference_pages"] == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
 
 
 def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
     """Where memory is short."""
     batch = Idefics2Collator(small, train=False)(documents)
-    whole = module.evaluation.records(batch, module.eval_loss)
+    whole = module.evaluator.records(batch, module.eval_loss)
     assert len({record["answer_page"] for record in whole}) > 1
-    module.evaluation.most_rows = 2
-    assert module.evaluation.records(batch, module.eval_loss) == whole
-    module.evaluation.most_rows = None
+    module.evaluator.most_rows = 2
+    assert module.evaluator.records(batch, module.eval_loss) == whole
+    module.evaluator.most_rows = None
 
 
 def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, small, documents, monkeypatch):
     collate = Idefics2Collator(small, train=False)
-    look, read, calls = module.parts.look, module.parts.read, []
-    monkeypatch.setattr(module.parts, "look", lambda *some: calls.append("look") or look(*some))
-    monkeypatch.setattr(module.parts, "read", lambda *some: calls.append("read") or read(*some))
+    look, read, calls = module.backbone.encode_images, module.backbone.prefill, []
+    monkeypatch.setattr(module.backbone, "encode_images", lambda *some: calls.append("look") or look(*some))
+    monkeypatch.setattr(module.backbone, "prefill", lambda *some: calls.append("read") or read(*some))
     unknown = [replace(example, answer_page=None) for example in documents]
 
     def evaluate(examples, loss):
         calls.clear()
-        return [record.get("answer_page") for record in module.evaluation.records(collate(examples), loss)], calls
+        return [record.get("answer_page") for record in module.evaluator.records(collate(examples), loss)], calls
 
     assert evaluate(documents, module.eval_loss)[1] == ["look", "read", "read", "read", "read"]
     found, made = evaluate(unknown, None)  # a prediction

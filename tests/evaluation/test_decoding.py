@@ -4,7 +4,7 @@ import torch
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.sources.synthetic import SyntheticPages
-from idefics_lit.evaluation.decoding import Answering, Memory
+from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.training.module import Idefics2Module
 
 
@@ -15,12 +15,12 @@ def test_a_batch_that_overflowed_leaves_nothing_to_the_next_one():
     pages = SyntheticPages("validation", 1)
     batch = Idefics2Collator(module.processor, train=False)([pages[0], pages[1]])
     batch = module.transfer_batch_to_device(batch, module.model.device, 0)
-    answering = Answering(module.parts, module.processor, 6, graphs=True)  # which keep their memory
+    answering = GreedyDecoder(module.backbone, module.processor, 6, graphs=True)  # which keep their memory
 
     @torch.no_grad()
     def answer(factor):
-        memory = Memory()
-        hidden = module.parts.read(batch, module.see(batch), memory)
+        memory = PrefillCache()
+        hidden = module.backbone.prefill(batch, module.encode_pages(batch), memory)
         memory.layers = [(keys * factor, values * factor) for keys, values in memory.layers]
         return answering.answer(batch, hidden, memory)
 

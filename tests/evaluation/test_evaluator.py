@@ -10,7 +10,6 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from idefics_lit import outputs
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.data.sources.synthetic import SyntheticPages, write_docvqa
@@ -18,6 +17,7 @@ from idefics_lit.errors import InputError
 from idefics_lit.evaluation.records import by_place
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
+from idefics_lit.reporting import results
 from idefics_lit.reporting.results import PredictionWriter, Results
 from idefics_lit.training.module import Idefics2Module
 
@@ -108,9 +108,9 @@ def test_ranks_files_hold_what_is_scored(monkeypatch):
         [record(0, "a", 1.0), record(1, "a", 0.0), record(2, "b", 1.0)],
         [record(3, "b", 0.5), record(4, "c", 0.0), record(0, "a", 0.5)],
     ]
-    monkeypatch.setattr(outputs, "gather_objects", lambda trainer, own: list(map(by_place, ranks)))
+    monkeypatch.setattr(results, "gather_objects", lambda trainer, own: list(map(by_place, ranks)))
     with pytest.warns(UserWarning, match="Several questions have the id a, b: each"):
-        found = outputs._unique(None, ranks[0])
+        found = results._unique(None, ranks[0])
     assert [(one["place"], one["score"]) for one in found] == [(0, 1.0), (1, 0.0), (2, 1.0), (3, 0.5), (4, 0.0)]
 
 
@@ -122,14 +122,14 @@ def test_examples_without_a_place_count_by_id_and_how_often_a_rank_meets_it():
 
 
 def test_answers_before_and_after_training_are_compared_by_place(capfd):
-    results = Results()
-    results.before = [record(0, "a", 0.0), record(1, "a", 1.0)]
-    results.after = [record(0, "a", 1.0), record(1, "a", 0.5)]
-    assert [one["score"] for one in results.compared.values()] == [0.0, 1.0]
-    table = outputs._scores(results.compared, results.after)
+    summary = Results()
+    summary.before = [record(0, "a", 0.0), record(1, "a", 1.0)]
+    summary.after = [record(0, "a", 1.0), record(1, "a", 0.5)]
+    assert [one["score"] for one in summary.compared.values()] == [0.0, 1.0]
+    table = results._scores(summary.compared, summary.after)
     assert [next(iter(column.cells)) for column in table.columns] == ["all", "0.500", "0.750", "2"]
-    results.after = [record(0, "a"), record(1, "b")]  # others
-    assert results.compared == {}
+    summary.after = [record(0, "a"), record(1, "b")]  # others
+    assert summary.compared == {}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def with_dropout():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     module.train()
-    module.parts.text_model.layers[0].self_attn.eval()
+    module.backbone.text_model.layers[0].self_attn.eval()
     return module
 
 
@@ -184,8 +184,8 @@ def test_pages_of_answers_are_the_same_in_every_mode(processor, questions):
     batch = Idefics2Collator(processor, train=False)(asked)
     module = with_dropout()
     seen = []
-    original = module.parts.logits
-    module.parts.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]
+    original = module.backbone.logits
+    module.backbone.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]
     module.predict_step(batch, 0)
     first_time, seen = seen, []
     module.predict_step(batch, 0)

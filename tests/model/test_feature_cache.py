@@ -72,7 +72,9 @@ def test_a_memory_that_is_used_again_gives_each_page_its_own(tiny):
     collate = Idefics2Collator(load_processor(tiny, image_size=56), train=True)
     kept, mixed = collate(pages[:8]), collate([pages[0], *pages[8:]])
     plain = module(tiny, quantization="none")
-    size = plain.parts.look(mixed["pixel_values"][0].to(plain.device), mixed["image_sizes"][0], ["0"])[0].nbytes
+    size = plain.backbone.encode_images(mixed["pixel_values"][0].to(plain.device), mixed["image_sizes"][0], ["0"])[
+        0
+    ].nbytes
     slab = 1 << (size - 1).bit_length()
     assert 2 * size > slab  # each page has one
     cached = module(tiny, quantization="none", feature_cache="memory", feature_cache_gb=8 * slab / 1e9)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
-from idefics_lit.model.forward import Idefics2Forward, vision_position_ids
+from idefics_lit.model.forward import Idefics2Backbone, vision_position_ids
 from idefics_lit.model.loading import LoRA, add_lora
 from idefics_lit.model.tiny import tiny_config
 
@@ -57,12 +57,12 @@ def base():
 def test_positions_are_those_of_float32(base, dtype, embeddings, monkeypatch):
     if embeddings == "rounding":
         monkeypatch.setattr(Idefics2VisionEmbeddings, "forward", rounding)
-    parts = Idefics2Forward(base.to(dtype))
+    backbone = Idefics2Backbone(base.to(dtype))
     wrong = []
     for rows, columns in SHAPES:
         # What is more than whole patches is cut off; what is more than the image is padding.
         size = rows * PATCH + 5, columns * PATCH + 3
-        (found,) = parts.look([torch.ones(3, size[0] + 9, size[1])], [size], ["page"])
+        (found,) = backbone.encode_images([torch.ones(3, size[0] + 9, size[1])], [size], ["page"])
         assert found.dtype == dtype and found.is_contiguous()
         row, column = found[:, :2].long().unbind(1)
         if not torch.equal(row * PER_SIDE + column, reference(rows, columns, PER_SIDE)):

@@ -12,8 +12,8 @@ import torch
 from lightning import Callback
 from torch.distributed.tensor import DTensor
 
-TESTS = Path(__file__).parents[1]
-CONFIGS = TESTS.parent / "configs"
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parents[1] / "configs"
 
 
 class Shares(Callback):
@@ -56,7 +56,7 @@ def save_every_second_step():
 
 def fit_in_two_processes(folder, tiny, *args):
     folder.mkdir()
-    options = ["--trainer.devices", 2, *save_every_second_step(), "--trainer.callbacks+=test_sharding.Shares", *args]
+    options = ["--trainer.devices", 2, *save_every_second_step(), "--trainer.callbacks+=test_fsdp.Shares", *args]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     typed = [sys.executable, "-m", "idefics_lit", *command("fit", tiny, *options)]
     done = subprocess.run(typed, cwd=folder, capture_output=True, text=True, env=environment)

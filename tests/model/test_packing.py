@@ -13,9 +13,9 @@ from torch.utils.data import DistributedSampler
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
-from idefics_lit.data.samplers import PageByPage, Visits
+from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.sources.synthetic import SyntheticPages
-from idefics_lit.evaluation.decoding import Answering
+from idefics_lit.evaluation.decoding import GreedyDecoder
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
 from idefics_lit.training.module import Idefics2Module
@@ -87,7 +87,7 @@ def test_the_loss_is_transformers_own(tiny, processor, examples):
         theirs = ours.model(**batch, use_cache=False)
         loss, tokens = ours.loss(batch)
         assert (loss / tokens).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
-        answers = batch["labelled"]
+        answers = batch["supervised_positions"]
         assert torch.allclose(ours(batch).flatten(0, 1)[answers], theirs.logits.flatten(0, 1)[answers], atol=1e-5)
 
 
@@ -154,10 +154,10 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         assert ours.generate(collate(alone(examples))) == expected
         # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
         monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS", 2)
-        ours.evaluation.answering = Answering(ours.parts, ours.processor, 12, graphs=True)
+        ours.evaluator.decoder = GreedyDecoder(ours.backbone, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
         assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
-        ours.evaluation.forget()
+        ours.evaluator.forget()
 
 
 def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
@@ -165,9 +165,9 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
         batch["places"][place] = place
-    whole = ours.evaluation.records(batch, ours.eval_loss)
+    whole = ours.evaluator.records(batch, ours.eval_loss)
     loss = ours.eval_loss.compute()
-    read, sizes = ours.parts.read, []
+    read, sizes = ours.backbone.prefill, []
 
     def too_large_for_two_rows(batch, *more):
         sizes.append(len(batch["input_ids"]))
@@ -175,12 +175,12 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
             raise torch.OutOfMemoryError
         return read(batch, *more)
 
-    monkeypatch.setattr(ours.parts, "read", too_large_for_two_rows)
+    monkeypatch.setattr(ours.backbone, "prefill", too_large_for_two_rows)
     ours.eval_loss.reset()
-    assert ours.evaluation.records(batch, ours.eval_loss) == whole
+    assert ours.evaluator.records(batch, ours.eval_loss) == whole
     assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
     assert sizes == [3, 2, 1, 1, 1]
-    ours.evaluation.records(batch)
+    ours.evaluator.records(batch)
     assert sizes[5:] == [1, 1, 1]
 
 
@@ -194,7 +194,7 @@ def test_evaluation_goes_page_by_page(tiny, ranks):
     data = DocVQADataModule("synthetic", tiny, limit_val=97, num_workers=0)
     data.setup("validate")
     examples = data.examples["val"]
-    shares = [list(PageByPage(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
+    shares = [list(EvalSampler(examples, 40, num_replicas=ranks, rank=r)) for r in range(ranks)]
     assert {len(share) for share in shares} == {-(-97 // ranks)}
     order = [index for share in shares for index, _, repeated in share if not repeated]
     assert sorted(order) == list(range(97))
@@ -217,7 +217,7 @@ def drawn(tiny):
 @pytest.mark.parametrize("questions", [1, 3, 4, 100])
 def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questions, ranks):
     def epoch(number):
-        samplers = [Visits(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        samplers = [TrainSampler(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(number)
         visits = [list(sampler) for sampler in samplers]

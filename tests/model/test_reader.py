@@ -16,8 +16,8 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.model.packing import IGNORED_LABEL
 from idefics_lit.training.module import Idefics2Module
 
-CARD = Path(idefics_lit.__file__).parent / "reader" / "README.md"
-QUICKSTART = yaml.safe_load((Path(__file__).parents[1] / "configs" / "quickstart.yaml").read_text())
+CARD = Path(idefics_lit.__file__).parent / "model" / "reader" / "README.md"
+QUICKSTART = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
            "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}  # fmt: skip
 STEPS = 70
@@ -90,7 +90,7 @@ def test_wrong_labels_are_more_labels(labels, monkeypatch):
     right = pages.collator("train")(examples)
     monkeypatch.setattr(Idefics2Collator, "_labels", labels)
     wrong = pages.collator("train")(examples)
-    assert len(wrong["labelled"]) > len(right["labelled"])
+    assert len(wrong["supervised_positions"]) > len(right["supervised_positions"])
     image = right["input_ids"] == pages.processor.image_token_id
     assert image.any() and (wrong["labels"][image] != IGNORED_LABEL).all() == (labels is on_image_tokens)
 

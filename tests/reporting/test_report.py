@@ -21,7 +21,7 @@ from idefics_lit.reporting.history import MOST_STEPS, History
 from idefics_lit.reporting.page_gallery import group_by_page, show
 from idefics_lit.reporting.report import MOST_BYTES, _render
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 STEPS, EVERY = 4, 2  # steps, and steps between validations
 
 

@@ -7,9 +7,9 @@ import torch
 from lightning import Trainer
 
 from idefics_lit.errors import InputError
-from idefics_lit.training.finite_checks import MOST_SKIPPED, LossWatch, OverflowWatch
+from idefics_lit.training.finite_checks import MOST_SKIPPED, FiniteLossCheck, OverflowCheck
 from idefics_lit.training.module import Idefics2Module
-from idefics_lit.utils.host_copy import Arriving
+from idefics_lit.utils.host_copy import HostCopy
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(
 
 
 def test_losses_are_looked_at_in_their_order():
-    watch = LossWatch()
+    watch = FiniteLossCheck()
     watch.add(torch.tensor(1.0), [1])
     with pytest.raises(InputError, match=r"the loss of questions 2, 3 is inf: lower model.lr"):
         watch.add(torch.tensor(torch.inf), [2, 3])
@@ -57,9 +57,9 @@ def test_losses_are_looked_at_in_their_order():
 
 def test_what_arrives_is_what_was_sent():
     value = torch.tensor(1.0)
-    arriving = Arriving(value)
+    arriving = HostCopy(value)
     value.fill_(2)
-    assert arriving.is_here and arriving.wait() == 1
+    assert arriving.ready and arriving.result() == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
@@ -75,7 +75,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
 
 
 def test_a_scaler_that_falls_and_falls_ends_the_run():
-    watch, scaler = OverflowWatch(), torch.amp.GradScaler("cpu")
+    watch, scaler = OverflowCheck(), torch.amp.GradScaler("cpu")
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
 

@@ -11,7 +11,7 @@ from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
-from idefics_lit.training.module import Idefics2Module, _Step
+from idefics_lit.training.module import Idefics2Module, _StepTotals
 
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
        "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
@@ -175,7 +175,7 @@ def rates(tiny, monkeypatch):
     """Make so many steps and return the first group's learning rates, and the trainer."""
 
     def training_step(self, batch, batch_idx):  # of no work: only rates are looked at
-        self._step = _Step(torch.ones(()), torch.zeros(()))
+        self._step = _StepTotals(torch.ones(()), torch.zeros(()))
         return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
 
     monkeypatch.setattr(Idefics2Module, "training_step", training_step)

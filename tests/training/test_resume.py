@@ -255,7 +255,7 @@ def test_slurm_requeues_the_job_and_its_next_start_goes_on(uninterrupted, tmp_pa
 @pytest.mark.long
 def test_it_is_killed_and_ends_in_the_same_bits():
     """Three of the kills of benchmarks/kills.py: in training, in the writing of a checkpoint, and in training."""
-    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
     done = subprocess.run(
         [sys.executable, script, "--kills", "3", "--steps", "40"], capture_output=True, text=True, timeout=600
     )

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from idefics_lit.errors import InputError
 from idefics_lit.training.checkpoint import CheckpointConnector
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCVQA = ("--config", ROOT / "configs" / "docvqa.yaml")
 ONE, OTHER = ("--model.lr", "0.01"), ("--model.lr", "0.05")
 LAST = ("--ckpt_path", "last")

@@ -99,7 +99,7 @@ def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collato
     )
 
 
-class Answers(Callback):
+class AnswerPrinter(Callback):
     """Print answers as they come, a page at a time.
 
     Args:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.samplers import Selected, Visits
-from idefics_lit.data.skipping import Tolerant, known_faults
+from idefics_lit.data.samplers import Subset, TrainSampler
+from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import MULTIPLE
 
@@ -161,7 +161,7 @@ def read_split(datamodule: DocVQADataModule, split: str, advance: Any = lambda q
     advance(len(broken))
     groups = _by_page(examples.page_ids, (row for row in range(len(examples)) if row not in broken))
     loader = DataLoader(
-        Tolerant(examples), batch_sampler=groups, collate_fn=Reader(collator), num_workers=datamodule.workers()
+        SkipBadExamples(examples), batch_sampler=groups, collate_fn=Reader(collator), num_workers=datamodule.workers()
     )
     good: dict[int, Question] = {}
     started = time.perf_counter()
@@ -202,9 +202,9 @@ def first_epoch(split: Split, options: Any, world_size: int, patch: int = 14) ->
         world_size: the number of devices.
         patch: pixels of a patch's edge.
     """
-    left = Selected(split.examples, list(split.good))
+    left = Subset(split.examples, list(split.good))
     questions = list(split.good.values())
-    visits = Visits(left, options.questions_per_page, seed=options.seed, num_replicas=world_size, rank=0)
+    visits = TrainSampler(left, options.questions_per_page, seed=options.seed, num_replicas=world_size, rank=0)
     order = [index for index, *_ in visits]
     batches = []
     for start in range(0, len(order), options.batch_size):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from idefics_lit.cli.ask import Answers, Asked
+from idefics_lit.cli.ask import AnswerPrinter, Asked
 from idefics_lit.cli.check import check
 from idefics_lit.pretrained import DTYPES
 
@@ -65,7 +65,7 @@ class DocVQATrainer(Trainer):
             ckpt_path: the checkpoint of the adapter, the base model answers unless given.
         """
         asked = Asked(image or (), question or ())
-        self.callbacks.append(Answers(asked, as_json=json))  # type: ignore[attr-defined]
+        self.callbacks.append(AnswerPrinter(asked, as_json=json))  # type: ignore[attr-defined]
         loader = asked.loader(datamodule.hparams, DTYPES.get(str(self.precision), torch.float32))
         self.predict(model, loader, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
 

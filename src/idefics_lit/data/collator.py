@@ -19,7 +19,7 @@ from transformers import BatchFeature, ProcessorMixin
 from idefics_lit.data.example import Example
 from idefics_lit.data.images import page_digest
 from idefics_lit.errors import InputError
-from idefics_lit.model.packing import IGNORED_LABEL, Piece, Row, pack
+from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 PromptStyle = Literal["recipe", "idefics"]
 
@@ -104,10 +104,10 @@ class Idefics2Collator:
         """
         members, images, pages, asked, whole, digests = tokens = self.tokens(examples)
         rows = [
-            Row(
-                Piece(page, self._labels(examples[row[0]], page, len(page))),
+            PackedRow(
+                Segment(page, self._labels(examples[row[0]], page, len(page))),
                 # The template is an exact prefix: the answer is what the whole text has more than its prompt.
-                [Piece(whole[i], self._labels(examples[i], whole[i], len(asked[i]))) for i in row],
+                [Segment(whole[i], self._labels(examples[i], whole[i], len(asked[i]))) for i in row],
             )
             for page, row in zip(pages, members, strict=True)
         ]
@@ -259,13 +259,16 @@ class Idefics2Collator:
 def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Return some rows of a batch for evaluation, with their prompts, as a batch."""
     width = batch["input_ids"].shape[1]
-    labelled = batch["labelled"]
+    supervised_positions = batch["supervised_positions"]
     row_of = batch["prompt_rows"]
     asked = ((row_of >= start) & (row_of < stop)).nonzero()[:, 0]
     of_rows = ["input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask"]
     of_rows += ["image_sizes", "image_keys", "page_counts"]
     taken = {name: batch[name][start:stop] for name in of_rows if name in batch}
-    taken["labelled"] = labelled[(labelled >= start * width) & (labelled < stop * width)] - start * width
+    taken["supervised_positions"] = (
+        supervised_positions[(supervised_positions >= start * width) & (supervised_positions < stop * width)]
+        - start * width
+    )
     taken["prompt_rows"] = row_of[asked] - start
     for name in ("prompt_input_ids", "prompt_attention_mask", "prompt_places"):
         taken[name] = batch[name][asked]

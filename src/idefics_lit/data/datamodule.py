@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from idefics_lit.data.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import StreamLoader, TrainingLoader
-from idefics_lit.data.samplers import PageByPage, Selected, Visits, connected
-from idefics_lit.data.skipping import Tolerant, TolerantCollator, known_faults
+from idefics_lit.data.samplers import EvalSampler, Subset, TrainSampler, connected
+from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
 from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.streaming import Stream, StreamedQuestions, find_streams
 from idefics_lit.errors import InputError
@@ -159,7 +159,7 @@ class DocVQADataModule(LightningDataModule):
         options = self.hparams
         if options.streaming:
             return self._loader("train", options.batch_size)
-        sampler = Visits(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
+        sampler = TrainSampler(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
         return self._loader("train", options.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -207,7 +207,7 @@ class DocVQADataModule(LightningDataModule):
         batch_size = self.hparams.eval_batch_size or self.hparams.batch_size
         if batch_size == "auto":  # the module evaluates a batch that is too large in parts
             batch_size = 128 if torch.cuda.is_available() else 32
-        return self._loader(split, batch_size, PageByPage(self.examples[split], 8 * batch_size, **self._ranks()))
+        return self._loader(split, batch_size, EvalSampler(self.examples[split], 8 * batch_size, **self._ranks()))
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
@@ -220,7 +220,7 @@ class DocVQADataModule(LightningDataModule):
         num_workers = self.workers()
         loading: dict[str, Any] = {
             "batch_size": batch_size,
-            "collate_fn": TolerantCollator(collator) if skip else collator,
+            "collate_fn": SkippingCollator(collator) if skip else collator,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
@@ -228,7 +228,7 @@ class DocVQADataModule(LightningDataModule):
         if sampler is None:
             assert self.trainer is not None
             return StreamLoader(self._streamed(), self.trainer, **loading)
-        examples: Any = Tolerant(self.examples[split]) if skip else self.examples[split]
+        examples: Any = SkipBadExamples(self.examples[split]) if skip else self.examples[split]
         if split == "train":
             return TrainingLoader(examples, self.trainer, sampler=sampler, **loading)
         return DataLoader(examples, sampler=sampler, **loading)
@@ -293,7 +293,7 @@ class DocVQADataModule(LightningDataModule):
         if self._val_split():
             return examples
         held_out = self._held_out(examples)
-        return Selected(examples, [i for i in range(len(examples)) if i not in held_out])
+        return Subset(examples, [i for i in range(len(examples)) if i not in held_out])
 
     def _val(self) -> Examples:
         if split := self._val_split():
@@ -302,7 +302,7 @@ class DocVQADataModule(LightningDataModule):
         if self.hparams.streaming:  # its first questions
             return examples
         held_out = self._held_out(examples)
-        return Selected(examples, sorted(held_out))
+        return Subset(examples, sorted(held_out))
 
     def _predict(self) -> Examples:
         split = self.hparams.predict_split or self.hparams.test_split or "test"
@@ -340,7 +340,7 @@ class DocVQADataModule(LightningDataModule):
         return {i for number in chosen for i in groups[number]}
 
     def _limited(self, examples: Examples, limit: int | None) -> Examples:
-        return Selected(examples, range(len(examples))[:limit])
+        return Subset(examples, range(len(examples))[:limit])
 
     def _drawn(self, examples: Examples, count: int) -> Examples:
         """So many questions on pages drawn at random, in the set's order."""
@@ -348,7 +348,7 @@ class DocVQADataModule(LightningDataModule):
         random.Random(self.hparams.seed).shuffle(pages)
         places = {page: place for place, page in enumerate(pages)}
         drawn = sorted(range(len(examples)), key=lambda i: places[examples.page_ids[i]])
-        return Selected(examples, sorted(drawn[:count]))
+        return Subset(examples, sorted(drawn[:count]))
 
     def _without_faults(self, examples: Examples, need_answers: bool) -> Examples:
         """Leave out the rows that are known to be bad, or name the first."""
@@ -360,4 +360,4 @@ class DocVQADataModule(LightningDataModule):
         self.skipped += [faults[row] for row in sorted(faults)]
         if len(faults) == len(examples):
             raise InputError(f"data.on_bad_example skip: no row is left, the first is wrong too: {faults[0]}")
-        return Selected(examples, [row for row in range(len(examples)) if row not in faults])
+        return Subset(examples, [row for row in range(len(examples)) if row not in faults])

@@ -21,7 +21,7 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
     Args:
         dataset: the questions.
         trainer: whose epoch it is.
-        options: a DataLoader's, the sampler `Visits` among them.
+        options: a DataLoader's, the sampler `TrainSampler` among them.
     """
 
     def __init__(self, dataset: Any, trainer: Trainer | None, **options: Any) -> None:  # noqa: ANN401

@@ -30,7 +30,7 @@ def connected(page_ids: Sequence[tuple[Hashable, ...]]) -> list[list[int]]:
     return list(groups.values())
 
 
-class Selected(Examples):
+class Subset(Examples):
     """Some of the questions of a split, each visited in an epoch."""
 
     def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
@@ -56,7 +56,7 @@ class Selected(Examples):
         return self.examples.where(self.indices[index])
 
 
-class Visits(DistributedSampler[Any]):
+class TrainSampler(DistributedSampler[Any]):
     """Shuffled questions of a rank, each with its epoch, so that nothing drawn for it depends on a generator's state.
 
     A `DistributedSampler` in single-device runs too: the order is a function of (seed, epoch), which Lightning sets.
@@ -81,7 +81,7 @@ class Visits(DistributedSampler[Any]):
         }
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield what `Selected` takes."""
+        """Yield what `Subset` takes."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         groups: list[list[int]] = []
         open_groups: dict[Hashable, list[int]] = {}
@@ -115,7 +115,7 @@ def digest(values: Iterable[Any]) -> str:
     return found.hexdigest()[:8]
 
 
-class PageByPage(DistributedSampler[Any]):
+class EvalSampler(DistributedSampler[Any]):
     """Questions on a page behind one another, as pages with as many questions are: a batch's rows are of one length.
 
     Pages are sorted in windows of so many questions, so that every part of a set is like the whole. A rank's share is
@@ -135,7 +135,7 @@ class PageByPage(DistributedSampler[Any]):
         self.order = [index for some in windows for questions in sorted(some, key=len) for index in questions]
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield what `Selected` takes."""
+        """Yield what `Subset` takes."""
         start = self.rank * self.num_samples
         return (
             (self.order[i % len(self.order)], None, i >= len(self.order))

@@ -16,7 +16,7 @@ def known_faults(examples: Examples, need_answers: bool) -> dict[int, str]:
     return {**{row: f"{examples.where(row)}: {no_answer}" for row in missing}, **examples.faults}
 
 
-class Tolerant(Dataset[Any]):
+class SkipBadExamples(Dataset[Any]):
     """A split whose bad examples are their error."""
 
     def __init__(self, examples: Examples) -> None:
@@ -34,7 +34,7 @@ class Tolerant(Dataset[Any]):
             return error
 
 
-class TolerantCollator:
+class SkippingCollator:
     """Collate what is good; a batch's ``skipped`` are the lines that name the others.
 
     A batch of bad examples alone holds nothing else.

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from idefics_lit.model.forward import Idefics2Forward
-from idefics_lit.model.packing import IGNORED_LABEL, Piece, Row, pack
+from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 
 def page_scores(
-    parts: Idefics2Forward,
+    backbone: Idefics2Backbone,
     batch: Mapping[str, Any],
     pages: Sequence[Tensor],
     answers: Mapping[int, list[int]],
@@ -31,9 +31,9 @@ def page_scores(
     confident; this needs no training, and one forward for each page.
 
     Args:
-        parts: of the model, in any mode.
+        backbone: of the model, in any mode.
         batch: `Idefics2Collator`'s for evaluation.
-        pages: what `Idefics2Forward.see` saw of each of its R rows, (image tokens, width).
+        pages: what `Idefics2Backbone.encode_pages` saw of each of its R rows, (image tokens, width).
         answers: the token ids of the answers to find the page of, with what ends them, by the question's number in the
             batch.
         tokenizer: the model's.
@@ -49,18 +49,18 @@ def page_scores(
         rows.setdefault(row_of[i], []).append(i)
         prompt = batch["prompt_input_ids"][i][batch["prompt_attention_mask"][i].bool()].tolist()
         page, question = _cut(prompt, counts[row_of[i]], image_tokens)
-        pieces[i] = page, Piece(question + answer, [IGNORED_LABEL] * len(question) + answer)
+        pieces[i] = page, Segment(question + answer, [IGNORED_LABEL] * len(question) + answer)
     found: dict[int, list[Tensor]] = {i: [] for i in answers}
     # Page by page: rows of a page each, as many as the batch has or fewer, take no more memory than the batch did.
     for number in range(max(counts[row] for row in rows)):
         some = {row: asked for row, asked in rows.items() if number < counts[row]}
         packed = pack([_row([pieces[i] for i in asked]) for asked in some.values()], tokenizer.pad_token_id)
         packed = {name: value.to(batch["prompt_input_ids"].device) for name, value in packed.items()}
-        labelled = packed["labelled"]
-        with parts.evaluating():
-            hidden = parts.read(packed, [pages[row].chunk(counts[row])[number] for row in some])
-            logits = parts.logits(hidden.flatten(0, 1).index_select(0, labelled)).float()
-        scores = -F.cross_entropy(logits, packed["labels"].flatten()[labelled + 1], reduction="none")
+        supervised_positions = packed["supervised_positions"]
+        with backbone.evaluating():
+            hidden = backbone.prefill(packed, [pages[row].chunk(counts[row])[number] for row in some])
+            logits = backbone.logits(hidden.flatten(0, 1).index_select(0, supervised_positions)).float()
+        scores = -F.cross_entropy(logits, packed["labels"].flatten()[supervised_positions + 1], reduction="none")
         order = [i for asked in some.values() for i in asked]
         for i, of_answer in zip(order, scores.split([len(answers[i]) for i in order]), strict=True):
             found[i].append(of_answer.sum())
@@ -75,6 +75,6 @@ def _cut(prompt: list[int], count: int, image_tokens: Sequence[int]) -> tuple[li
     return prompt[: first + one + 1], prompt[end:]
 
 
-def _row(pieces: Sequence[tuple[list[int], Piece]]) -> Row:
+def _row(pieces: Sequence[tuple[list[int], Segment]]) -> PackedRow:
     page = pieces[0][0]
-    return Row(Piece(page, [IGNORED_LABEL] * len(page)), [question for _, question in pieces])
+    return PackedRow(Segment(page, [IGNORED_LABEL] * len(page)), [question for _, question in pieces])

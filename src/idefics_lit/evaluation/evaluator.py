@@ -14,12 +14,12 @@ from transformers import ProcessorMixin
 
 from idefics_lit.data.collator import take_rows
 from idefics_lit.evaluation.answer_pages import page_scores
-from idefics_lit.evaluation.decoding import Answering, Memory
+from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
-from idefics_lit.model.forward import Idefics2Forward
+from idefics_lit.model.forward import Idefics2Backbone
 
 
-class Answered(NamedTuple):
+class DecodedBatch(NamedTuple):
     """A batch that was read and answered.
 
     Attributes:
@@ -35,27 +35,27 @@ class Answered(NamedTuple):
     texts: list[str]
 
 
-class Evaluation:
+class Evaluator:
     """Answers and scores the questions of `Idefics2Collator`'s batches for evaluation.
 
     Args:
-        parts: of the model, in any mode.
+        backbone: of the model, in any mode.
         processor: the model's.
         max_new_tokens: the longest answer.
         strip_period: see `idefics_lit.metrics.anls`.
     """
 
     def __init__(
-        self, parts: Idefics2Forward, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
+        self, backbone: Idefics2Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
     ) -> None:
-        self.parts, self.processor = parts, processor
+        self.backbone, self.processor = backbone, processor
         self.max_new_tokens, self.strip_period = max_new_tokens, strip_period
-        self.answering: Answering | None = None
+        self.decoder: GreedyDecoder | None = None
         self.most_rows: int | None = None  # that there is memory for, where it didn't suffice for a batch
 
     def forget(self) -> None:
         """Give back the memory that answering takes."""
-        self.answering = None
+        self.decoder = None
 
     def records(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[dict[str, Any]]:
         """Return a record a question: id, text, prediction, references, score where there are any, place in the set.
@@ -76,7 +76,7 @@ class Evaluation:
             parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
             return [record for part in parts for record in self.records(part, loss)]
         try:
-            with self.parts.evaluating():
+            with self.backbone.evaluating():
                 return self._records(batch, loss)
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -87,21 +87,21 @@ class Evaluation:
         self.most_rows = -(-rows // 2)
         return self.records(batch, loss)
 
-    def read_and_answer(self, batch: Mapping[str, Any]) -> Answered:
+    def read_and_answer(self, batch: Mapping[str, Any]) -> DecodedBatch:
         """Read a batch's rows and answer the prompts in them."""
-        if self.answering is None:
-            graphs = self.parts.has_graphs
-            self.answering = Answering(self.parts, self.processor, self.max_new_tokens, graphs=graphs)
-        memory = Memory()
+        if self.decoder is None:
+            graphs = self.backbone.has_graphs
+            self.decoder = GreedyDecoder(self.backbone, self.processor, self.max_new_tokens, graphs=graphs)
+        memory = PrefillCache()
         # Layers are compiled for training's shapes.
-        with self.parts.evaluating(), torch.compiler.set_stance("force_eager"):
-            seen = self.parts.see(batch)
-            hidden = self.parts.read(batch, seen, memory)
-            ids = self.answering.answer(batch, hidden, memory)
+        with self.backbone.evaluating(), torch.compiler.set_stance("force_eager"):
+            seen = self.backbone.encode_pages(batch)
+            hidden = self.backbone.prefill(batch, seen, memory)
+            ids = self.decoder.answer(batch, hidden, memory)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Answered(hidden, seen, ids, [text.strip() for text in texts])
+        return DecodedBatch(hidden, seen, ids, [text.strip() for text in texts])
 
-    def _answer_pages(self, batch: Mapping[str, Any], answered: Answered, all_of_them: bool) -> list[int | None]:
+    def _answer_pages(self, batch: Mapping[str, Any], answered: DecodedBatch, all_of_them: bool) -> list[int | None]:
         """Return the page of each of the B answers, of those whose own the data knows or of all of them."""
         counts = [batch["page_counts"][row] for row in batch["prompt_rows"].tolist()]
         asked = [
@@ -112,7 +112,7 @@ class Evaluation:
         scores = {}
         if several:
             with torch.compiler.set_stance("force_eager"):
-                scores = page_scores(self.parts, batch, answered.seen, several, self.processor.tokenizer)
+                scores = page_scores(self.backbone, batch, answered.seen, several, self.processor.tokenizer)
         found = {i: int(some.argmax()) for i, some in scores.items()}
         return [found.get(i, 0) if is_asked else None for i, is_asked in enumerate(asked)]
 
@@ -120,7 +120,7 @@ class Evaluation:
         answered = self.read_and_answer(batch)
         pages = self._answer_pages(batch, answered, all_of_them=loss is None)
         if loss is not None:
-            value, tokens = self.parts.loss(batch, answered.hidden)
+            value, tokens = self.backbone.loss(batch, answered.hidden)
             if value.isfinite():
                 loss.update(value / tokens.clamp(min=1), weight=tokens)
             else:

@@ -18,7 +18,7 @@ MOST = 64  # shapes of a function that are captured; each takes memory
 ROOM = 0.5  # the share of the free memory that a new shape may need
 
 
-class Graphed(nn.Module):
+class CudaGraphCache(nn.Module):
     """A function of tensors that runs as a CUDA graph where it can.
 
     Args:
@@ -81,7 +81,11 @@ class _Graph:
     """Forward and backward for arguments of one shape."""
 
     def __init__(
-        self, function: Graphed, arguments: tuple[Tensor, ...], trained: dict[str, nn.Parameter], pool: tuple[int, int]
+        self,
+        function: CudaGraphCache,
+        arguments: tuple[Tensor, ...],
+        trained: dict[str, nn.Parameter],
+        pool: tuple[int, int],
     ) -> None:
         self.graphed = function
         self.arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
@@ -116,7 +120,7 @@ class _Graph:
         return [next(grads) if wanted else None for wanted in self.requires_grad]
 
 
-class Repeated:
+class CudaGraphRunner:
     """A function that changes tensors which stay where they are: one CUDA graph from its second call on.
 
     Args:

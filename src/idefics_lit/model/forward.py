@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.errors import InputError
-from idefics_lit.model.cuda_graphs import Graphed
+from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.loading import is_vision_trained
 
@@ -29,7 +29,7 @@ CHUNK = 4096  # patches that are projected at a time
 MOST_IMAGES = 16  # that are connected at a time, in evaluation
 
 
-class Idefics2Forward:
+class Idefics2Backbone:
     """The forward of Idefics2 with an adapter, for batches of `idefics_lit.data.collator.Idefics2Collator`.
 
     Shapes: R rows of T tokens, I images, H and W pixels, P patches.
@@ -58,9 +58,9 @@ class Idefics2Forward:
                 if isinstance(layer, lora.Linear):
                     # Autocast does, in a quarter of the time, what peft does by way of float32.
                     layer.cast_input_dtype_enabled = False
-        parts = {"look": self.tower, "connect": self.connector, "read": self.text_model}
+        parts = {"encode_images": self.tower, "connect": self.connector, "prefill": self.text_model}
         self._graphs = (
-            {name: Graphed(getattr(self, f"_{name}"), part) for name, part in parts.items()} if graphs else {}
+            {name: CudaGraphCache(getattr(self, f"_{name}"), part) for name, part in parts.items()} if graphs else {}
         )
 
     @property
@@ -73,19 +73,21 @@ class Idefics2Forward:
         for graph in self._graphs.values():
             graph.forget()
 
-    def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
         counts = [len(row) for row in batch["image_sizes"]]
         images = [image for row, count in zip(batch["pixel_values"], counts, strict=True) for image in row[:count]]
         sizes = [size for row in batch["image_sizes"] for size in row]
         keys = [key for row in batch["image_keys"] for key in row]
-        features = self.look(images, sizes, keys)
+        features = self.encode_images(images, sizes, keys)
         # A large batch is one of evaluation, where all its patches at once would be what takes the most memory.
         some = len(features) if torch.is_grad_enabled() else MOST_IMAGES
         states = [self.connect(features[start : start + some]) for start in range(0, len(features), some)]
         return [row.flatten(0, 1) for row in torch.cat(states).split(counts)]
 
-    def look(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]) -> list[Tensor]:
+    def encode_images(
+        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]
+    ) -> list[Tensor]:
         """Run the vision tower.
 
         Args:
@@ -106,7 +108,7 @@ class Idefics2Forward:
             for i in range(len(images)):
                 if i in features:
                     continue
-                features[i] = self._part("look", self._embed_patches(images[i], *sizes[i]))[0]
+                features[i] = self._run("encode_images", self._embed_patches(images[i], *sizes[i]))[0]
                 if self.cache:
                     self.cache.put(keys[i], features[i])
         return [features[i] for i in range(len(images))]
@@ -120,30 +122,32 @@ class Idefics2Forward:
             multiple = max(MULTIPLES[0], 2 ** len(patches).bit_length() // SHARE)
             patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
         # Images lie one behind the other, unpadded, until they are attended to: row i takes its patches from there.
-        places = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
-        sees = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)
+        gather_index = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
+        attention_mask = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)
         for i, length in enumerate(lengths):
-            places[i].remainder_(length).add_(sum(lengths[:i]))  # what pads a row is its own patches again, unseen
-            sees[i, ..., length:longest] = False
-        sees = sees.expand(-1, -1, self.latents, -1).contiguous()
+            gather_index[i].remainder_(length).add_(
+                sum(lengths[:i])
+            )  # what pads a row is its own patches again, unseen
+            attention_mask[i, ..., length:longest] = False
+        attention_mask = attention_mask.expand(-1, -1, self.latents, -1).contiguous()
         with self.autocast():
-            return self._part("connect", patches, places, sees)
+            return self._run("connect", patches, gather_index, attention_mask)
 
     def embed(self, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
         """Embed tokens (R, T), each row's image tokens as what was seen of its page; returns (R, T, width)."""
         embeddings, images = self.embeddings(input_ids), input_ids == self.config.image_token_id
         seen = torch.cat(list(pages)).to(embeddings.dtype)
         # Each token's place among the image tokens; masked_scatter's gradient would wait for the GPU.
-        places = images.flatten().cumsum(0).sub(1).clamp(min=0)
-        return torch.where(images[..., None], seen.index_select(0, places).view_as(embeddings), embeddings)
+        gather_index = images.flatten().cumsum(0).sub(1).clamp(min=0)
+        return torch.where(images[..., None], seen.index_select(0, gather_index).view_as(embeddings), embeddings)
 
-    def read(self, batch: Mapping[str, Any], pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
+    def prefill(self, batch: Mapping[str, Any], pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
         """Read a batch's rows with their pages.
 
         Args:
             batch: the collator's.
-            pages: what `see` saw of each row's.
-            memory: an `idefics_lit.evaluation.decoding.Memory` that is to remember keys and values.
+            pages: what `encode_pages` saw of each row's.
+            memory: an `idefics_lit.evaluation.decoding.PrefillCache` that is to remember keys and values.
 
         Returns:
             The text model's last hidden states (R, T, width).
@@ -167,25 +171,27 @@ class Idefics2Forward:
         embeddings = self.embed(ids, pages)
         with self.autocast():
             if memory is not None:
-                return self._read(embeddings, positions, masks[0] if masks else None, memory)
-            return self._part("read", embeddings, positions, *masks)
+                return self._prefill(embeddings, positions, masks[0] if masks else None, memory)
+            return self._run("prefill", embeddings, positions, *masks)
 
-    def read_on(self, tokens: Tensor, positions: Tensor, sees: Tensor, memory: Any) -> Tensor:  # noqa: ANN401
+    def decode_step(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor, memory: Any) -> Tensor:  # noqa: ANN401
         """Read one more token of each of B prompts.
 
         Args:
             tokens: (B).
             positions: (B), where they stand in rows of their own.
-            sees: (B, L), which of the remembered tokens there are, the new ones among them.
+            attention_mask: (B, L), which of the remembered tokens there are, the new ones among them.
             memory: where they are, and where the new ones are put.
 
         Returns:
             The last hidden states (B, width).
         """
-        if window := self._window(sees.shape[1]):
-            sees = sees & (positions[:, None] - (sees.cumsum(1) - 1) < window)
+        if window := self._window(attention_mask.shape[1]):
+            attention_mask = attention_mask & (positions[:, None] - (attention_mask.cumsum(1) - 1) < window)
         with self.autocast():
-            return self._read(self.embeddings(tokens[:, None]), positions[:, None], sees[:, None, None], memory)[:, 0]
+            return self._prefill(
+                self.embeddings(tokens[:, None]), positions[:, None], attention_mask[:, None, None], memory
+            )[:, 0]
 
     def _window(self, tokens: int) -> int | None:
         """The sliding window, where so many tokens are more."""
@@ -197,12 +203,12 @@ class Idefics2Forward:
 
         Args:
             batch: the collator's.
-            hidden: what `read` returned of it.
+            hidden: what `prefill` returned of it.
         """
         # Most tokens have no label: their logits would be the largest tensor of the step.
-        labelled = batch["labelled"]
-        scores = self.logits(hidden.flatten(0, 1).index_select(0, labelled))
-        labels = batch["labels"].flatten()[labelled + 1]
+        supervised_positions = batch["supervised_positions"]
+        scores = self.logits(hidden.flatten(0, 1).index_select(0, supervised_positions))
+        labels = batch["labels"].flatten()[supervised_positions + 1]
         tokens = torch.full((), len(labels), device=labels.device)
         return F.cross_entropy(scores.float(), labels, reduction="sum"), tokens
 
@@ -239,7 +245,7 @@ class Idefics2Forward:
             for module in training:
                 module.training = True
 
-    def _part(self, name: str, *arguments: Tensor) -> Tensor:
+    def _run(self, name: str, *arguments: Tensor) -> Tensor:
         run = self._graphs[name].replay if self._graphs and self.model.training else getattr(self, f"_{name}")
         result: Tensor = run(*arguments)
         return result
@@ -256,28 +262,28 @@ class Idefics2Forward:
         # Transposed as they are, all that follows would be slower by a third.
         return (patches + embeddings.position_embedding(positions)).contiguous()
 
-    def _look(self, patches: Tensor) -> Tensor:
+    def _encode_images(self, patches: Tensor) -> Tensor:
         features: Tensor = self.tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
         return self.tower.post_layernorm(features)
 
-    def _connect(self, patches: Tensor, places: Tensor, sees: Tensor) -> Tensor:
+    def _connect(self, patches: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:
         resampler = self.connector.perceiver_resampler
         # By parts: in between they are twelve times as wide.
         context = torch.cat([self.connector.modality_projection(some) for some in patches.split(CHUNK)])
-        latents = resampler.latents.expand(len(places), -1, -1)
+        latents = resampler.latents.expand(len(gather_index), -1, -1)
         for layer in resampler.layers:
-            inputs = (layer, latents, context, places, sees)
+            inputs = (layer, latents, context, gather_index, attention_mask)
             # The adapters' inputs are as long as a page has patches: made again for the backward, which costs little.
             # Graphs can't capture that.
             latents = _resample(*inputs) if self._graphs else checkpoint(_resample, *inputs, use_reentrant=False)
         states: Tensor = resampler.norm(latents)
         return states
 
-    def _read(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, memory: Any = None) -> Tensor:  # noqa: ANN401
-        hidden, turns = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
+    def _prefill(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, memory: Any = None) -> Tensor:  # noqa: ANN401
+        hidden, rotary_embedding = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
         for layer in self.text_model.layers:
             # By place: the memory's name depends on transformers' version.
-            hidden = layer(hidden, mask, None, memory, position_embeddings=turns)
+            hidden = layer(hidden, mask, None, memory, position_embeddings=rotary_embedding)
         states: Tensor = self.text_model.norm(hidden)
         return states
 
@@ -306,15 +312,15 @@ def vision_position_ids(rows: int, columns: int, per_side: int, device: torch.de
         return (buckets(rows)[:, None] * per_side + buckets(columns)).flatten().to(device)
 
 
-def _resample(layer: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401
+def _resample(layer: Any, latents: Tensor, context: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ANN401
     """Run a layer of the resampler; shapes are `_attend`'s."""
     own = layer.input_latents_norm(latents)
-    latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), places, sees)
+    latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), gather_index, attention_mask)
     states: Tensor = latents + layer.mlp(layer.post_attention_layernorm(latents))
     return states
 
 
-def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, sees: Tensor) -> Tensor:  # noqa: ANN401
+def _attend(attention: Any, latents: Tensor, context: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ANN401
     """Attend from latents to context and latents, as transformers' Idefics2PerceiverAttention does.
 
     It projects both in one: with gradients for the context, which is frozen and sixty times as long, and with padding.
@@ -323,15 +329,15 @@ def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, se
         attention: the Idefics2PerceiverAttention.
         latents: (I, latents, width).
         context: (patches, width), all images'.
-        places: (I, P), each image's rows of the context.
-        sees: (I, 1, latents, P + latents), False for padding.
+        gather_index: (I, P), each image's rows of the context.
+        attention_mask: (I, 1, latents, P + latents), False for padding.
     """
 
     def split(states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
     def join(project: Any) -> Tensor:  # noqa: ANN401
-        chosen = project(context).index_select(0, places.flatten()).unflatten(0, places.shape)
+        chosen = project(context).index_select(0, gather_index.flatten()).unflatten(0, gather_index.shape)
         states = split(torch.cat([chosen, project(latents)], dim=1))
         return states.repeat_interleave(attention.num_key_value_groups, dim=1)
 
@@ -339,7 +345,7 @@ def _attend(attention: Any, latents: Tensor, context: Tensor, places: Tensor, se
         split(attention.q_proj(latents)),
         join(attention.k_proj),
         join(attention.v_proj),
-        attn_mask=sees,
+        attn_mask=attention_mask,
         dropout_p=attention.attention_dropout if attention.training else 0.0,
         scale=attention.scaling,
     )

@@ -70,7 +70,7 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
 
     FSDP2 gathers a unit's weights when it is called, and all ranks have to call the same units in the same order. A
     layer of the text model is called once a batch; vision tower and resampler see as many images as a rank happens to
-    have, and `Idefics2Forward` calls the resampler's parts: they stay whole, as do embeddings, norms and head, and the
+    have, and `Idefics2Backbone` calls the resampler's parts: they stay whole, as do embeddings, norms and head, and the
     adapter.
     """
     model: Any = module.model

@@ -16,26 +16,26 @@ IGNORED_LABEL = -100
 MULTIPLE = 16  # rows' lengths are a multiple, without which attention with a mask copies its operands
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Token ids, and the label of each: itself, or `IGNORED_LABEL`."""
 
     ids: list[int]
     labels: list[int]
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """What stands before the questions, image tokens included, and the questions with their answers."""
 
-    page: Piece
-    questions: list[Piece]
+    page: Segment
+    questions: list[Segment]
 
 
-def pack(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+def pack(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, Tensor]:
     """Lay out R rows of T tokens, right-padded.
 
     Returns:
-        ``input_ids`` and ``labels`` (R, T); ``attention_mask`` (R, T), 0 for padding; ``labelled`` (L), which of the
-        R x T tokens, counted row by row, have a label to foretell, the one behind them. Where a row has several
+        ``input_ids`` and ``labels`` (R, T); ``attention_mask`` (R, T), 0 for padding; ``supervised_positions`` (L), the
+        indices, among the R x T tokens, of those whose next token is supervised. Where a row has several
         questions, ``attention_mask`` is (R, 1, T, T) instead, True where a token sees another, and ``position_ids``
         (R, T) say where a token would stand in a row of its own.
     """
@@ -45,8 +45,8 @@ def pack(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         for some, padding in zip(zip(*columns, strict=True), (pad_token_id, IGNORED_LABEL, 0, -1), strict=True)
     )
     # Found here: on a GPU, finding them would wait for it.
-    labelled = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero()[:, 0]
-    common = {"input_ids": ids, "labels": labels, "labelled": labelled}
+    supervised_positions = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero()[:, 0]
+    common = {"input_ids": ids, "labels": labels, "supervised_positions": supervised_positions}
     if all(len(row.questions) == 1 for row in rows):
         return {**common, "attention_mask": (parts >= 0).long()}
     before = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
@@ -59,7 +59,7 @@ def _padded(columns: Sequence[list[int]], padding: int) -> Tensor:
     return F.pad(padded, (0, -padded.shape[1] % MULTIPLE), value=padding)
 
 
-def _columns(row: Row) -> tuple[list[int], list[int], list[int], list[int]]:
+def _columns(row: PackedRow) -> tuple[list[int], list[int], list[int], list[int]]:
     """Ids, labels, positions, and to which part each token belongs: 0 for the page, 1 and up for the questions."""
     start = len(row.page.ids)
     ids, labels, positions, parts = list(row.page.ids), list(row.page.labels), list(range(start)), [0] * start

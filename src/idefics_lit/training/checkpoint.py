@@ -89,7 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def go_on(loop: Any) -> None:  # noqa: ANN401
+def repair_epoch_progress(loop: Any) -> None:  # noqa: ANN401
     """Mend where Lightning (2.6) goes on from an epoch's end: it would skip an epoch, then or at the next resume.
 
     Args:

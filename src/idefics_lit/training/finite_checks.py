@@ -7,17 +7,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from idefics_lit.errors import InputError
-from idefics_lit.utils.host_copy import Arriving
+from idefics_lit.utils.host_copy import HostCopy
 
 MOST_SKIPPED = 20  # float16's scale starts at 65,536: twenty halvings are past 1, where scaling is over
 
 
 class _Loss(NamedTuple):
-    value: Arriving
+    value: HostCopy
     question_ids: Sequence[int | str]
 
 
-class LossWatch:
+class FiniteLossCheck:
     """Ends a run whose loss isn't finite, and says which questions it was of."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class LossWatch:
         Raises:
             InputError: when this loss or one before it isn't finite.
         """
-        self._pending.append(_Loss(Arriving(loss), question_ids))
+        self._pending.append(_Loss(HostCopy(loss), question_ids))
         self.check()
 
     def check(self, *, wait: bool = False) -> None:
@@ -38,9 +38,9 @@ class LossWatch:
         Raises:
             InputError: when one isn't finite.
         """
-        while self._pending and (wait or self._pending[0].value.is_here):
+        while self._pending and (wait or self._pending[0].value.ready):
             arriving, question_ids = self._pending.popleft()
-            value = arriving.wait()
+            value = arriving.result()
             if not value.isfinite():
                 raise InputError(
                     f"the loss of questions {', '.join(map(str, question_ids))} is {float(value)}: lower model.lr or "
@@ -48,7 +48,7 @@ class LossWatch:
                 )
 
 
-class OverflowWatch:
+class OverflowCheck:
     """Ends a run in float16 whose optimizer steps are all skipped: the scaler can't help any more."""
 
     def __init__(self) -> None:

@@ -27,11 +27,11 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.errors import InputError
-from idefics_lit.evaluation.evaluator import Evaluation
+from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.evaluation.records import by_place
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.feature_cache import open_cache
-from idefics_lit.model.forward import Idefics2Forward
+from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.checkpoint import (
@@ -40,18 +40,18 @@ from idefics_lit.training.checkpoint import (
     check_embedding,
     check_hyperparameters,
     check_weights,
-    go_on,
+    repair_epoch_progress,
 )
-from idefics_lit.training.finite_checks import LossWatch, OverflowWatch
+from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
 from idefics_lit.training.preemption import Signals
 from idefics_lit.utils.distributed import gather_objects, summed
 
 # Answer tokens that a micro-batch's summed loss is divided by, which keeps float16 gradients near their usual size; a
 # power of two changes no bits.
-UNIT = 64
+LOSS_SCALE_TOKENS = 64
 
 
-class _Step(NamedTuple):
+class _StepTotals(NamedTuple):
     """Sums over the micro-batches of an optimizer step, on this rank."""
 
     tokens: Tensor
@@ -137,9 +137,9 @@ class Idefics2Module(LightningModule):
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.records = []
-        self._step: _Step | None = None
+        self._step: _StepTotals | None = None
         self._accumulated: dict[str, Any] = {}
-        self._losses, self._overflows = LossWatch(), OverflowWatch()
+        self._losses, self._overflows = FiniteLossCheck(), OverflowCheck()
         self._signals: Signals | None = None
         self._schedule: LambdaLR | None = None  # what `configure_optimizers` made
         self._groups: list[dict[str, Any]] = []  # the optimizer's, as it made them
@@ -171,13 +171,13 @@ class Idefics2Module(LightningModule):
             gradient_checkpointing=options.gradient_checkpointing,
             compiled=options.compile,
         )
-        self.parts = Idefics2Forward(
+        self.backbone = Idefics2Backbone(
             self.model,
             open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
             graphs=options.cuda_graphs and device.type == "cuda",
         )
-        self.evaluation = Evaluation(
-            self.parts, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
+        self.evaluator = Evaluator(
+            self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
         tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
         if tokens > rows:
@@ -191,15 +191,15 @@ class Idefics2Module(LightningModule):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
-        return self.parts.logits(self.parts.read(batch, self.see(batch)))
+        return self.backbone.logits(self.backbone.prefill(batch, self.encode_pages(batch)))
 
-    def see(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return what the text model reads of each row's page, (image tokens, width)."""
-        return self.parts.see(batch)
+        return self.backbone.encode_pages(batch)
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
-        return self.parts.loss(batch, self.parts.read(batch, self.see(batch)))
+        return self.backbone.loss(batch, self.backbone.prefill(batch, self.encode_pages(batch)))
 
     # Training
 
@@ -217,7 +217,7 @@ class Idefics2Module(LightningModule):
 
     def on_train_start(self) -> None:
         """Take up the gradients that a checkpoint holds, and the learning rate of this run's schedule."""
-        go_on(self.trainer.fit_loop)
+        repair_epoch_progress(self.trainer.fit_loop)
         if self._restored and self._schedule in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
             schedule = cast(Any, self._schedule)
             groups = schedule.optimizer.param_groups
@@ -226,7 +226,7 @@ class Idefics2Module(LightningModule):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         if not self._accumulated:
             return
-        self._step = _Step(*(value.to(self.device) for value in self._accumulated["step"]))
+        self._step = _StepTotals(*(value.to(self.device) for value in self._accumulated["step"]))
         gradients = self._accumulated["gradients"]
         for name, parameter in self._trainable():
             if name in gradients:
@@ -239,7 +239,7 @@ class Idefics2Module(LightningModule):
 
     def on_fit_end(self) -> None:
         """Forget what is captured: Lightning moves the weights away."""
-        self.parts.forget_graphs()
+        self.backbone.forget_graphs()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
@@ -248,7 +248,7 @@ class Idefics2Module(LightningModule):
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the summed loss over `UNIT`.
+        """Return the summed loss over `LOSS_SCALE_TOKENS`.
 
         Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
         """
@@ -259,9 +259,9 @@ class Idefics2Module(LightningModule):
             loss, tokens = self.loss(batch)
             self._losses.add(loss, batch["question_ids"])
         if self._step is None:
-            self._step = _Step(torch.zeros_like(tokens), torch.zeros_like(loss))
-        self._step = _Step(self._step.tokens + tokens, self._step.loss + loss.detach())
-        return loss / UNIT
+            self._step = _StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
+        self._step = _StepTotals(self._step.tokens + tokens, self._step.loss + loss.detach())
+        return loss / LOSS_SCALE_TOKENS
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
@@ -271,7 +271,7 @@ class Idefics2Module(LightningModule):
         tokens, loss = summed(self.trainer, torch.stack([self._step.tokens.double(), self._step.loss.double()]))
         self._step = None
         tokens = tokens.clamp(min=1)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * UNIT / tokens
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * LOSS_SCALE_TOKENS / tokens
         # At once, and without a walk through all modules: as long as the CPU is at it, it launches nothing.
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
@@ -341,17 +341,17 @@ class Idefics2Module(LightningModule):
                 groups[i] = {**groups[i], **made}
         return {**saved, "param_groups": groups}
 
-    # Evaluation
+    # Evaluator
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the validation's, unless a fit is to end."""
         if self._signals is not None and self._signals.sigterm:
             self._signals.answer()
-        self.records += self.evaluation.records(batch, self.eval_loss)
+        self.records += self.evaluator.records(batch, self.eval_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
-        self.records += self.evaluation.records(batch, self.eval_loss)
+        self.records += self.evaluator.records(batch, self.eval_loss)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation's records."""
@@ -373,19 +373,19 @@ class Idefics2Module(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Give back the memory that answering took."""
-        self.evaluation.forget()
+        self.evaluator.forget()
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Return a record a question, see `Evaluation.records`."""
-        return self.evaluation.records(batch)
+        return self.evaluator.records(batch)
 
     def generate(self, batch: Mapping[str, Any]) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout in whatever mode the module is."""
-        return self.evaluation.read_and_answer(batch).texts
+        return self.evaluator.read_and_answer(batch).texts
 
     def _log_scores(self, stage: str) -> None:
         records = by_place(self.records)
-        self.evaluation.forget()  # training wants the memory
+        self.evaluator.forget()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
         self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from idefics_lit.training.run_folder import run_folder
 from idefics_lit.utils.distributed import summed
-from idefics_lit.utils.host_copy import Arriving
+from idefics_lit.utils.host_copy import HostCopy
 
 
 class Signals:
@@ -32,7 +32,7 @@ class Signals:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = cast(Any, trainer)  # much of what follows is private to it
         self.sigterm = self.warned = self.requeued = False
-        self._answers: deque[Arriving] = deque()  # how many ranks received each, step by step
+        self._answers: deque[HostCopy] = deque()  # how many ranks received each, step by step
         self._connector = self.trainer._signal_connector
         self._requeue = partial(type(self._connector)._slurm_sigusr_handler_fn, self._connector)
         if trainer.world_size > 1:
@@ -43,7 +43,7 @@ class Signals:
     def ask(self) -> None:
         """Ask all ranks in an optimizer step what they received; they answer behind the next one."""
         if self.trainer.world_size > 1:
-            self._answers.append(Arriving(self._counts()))
+            self._answers.append(HostCopy(self._counts()))
 
     def answer(self) -> None:
         """Do in a fit's validation what was asked for; all ranks must call it, behind the last batch or before one.
@@ -71,7 +71,7 @@ class Signals:
 
     def _before_batch(self) -> None:
         if len(self._answers) > 1:  # the last step's is still on its way
-            self._do(self._answers.popleft().wait())
+            self._do(self._answers.popleft().result())
 
     def _on_sigterm(self, signum: int, _: Any) -> None:  # noqa: ANN401
         if not self.sigterm and (launcher := self.trainer.strategy.launcher) is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Arriving:
+class HostCopy:
     """A tensor that is being copied to the CPU.
 
     Args:
@@ -19,11 +19,11 @@ class Arriving:
             self._event.record()
 
     @property
-    def is_here(self) -> bool:
+    def ready(self) -> bool:
         """Whether nothing has to be waited for."""
         return self._event is None or self._event.query()
 
-    def wait(self) -> Tensor:
+    def result(self) -> Tensor:
         """Return it, on the CPU."""
         if self._event is not None:
             self._event.synchronize()

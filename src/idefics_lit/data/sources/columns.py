@@ -43,7 +43,7 @@ INFOGRAPHIC_TYPES = ("answer_type", "evidence", "operation/reasoning")
 TURNS, SAID = "texts", {"question": "user", "answers": "assistant"}
 
 
-class Form:
+class ColumnMapping:
     """What the columns of a split hold.
 
     Args:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.images import locate, stored_key, tell_files_apart
-from idefics_lit.data.sources.columns import Form
+from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.errors import InputError, first_line
 
 BRACKETED = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
@@ -56,7 +56,7 @@ class HubDocVQA(Examples):
     Args:
         dataset: the split.
         name: names the split in error messages.
-        columns: see `idefics_lit.data.sources.columns.Form`.
+        columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
         language: which of the question's languages to take, where the column holds one text a language.
         folder: the local folder that it is from; its images' paths may lead nowhere else.
 
@@ -74,14 +74,14 @@ class HubDocVQA(Examples):
         folder: str | None = None,
     ) -> None:
         self.name = name
-        self.form = Form(dataset.column_names, columns, language, folder, name)
-        self.features, self.typed = undecoded(dataset.features), typed_texts(dataset.features, self.form, name)
+        self.mapping = ColumnMapping(dataset.column_names, columns, language, folder, name)
+        self.features, self.typed = undecoded(dataset.features), typed_texts(dataset.features, self.mapping, name)
         self.dataset = dataset.with_format("arrow")  # as it is stored
         self.rows: list[tuple[int, int | None]] = []  # where each question is: its row, which of the row's turns
         published: list[tuple[str, ...]] = []
         self.answers: list[list[str]] = []
         self.faults: dict[int, str] = {}
-        texts = self.dataset.select_columns(self.form.text_columns)
+        texts = self.dataset.select_columns(self.mapping.text_columns)
         for row in range(len(dataset)):
             published.append(self._open(texts, row))
         if bracketed := [i for i, answers in enumerate(self.answers) if any(map(BRACKETED.fullmatch, answers))]:
@@ -89,9 +89,9 @@ class HubDocVQA(Examples):
                 f"{name}: {len(bracketed)} questions have an answer in brackets, which is no list but one text. "
                 f"The first: {self.where(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
             )
-        pages = self._tell_pages_apart(self.dataset.select_columns(self.form.image_columns), folder)
+        pages = self._tell_pages_apart(self.dataset.select_columns(self.mapping.image_columns), folder)
         self.page_ids: list[tuple[Hashable, ...]] = [(*pages[row], *published[row]) for row, _ in self.rows]
-        self.dataset = self.dataset.select_columns([*self.form.text_columns, *self.form.image_columns])
+        self.dataset = self.dataset.select_columns([*self.mapping.text_columns, *self.mapping.image_columns])
 
     def __len__(self) -> int:
         """Count the questions."""
@@ -102,7 +102,7 @@ class HubDocVQA(Examples):
         if index in self.faults:
             raise InputError(self.faults[index])
         row, turn = self.rows[index]
-        return self.form.example(self._row(self.dataset, row), turn, self.where(index), row)
+        return self.mapping.example(self._row(self.dataset, row), turn, self.where(index), row)
 
     def where(self, index: int) -> str:
         """Name a question's row for error messages."""
@@ -122,13 +122,13 @@ class HubDocVQA(Examples):
         """Find a row's questions and their answers; return the published ids of its pages."""
         try:
             content = self._row(texts, row)
-            pages, turns = self.form.page_ids(content), self.form.turns(content, self._name(row))
+            pages, turns = self.mapping.page_ids(content), self.mapping.turns(content, self._name(row))
         except InputError as error:
             self._add(row, None, [], str(error))
             return ()
         for turn in turns:
             try:
-                answers = self.form.read(content, turn, self._name(row, turn), row)["answers"]
+                answers = self.mapping.read(content, turn, self._name(row, turn), row)["answers"]
             except InputError as error:
                 self._add(row, turn, [], str(error))
             else:
@@ -168,7 +168,7 @@ class HubDocVQA(Examples):
         return list(keys.with_format(None)["keys"])
 
 
-def typed_texts(features: datasets.Features, form: Form, name: str) -> dict[str, Callable[[Any], Any]]:
+def typed_texts(features: datasets.Features, form: ColumnMapping, name: str) -> dict[str, Callable[[Any], Any]]:
     """Return how to read the columns that hold numbers or classes where texts should be.
 
     A class is its name. Numbers can't be as they were once written: a whole one is, a column with gaps being one of

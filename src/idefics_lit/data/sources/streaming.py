@@ -23,7 +23,7 @@ from idefics_lit.data.example import Example, Examples, read_answers
 from idefics_lit.data.images import page_key
 from idefics_lit.data.samplers import digest
 from idefics_lit.data.sources import hub
-from idefics_lit.data.sources.columns import Form
+from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.official import find_official_splits
 from idefics_lit.data.sources.tables import find_tables, find_text_files
 from idefics_lit.errors import InputError, first_line
@@ -48,7 +48,7 @@ class Stream:
     Args:
         dataset: the split.
         name: names the split in error messages.
-        columns: see `idefics_lit.data.sources.columns.Form`.
+        columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
         language: which of the question's languages to take.
         folder: the local folder that it is from; its images' paths may lead nowhere else.
 
@@ -68,11 +68,11 @@ class Stream:
         names = dataset.column_names
         if names is None:
             raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
-        self.form = Form(names, columns, language, folder, name)
+        self.mapping = ColumnMapping(names, columns, language, folder, name)
         # Undecoded first: `datasets` decodes ahead, in threads, what it is not told to leave alone.
-        self.typed = hub.typed_texts(dataset.features, self.form, name)
+        self.typed = hub.typed_texts(dataset.features, self.mapping, name)
         stored = dataset.decode(False).cast(hub.undecoded(dataset.features))
-        self.dataset = stored.select_columns([*self.form.text_columns, *self.form.image_columns])
+        self.dataset = stored.select_columns([*self.mapping.text_columns, *self.mapping.image_columns])
 
     def shard(self, index: int) -> datasets.IterableDataset:
         """Return the rows of one file."""
@@ -85,30 +85,30 @@ class Stream:
         key = f"{shard}-{number}"
         page_id = self._page_id(row) or (key,)
         try:
-            turns = self.form.turns(row, where)
+            turns = self.mapping.turns(row, where)
         except InputError as error:
             return [_Question(row, None, key, page_id, where, str(error))]
         places = [where if turn is None else f"{where}, question {turn}" for turn in turns]
         return [_Question(row, turn, key, page_id, place) for turn, place in zip(turns, places, strict=True)]
 
     def _page_id(self, row: Mapping[str, Any]) -> tuple[Hashable, ...]:
-        columns = (row[column] for column in self.form.image_columns)
+        columns = (row[column] for column in self.mapping.image_columns)
         images = (image for stored in columns for image in (stored if isinstance(stored, list) else [stored]))
-        keys = (page_key(image, self.form.folder) for image in images if image is not None)
-        return (*keys, *self.form.page_ids(row))
+        keys = (page_key(image, self.mapping.folder) for image in images if image is not None)
+        return (*keys, *self.mapping.page_ids(row))
 
     def open(self, question: _Question, like: Example | None = None) -> Example:
         """Return a question with its pages, decoded, or those of a question of the same row."""
         row, turn, number, page_id, where, fault = question
         _raise(fault)
-        example = self.form.example(row, turn, where, number, like.images if like else None)
+        example = self.mapping.example(row, turn, where, number, like.images if like else None)
         example.page_id = page_id
         return example
 
     def texts(self, question: _Question) -> dict[str, Any]:
-        """Return what there is to know of a question without its pages; see `idefics_lit.data.sources.columns.Form.read`."""
+        """Return all of a question but its pages; see `idefics_lit.data.sources.columns.ColumnMapping.read`."""
         _raise(question.fault)
-        return self.form.read(question.row, question.turn, question.where, question.number)
+        return self.mapping.read(question.row, question.turn, question.where, question.number)
 
     def _rows(self, shard: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:

@@ -1,6 +1,6 @@
 """CSV, TSV and JSON files whose image column holds paths, relative to the file.
 
-What is special here: texts stay as they are written, see `idefics_lit.data.sources.text_files`; rows are named by their line.
+What is special here: texts stay as they are written (`idefics_lit.data.sources.text_files`); rows are named by line.
 """
 
 import json
@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.images import locate
-from idefics_lit.data.sources.columns import Form
+from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.hub import HubDocVQA, stored_keys
 from idefics_lit.data.sources.text_files import DIVIDERS, KINDS, open_cell, read_rows
 from idefics_lit.errors import InputError
@@ -120,8 +120,8 @@ class TableDocVQA(HubDocVQA):
     Args:
         files: a CSV in UTF-8, with commas and a header, or a TSV, where several answers, pages or types are a list in
             their cell, in JSON's or Python's notation; a JSONL, an object a line; a JSON, a list of objects.
-        columns: see `idefics_lit.data.sources.columns.Form`.
-        language: see `idefics_lit.data.sources.columns.Form`.
+        columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
+        language: see `idefics_lit.data.sources.columns.ColumnMapping`.
         folder: which images' paths may not lead out of; the file's own unless given. A path is relative to its file,
             or else to this folder.
 
@@ -146,7 +146,7 @@ class TableDocVQA(HubDocVQA):
             raise InputError(f"{name}: it has no rows: add some")
         self.places = [(file, number, line) for file, number, line, _ in read]
         names = list(dict.fromkeys(column for *_, row in read for column in row))
-        form = Form(names, columns, language, str(folder), name)
+        form = ColumnMapping(names, columns, language, str(folder), name)
         stored = {column: [row.get(column) for *_, row in read] for column in (*form.text_columns, *form.image_columns)}
         self._open_cells(form, stored, name)
         for column in form.image_columns:
@@ -159,7 +159,7 @@ class TableDocVQA(HubDocVQA):
             if missing[row]:
                 self.faults.setdefault(index, f"{self.where(index)}: {missing[row]}")
 
-    def _open_cells(self, form: Form, stored: dict[str, list[Any]], name: str) -> None:
+    def _open_cells(self, form: ColumnMapping, stored: dict[str, list[Any]], name: str) -> None:
         """Put in their place the lists, and the questions in several languages, that cells spell."""
         kinds = {
             **dict.fromkeys(form.parts["question"], dict),
@@ -178,7 +178,7 @@ class TableDocVQA(HubDocVQA):
             )
 
     def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
-        texts = self.form.text_columns
+        texts = self.mapping.text_columns
         return {name: json.loads(v) if name in texts else v for name, v in super()._row(dataset, row).items()}
 
     def _name(self, row: int, turn: int | None = None) -> str:
@@ -190,7 +190,7 @@ class TableDocVQA(HubDocVQA):
         return list(map(stored_keys, images.with_format(None)))  # nothing to read for it: paths
 
 
-def _as_dataset(stored: Mapping[str, list[Any]], form: Form, name: str) -> datasets.Dataset:
+def _as_dataset(stored: Mapping[str, list[Any]], form: ColumnMapping, name: str) -> datasets.Dataset:
     """Store texts as JSON: Arrow has one type a column, and would make 1976 beside 0.5 a 1976.0."""
     text = datasets.Value("string")
     features = {column: datasets.List(text) for column in form.image_columns} | dict.fromkeys(form.text_columns, text)
