@@ -131,11 +131,7 @@ def _ours(files: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
         except InputError as error:
             rank_zero_warn(f"Passed over: {error}")
             continue
-        options = checkpoint.get("hyper_parameters")
-        if isinstance(options, Mapping) and {"pretrained", "lora"} <= options.keys():
-            yield path, checkpoint
-        else:
-            rank_zero_warn(f"Passed over: ckpt_path {path}: a checkpoint of another program")
+        yield path, checkpoint
 
 
 def _saved(checkpoint: Mapping[str, Any]) -> Experiment:

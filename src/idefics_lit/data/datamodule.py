@@ -61,8 +61,7 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: train on the prompt's text too.
         image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
-        image_size: scale a page's longest edge to so many pixels, from a patch of the model's to the processor's own
-            size, which it is unless given.
+        image_size: scale a page's longest edge to so many pixels, at most the processor's own, the default.
         max_length: refuse sequences longer than so many tokens, by name.
         questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
             image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.
