@@ -75,6 +75,19 @@ def checkpoint(run, short_fit):
     return next(folder.rglob("*.ckpt"))
 
 
+def test_pages_held_out_otherwise_than_in_training_are_named(run, short_fit, docvqa, tmp_path):
+    shutil.copytree(docvqa, tmp_path / "data")
+    (tmp_path / "data" / "val.json").unlink()
+    source = ("--data.source", tmp_path / "data", "--data.held_out", 0.2)
+    folder = run(*short_fit(*source, "--trainer.max_steps", 2))
+    validate = ("validate", "--ckpt_path", next(folder.rglob("*.ckpt")), "--trainer.accelerator", "cpu")
+    with pytest.warns(UserWarning, match=r"held out .* otherwise .*\(data.seed 0, here 1\): it has seen some"):
+        run(*validate, "--data.seed", 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*held out")
+        run(*validate, "--data.limit_val", 1)
+
+
 def test_another_base_model_is_refused_and_the_same_elsewhere_is_not(run, checkpoint, model, capfd, tmp_path):
     """A sibling, trained a little further, is another; the same base in another precision isn't."""
     validate = ("validate", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", "--model.pretrained", model)
