@@ -32,7 +32,16 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     files, batches = RUNS[name]
     # What a CPU, a small model and two minutes ask for; the rest is the config's own.
     changed = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.num_workers", 0]
-    changed += ["--data.image_size", 112, "--data.limit_train", 16, "--trainer.val_check_interval", batches]
+    changed += [
+        "--data.image_size",
+        112,
+        "--data.limit_train",
+        16,
+        "--data.limit_val",
+        2,
+        "--trainer.val_check_interval",
+        batches,
+    ]
     changed += ["--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
     changed += ["--model.max_new_tokens", 2]
     if name in ("docvqa", "image_splitting", "gpu_15gb", "early_stopping"):  # a CPU has no 16-mixed
