@@ -220,6 +220,7 @@ def test_crops_with_their_pages_ids_are_answered_from_their_own_image(run, tmp_p
         datasets.Dataset.from_list(some, features=features).to_parquet(str(tmp_path / name / "validation.parquet"))
     args = ["predict", "--model.pretrained", "tiny", "--model.quantization", "none", "--data.prompt_style", "idefics"]
     args += ["--data.num_workers", 0, "--data.batch_size", 2, "--trainer.accelerator", "cpu"]
+    args += ["--model.max_new_tokens", 8]
     args += ["--trainer.precision", "32-true", "--trainer.logger", "false"]
     answers = {}
     for name in ("together", "first", "second"):
