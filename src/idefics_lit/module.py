@@ -461,7 +461,7 @@ class Idefics2Module(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, LightningDataModule):
             own["datamodule_hyper_parameters"] = data.hparams
-        check_hyperparameters(checkpoint, own)
+        check_hyperparameters(checkpoint, own, getattr(data, "held_out_by", {}))
         base = checkpoint.get("base")
         if isinstance(base, Tensor):
             check_embedding(base, self.model, self.hparams.pretrained)
