@@ -93,7 +93,7 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
     if image_size is not None:
         longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
         try:
-            patch = AutoConfig.from_pretrained(resolve(pretrained)).vision_config.patch_size
+            patch = AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False).vision_config.patch_size
         except Exception as error:
             raise cannot_load("configuration", pretrained, error) from error
         if not patch <= image_size <= longest:

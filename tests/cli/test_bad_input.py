@@ -134,11 +134,12 @@ def test_config_file(fails, tmp_path, text, message):
         (["--data.source", "synthetic:poem"], "poem"),
         (["--data.val_split", "dev"], "no split 'dev', it has train, val: choose with --data.train_split"),
         (["--data.max_length", "20"], "train.json, row .*: .* tokens are more than 20: shorten the question, or"),
-        (["--data.image_size", "5000"], "data.image_size 5000: choose from 1 to 448"),
+        (["--data.image_size", "5000"], "data.image_size 5000: choose from 14 to 448"),
         (["--data.batch_size", "0"], "data.batch_size 0: must be 1 or more"),
         (["--data.batch_size", "-2"], "data.batch_size -2: must be 1 or more"),
         (["--data.num_workers", "-1"], "data.num_workers -1: must be 0 or more"),
         (["--data.limit_train", "0"], "data.limit_train 0: must be 1 or more"),
+        (["--data.seed", "1" + "0" * 18], "data.seed 10{18}: must be a number of at most 18 digits"),
         (["--data.held_out", "1.5"], "data.held_out 1.5: must be a share between 0 and 1"),
         (["--model.lora.target_modules", "nothing"], "model.lora: Target modules nothing not found"),
         (["--model.lora.target_modules", "(q_proj"], r"model.lora.target_modules '\(q_proj' is no regular expression"),
@@ -300,6 +301,7 @@ def changed(**changes):
             changed(hyper_parameters=value)
             for value in (None, [1], {"hidden": 3}, {"pretrained": "tiny", "lora": None})
         ),
+        *(changed(base=value) for value in ({}, "x", {"names": ["a"], "values": 3, "dtype": "F32", "revision": None})),
         *(changed(datamodule_hyper_parameters=None), changed(state_dict=None), changed(state_dict={"lora_A": "x"})),
     ],
 )
@@ -330,6 +332,20 @@ def test_a_checkpoint_of_another_version(fit_fails, checkpoint, tmp_path):
         "ckpt_path my.ckpt: model.new, which it was trained with, is no option here",
         fit_fails("--ckpt_path", "my.ckpt"),
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("hyper_parameters", {"lr": "fast"}, "model.lr: Expected a float. Got value: fast"),
+        ("datamodule_hyper_parameters", {"limit_val": "many"}, "data.limit_val: .*Got value: many"),
+    ],
+)
+def test_an_option_of_a_checkpoint_that_cannot_be(fails, checkpoint, tmp_path, part, options, message):
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, part: {**saved[part], **options}}, tmp_path / "my.ckpt")
+    line = fails("validate", "--ckpt_path", "my.ckpt", *CPU)
+    match(f"ckpt_path my.ckpt: what it was trained with can't be: {message}: it is damaged", line)
 
 
 def test_a_metric_that_is_not_logged(run, tiny, capfd):

@@ -114,6 +114,14 @@ def test_clean_data(check, docvqa, tmp_path, workers):
     assert "questions  48 seen on 1 device" in lines
 
 
+def test_a_page_that_is_replaced_is_read_again(check, folder):
+    source = folder([{}], [{"image": "q.png"}])
+    assert check(source)[0] == 0
+    (source / "p.png").write_bytes((source / "p.png").read_bytes()[:40])
+    code, lines = check(source)
+    assert code == 1 and "broken rows  1  0" in lines
+
+
 def test_every_kind_of_broken_row(check, folder, tmp_path):
     long = "a" * 2100
     train = [

@@ -97,8 +97,7 @@ def test_stored_paths_lead_to_the_same_page(tmp_path):
     assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
-@pytest.mark.parametrize("write", [jsonl, official])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("write", "seed"), [(jsonl, 0), (official, 1)])
 def test_no_held_out_page_is_trained_on_under_another_name(tmp_path, data, write, seed):
     for grey in range(20):
         draw(tmp_path / f"{grey}.png", grey)
@@ -108,7 +107,7 @@ def test_no_held_out_page_is_trained_on_under_another_name(tmp_path, data, write
     assert len(greys(val)) == 4 and len(train) + len(val) == 60 and not greys(train) & greys(val)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_page_among_several_is_held_out_too(tmp_path, data, seed):
     for grey in range(40):
         draw(tmp_path / f"{grey}.png", grey)
@@ -121,7 +120,7 @@ def test_pages_that_hang_together_are_no_validation_set(tmp_path, data):
     for grey in range(12):
         draw(tmp_path / f"{grey}.png", grey)
     chain = [[f"{i}.png", f"{i + 1}.png"] for i in range(9)]
-    for seed in range(4):
+    for seed in range(2):
         train, val = both(data(jsonl(tmp_path, [*chain, "10.png", "11.png"]), held_out=0.1, seed=seed))
         assert len(val) == 1 and not greys(train) & greys(val)
     with pytest.raises(InputError, match=r"its 9 pages, in 1 groups .* are too few to hold out"):
@@ -221,6 +220,7 @@ def test_crops_with_their_pages_ids_are_answered_from_their_own_image(run, tmp_p
         datasets.Dataset.from_list(some, features=features).to_parquet(str(tmp_path / name / "validation.parquet"))
     args = ["predict", "--model.pretrained", "tiny", "--model.quantization", "none", "--data.prompt_style", "idefics"]
     args += ["--data.num_workers", 0, "--data.batch_size", 2, "--trainer.accelerator", "cpu"]
+    args += ["--model.max_new_tokens", 8]
     args += ["--trainer.precision", "32-true", "--trainer.logger", "false"]
     answers = {}
     for name in ("together", "first", "second"):

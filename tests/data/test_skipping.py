@@ -1,5 +1,6 @@
 """Bad examples are left out, counted and named; by default they end the run."""
 
+import io
 import json
 import re
 from itertools import islice
@@ -122,8 +123,11 @@ def test_a_data_set_of_bad_rows_alone_is_refused(run, short_fit, broken, capfd):
 def test_data_sets_and_streams(tiny, tmp_path, broken, streaming):
     from lightning import Trainer
 
-    page = {"bytes": (broken / "0.png").read_bytes(), "path": None}
-    rows = [{"id": i, "question": f"What is {i}?", "answers": ["a"], "image": page} for i in range(12)]
+    def page(i):
+        Image.new("L", (40, 30), i).save(content := io.BytesIO(), "PNG")
+        return {"bytes": content.getvalue(), "path": None}
+
+    rows = [{"id": i, "question": f"What is {i}?", "answers": ["a"], "image": page(i)} for i in range(12)]
     rows[5]["image"], rows[7]["question"] = {"bytes": b"cut", "path": None}, "a <image>"
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     (tmp_path / "set").mkdir()

@@ -144,6 +144,13 @@ def test_a_stream_in_another_order_is_refused(tmp_path):
             part(**options).load_state_dict(state)
 
 
+def test_an_earlier_versions_place_in_a_stream_is_refused(tmp_path):
+    questions = StreamedQuestions(stream(write(tmp_path / "set", turns)))
+    part = StreamLoader(questions, Trainer(max_steps=10, logger=False, accelerator="cpu"), collate_fn=visits)
+    with pytest.raises(InputError, match=r"read by an earlier version, .*: resume with that version, or train anew"):
+        part.load_state_dict({"num_workers": 0, "ranks": part.state_dict()["ranks"]})
+
+
 def test_another_epoch_of_the_trainers_goes_on(tmp_path):
     source = write(tmp_path / "set", turns, shards=4)
     trainer = Trainer(max_steps=10, logger=False, accelerator="cpu")

@@ -19,7 +19,8 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.reporting.history import MOST_STEPS, History
 from idefics_lit.reporting.page_gallery import group_by_page, show
-from idefics_lit.reporting.report import MOST_BYTES, _render
+from idefics_lit.reporting.report import MOST_BYTES, Report, _by_type, _render
+from idefics_lit.reporting.results import Results
 
 DOCS = Path(__file__).parents[2] / "docs"
 STEPS, EVERY = 4, 2  # steps, and steps between validations
@@ -270,6 +271,20 @@ def test_a_resumed_fits_curves_are_whole(run, short_fit, opened):
     run("validate", "--ckpt_path", best, "--trainer.accelerator", "cpu")
     page = opened(folder / "lightning_logs/version_2/report.html")
     assert len(curve(page, "Learning rate", "c1")) == 4 and visible(page)
+
+
+def test_a_type_of_question_may_be_called_all():
+    records = [{"question_types": [name], "score": score} for name, score in (("all", 1.0), ("form", 0.0))]
+    history = History()
+    history.add_validation(1, 0.5, records, _by_type(records))
+    (validation,) = history.validations
+    assert (validation.anls, validation.types) == (0.5, {"all": 1.0, "form": 0.0})
+    report = Report(Results())
+    assert report._scores(records)["rows"] == [
+        ("all", 2, "", "0.500"),
+        ("all", 1, "", "1.000"),
+        ("form", 1, "", "0.000"),
+    ]
 
 
 def test_a_long_fits_curves_stay_small():

@@ -34,6 +34,18 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def test_what_killed_writers_leave_is_removed_when_it_is_old(tmp_path):
+    left = [tmp_path / f"step={number}.ckpt.{number:016x}.tmp" for number in range(2)]
+    others = tmp_path / "notes.tmp"
+    for file in (*left, others):
+        file.touch()
+    for file in (left[0], others):
+        os.utime(file, (0, 0))
+    with replacing(tmp_path / "step=2.ckpt") as file:
+        file.write(b"2")
+    assert sorted(tmp_path.iterdir()) == sorted([left[1], others, tmp_path / "step=2.ckpt"])
+
+
 def every_step(*more):
     flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", 1]
     return [*flags, "--trainer.callbacks.save_top_k", -1, *more]

@@ -151,15 +151,13 @@ def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, do
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*begun anew")
         assert cut([*args, "--data.source", "moved"])[1].visited == visited[6:]
-    for option, value, differing in (
-        ("--data.seed", 1, "data.seed 0, here 1"),
-        ("--data.questions_per_page", 2, "data.questions_per_page 1, here 2"),
-        ("--data.source", "turned", r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"),
-    ):
-        with pytest.warns(UserWarning, match=rf"checkpoint's epoch is begun anew, .* others: {differing}\."):
-            _, callback = cut([*args, option, str(value)])
-        assert len(callback.visited) == len(set(callback.visited)) >= 5, option
-        assert callback.visited != visited
+    others = ("--data.seed", "1", "--data.questions_per_page", "2", "--data.source", "turned")
+    differing = "data.seed 0, here 1, data.questions_per_page 1, here 2, "
+    differing += r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"
+    with pytest.warns(UserWarning, match=rf"checkpoint's epoch is begun anew, .* others: {differing}\."):
+        _, callback = cut([*args, *others])
+    assert len(callback.visited) == len(set(callback.visited)) >= 5
+    assert callback.visited != visited
 
 
 class Process:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.fabric.loggers.csv_logs import CSVLogger as FabricCSVLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from idefics_lit.errors import InputError
@@ -147,9 +148,30 @@ def test_files_of_others_and_weights_alone_are_passed_over(in_effect, flags, cap
     changed("lightning_logs/version_2/checkpoints/theirs.ckpt", hyper_parameters=None)
     changed("lightning_logs/version_3/checkpoints/none.ckpt", hyper_parameters=3)
     Path("lightning_logs/graph.ckpt").write_bytes(b"a session of TensorFlow")
-    with pytest.warns(UserWarning, match=r"theirs.ckpt: a checkpoint of another program"):
+    with pytest.warns(UserWarning, match=r"theirs.ckpt: not a checkpoint of this program, or a damaged one"):
         assert in_effect("fit", *flags, *LAST).ckpt_path == MINE
     assert "weights.ckpt: weights alone" in capfd.readouterr().err
+
+
+class Elsewhere(CSVLogger):
+    def __init__(self, save_dir: str = "elsewhere") -> None:
+        super().__init__(save_dir)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("options", [{"new": 1}, {"lr": "fast"}])
+def test_options_that_are_none_here_are_passed_over(in_effect, flags, command, options):
+    changed("lightning_logs/version_1/checkpoints/theirs.ckpt", experiment=None, hyper_parameters=options)
+    with pytest.warns(UserWarning, match=r"Passed over: ckpt_path .*theirs.ckpt: .*(model.new|model.lr)"):
+        assert in_effect(command, *flags, *LAST).ckpt_path == MINE
+
+
+def test_other_loggers_have_their_own_folders(in_effect, flags):
+    """As Lightning's MLFlowLogger has, whose module isn't installed here."""
+    logger = ("--trainer.logger", f"{Elsewhere.__module__}.Elsewhere")
+    assert "save_dir" not in in_effect("fit", *flags, *logger).trainer.logger.init_args
+    given = in_effect("fit", *flags, *logger, "--trainer.logger.save_dir", "mine")
+    assert given.trainer.logger.init_args.save_dir == "mine"
 
 
 def test_from_another_folder_with_relative_paths(in_effect, flags, tmp_path, monkeypatch, docvqa):

@@ -52,8 +52,9 @@ def test_a_model_that_is_a_pickle(run, short_fit, model, capfd, tmp_path, name):
 
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
-def test_a_model_with_code_of_its_own(run, short_fit, model, capfd, tmp_path, file):
-    """Its classes are transformers', whatever it says; of another type it is refused."""
+def test_a_model_with_code_of_its_own(run, short_fit, model, capfd, tmp_path, file, monkeypatch):
+    """Its classes are transformers', whatever it says; of another type it is refused, and nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
     (model / "evil.py").write_text("import os\nos.mkdir('code-ran')\nEvil = dict\n")
     written = json.loads((model / file).read_text())
     mapped = {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")}
@@ -62,8 +63,9 @@ def test_a_model_with_code_of_its_own(run, short_fit, model, capfd, tmp_path, fi
     assert not (tmp_path / "code-ran").exists()
     if file == "config.json":
         (model / file).write_text(json.dumps({**written, "model_type": "evil", "auto_map": mapped}))
-        error = fails(run, capfd, *short_fit("--model.pretrained", model))
-        assert error.startswith(f"error: model.pretrained '{model}': no model can be loaded (")
+        for what, more in (("configuration", ()), ("model", ("--data.image_size", "null"))):
+            error = fails(run, capfd, *short_fit("--model.pretrained", model, *more))
+            assert error.startswith(f"error: model.pretrained '{model}': no {what} can be loaded (")
         assert not (tmp_path / "code-ran").exists()
 
 
@@ -71,6 +73,19 @@ def test_a_model_with_code_of_its_own(run, short_fit, model, capfd, tmp_path, fi
 def checkpoint(run, short_fit):
     folder = run(*short_fit("--trainer.max_steps", 2, "--data.prompt_style", "idefics"))
     return next(folder.rglob("*.ckpt"))
+
+
+def test_pages_held_out_otherwise_than_in_training_are_named(run, short_fit, docvqa, tmp_path):
+    shutil.copytree(docvqa, tmp_path / "data")
+    (tmp_path / "data" / "val.json").unlink()
+    source = ("--data.source", tmp_path / "data", "--data.held_out", 0.2)
+    folder = run(*short_fit(*source, "--trainer.max_steps", 2))
+    validate = ("validate", "--ckpt_path", next(folder.rglob("*.ckpt")), "--trainer.accelerator", "cpu")
+    with pytest.warns(UserWarning, match=r"held out .* otherwise .*\(data.seed 0, here 1\): it has seen some"):
+        run(*validate, "--data.seed", 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*held out")
+        run(*validate, "--data.limit_val", 1)
 
 
 def test_another_base_model_is_refused_and_the_same_elsewhere_is_not(run, checkpoint, model, capfd, tmp_path):

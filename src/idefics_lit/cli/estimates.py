@@ -34,7 +34,7 @@ def measured_model(config: PretrainedConfig) -> bool:
 def load_config(pretrained: str) -> PretrainedConfig | str:
     """Return the model's configuration, or why there is none."""
     try:
-        return AutoConfig.from_pretrained(resolve(pretrained))
+        return AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
         return first_line(error)
 

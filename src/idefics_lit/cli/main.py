@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +75,8 @@ NO_MEMORY = (
 )
 
 
-LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "."}}
+LOGGER_FOLDER = "."
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": LOGGER_FOLDER}}
 
 
 class _Parser(LightningArgumentParser):
@@ -84,7 +85,7 @@ class _Parser(LightningArgumentParser):
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:  # noqa: ANN401
         """Return the defaults, the logger's without those of its class: a class that has them too would inherit them.
 
-        ``save_dir`` stays, which CSVLogger and TensorBoardLogger require.
+        ``save_dir`` stays, which CSVLogger and TensorBoardLogger require; see `_parse` for others.
         """
         defaults = super().get_defaults(*args, **kwargs)
         if "trainer.logger" in defaults:
@@ -143,22 +144,31 @@ class DocVQACLI(LightningCLI):
         else:
             complete = path == "best"
         if path and not complete:
-            checkpoint = read_checkpoint(path)
-            remembered: dict[str, Any] = {
-                "model": checkpoint.get("hyper_parameters", {}),
-                "data": checkpoint.get("datamodule_hyper_parameters", {}),
-            }
-            remembered = flatten(remembered)
-            remembered.pop("data.pretrained", None)  # linked to the model's
-            known = {action.dest for action in self._subcommand_parsers[command]._actions}
-            if unknown := sorted(remembered.keys() - known):
-                raise InputError(
-                    f"ckpt_path {path}: {unknown[0]}, which it was trained with, is no option here: it is another "
-                    f"version's, or another program's"
-                )
-            self._subcommand_parsers[command].set_defaults(remembered)
+            self._subcommand_parsers[command].set_defaults(_remembered(self._read_checkpoint(path)))
             self.config = self._parse(parser, args)
         self.config[command].ckpt_path = path
+
+    def _read_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Return a checkpoint whose options are options here.
+
+        Raises:
+            InputError: as `read_checkpoint` does, and when one of its options isn't known or can't have its value.
+        """
+        checkpoint = read_checkpoint(path)
+        remembered, parser = _remembered(checkpoint), self._subcommand_parsers[self.config.subcommand]
+        if unknown := sorted(remembered.keys() - {action.dest for action in parser._actions}):
+            raise InputError(
+                f"ckpt_path {path}: {unknown[0]}, which it was trained with, is no option here: it is another "
+                f"version's, or another program's"
+            )
+        try:
+            parser.parse_object(remembered, defaults=False)  # defaults, which they become, aren't checked
+        except ArgumentError as error:
+            raise InputError(
+                f"ckpt_path {path}: what it was trained with can't be: {_explain(str(error), [])}: it is damaged, or "
+                f"another version's"
+            ) from error
+        return checkpoint
 
     def _find_checkpoint(self, *, complete: bool) -> str | None:
         """Find what "last" means, or a SLURM job's own checkpoint where none is asked for.
@@ -189,12 +199,14 @@ class DocVQACLI(LightningCLI):
             # A version that the user gives is one run, whatever it was trained with.
             named = version is not None
             path = resumable(
-                files, lambda path, saved: [] if named and folder in path.parents else differences(saved, own)
+                files,
+                lambda path, saved: [] if named and folder in path.parents else differences(saved, own),
+                self._read_checkpoint,
             )
         else:
             defaults = describe(self._subcommand_parsers[command].get_defaults().as_dict())
             given = {name: value for name, value in own.items() if value != defaults.get(name)}
-            path = only_experiment(files, given, strict=command == "fit")
+            path = only_experiment(files, given, self._read_checkpoint, strict=command == "fit")
         if path is None and command != "fit":
             raise InputError(f"ckpt_path {options.ckpt_path}: no checkpoint in {folder}")
         if path or options.ckpt_path:
@@ -219,6 +231,10 @@ class DocVQACLI(LightningCLI):
             # CSVLogger and TensorBoardLogger log into a folder lightning_logs, also of one that is called so already.
             if logger.init_args.get("name") == Path(logger.init_args.get("save_dir") or ".").name == "lightning_logs":
                 logger.init_args.name = ""
+            # The default logger's, which other classes have a default of their own for.
+            requires_folder = logger.class_path.rpartition(".")[2] in ("CSVLogger", "TensorBoardLogger")
+            if not requires_folder and logger.init_args.get("save_dir") == LOGGER_FOLDER:
+                del logger.init_args["save_dir"]
         return config
 
     def _parse_ckpt_path(self) -> None:
@@ -304,6 +320,14 @@ class DocVQACLI(LightningCLI):
         if hasattr(Trainer, subcommand):
             given |= {"ckpt_path": self.config_init[subcommand].ckpt_path, "weights_only": True}
         return given
+
+
+def _remembered(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a checkpoint was trained with, by dotted name."""
+    parts = {"model": checkpoint["hyper_parameters"], "data": checkpoint.get("datamodule_hyper_parameters", {})}
+    remembered = flatten(parts)
+    remembered.pop("data.pretrained", None)  # linked to the model's
+    return remembered
 
 
 def _one_device(devices: list[int] | str | int) -> list[int] | int:

@@ -61,8 +61,7 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: train on the prompt's text too.
         image_splitting: four quadrants and the page, 320 image tokens a page in place of 64.
-        image_size: scale a page's longest edge to so many pixels, from a patch of the model's to the processor's own
-            size, which it is unless given.
+        image_size: scale a page's longest edge to so many pixels, at most the processor's own, the default.
         max_length: refuse sequences longer than so many tokens, by name.
         questions_per_page: so many questions on a page follow one another in training. Those of a batch share its
             image and their prompt's beginning: the loss is the same, the work much less, the batch less mixed.
@@ -116,6 +115,8 @@ class DocVQADataModule(LightningDataModule):
         for name, least in LEAST.items():
             if isinstance(value := self.hparams[name], int) and value < least:
                 raise InputError(f"data.{name} {value}: must be {least} or more")
+        if abs(seed) >= 10**18:  # with an epoch added, a generator's may have 63 bits
+            raise InputError(f"data.seed {seed}: must be a number of at most 18 digits")
         if not 0 < held_out < 1:
             raise InputError(f"data.held_out {held_out}: must be a share between 0 and 1, such as 0.05")
         if streaming and limit_train is not None:
@@ -124,6 +125,8 @@ class DocVQADataModule(LightningDataModule):
         self.examples: dict[str, Examples] = {}
         self.skipped: list[str] = []
         """What is wrong with the rows that were left out before any page was opened, a line each."""
+        self.held_out_by: dict[str, Any] = {}
+        """The options that decide which pages of the training split are scored; none where none are."""
         self._opened: dict[str, Examples] = {}
 
     def setup(self, stage: str) -> None:
@@ -299,6 +302,8 @@ class DocVQADataModule(LightningDataModule):
         if split := self._val_split():
             return self._named(split)
         examples = self._named(self.hparams.train_split or "train")
+        decisive = ("limit_val",) if self.hparams.streaming else ("seed", "held_out")
+        self.held_out_by = {name: self.hparams[name] for name in ("streaming", *decisive)}
         if self.hparams.streaming:  # its first questions
             return examples
         held_out = self._held_out(examples)

@@ -196,7 +196,7 @@ def _read(address: str) -> bytes:
     with fsspec.open(address, "rb") as file:
         content: bytes = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"{address:.100} has more than {MAX_FILE_BYTES // 2**20} MiB: scale it down")
+        raise ValueError(f"{address} has more than {MAX_FILE_BYTES // 2**20} MiB: scale it down")
     return content
 
 

@@ -92,6 +92,11 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where this rank was."""
+        if "made by" not in state_dict:
+            raise InputError(
+                "the checkpoint's stream was read by an earlier version, which didn't save what decides its order: "
+                "resume with that version, or train anew"
+            )
         if differing := _differing(state_dict["made by"], self._made_by()):
             raise InputError(f"the checkpoint's stream was read otherwise, resume with the same: {differing}")
         super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])

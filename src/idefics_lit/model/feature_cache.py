@@ -27,7 +27,7 @@ from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import is_vision_trained
-from idefics_lit.utils.files import replacing
+from idefics_lit.utils.files import KILLED_AFTER, replacing
 
 Device = torch.device | str
 
@@ -35,7 +35,6 @@ LIBRARIES = (torch, torchvision, transformers, bitsandbytes)  # that make pixels
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOOK_AFTER = 0.01  # of a folder's limit: what a process writes before it looks again at what all of them have written
 NAME = 40  # characters of a file's
-KILLED_AFTER = 3600  # seconds: an unfinished file that is as old is a killed writer's
 
 
 class MemoryCache:

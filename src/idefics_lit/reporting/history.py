@@ -9,6 +9,8 @@ from torch import Tensor
 MOST_STEPS, MOST_VALIDATIONS = 1000, 400
 MOST_TYPES = 8  # of questions
 
+Records = Sequence[Mapping[str, Any]]
+
 
 class Step(NamedTuple):
     """The means over some optimizer steps, so many."""
@@ -65,17 +67,18 @@ class History:
                 self.steps = [*map(_mean, whole[::2], whole[1::2]), last]
         self._coming = []
 
-    def add_validation(self, step: int, loss: float, types: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    def add_validation(self, step: int, loss: float, records: Records, types: Mapping[str, Records]) -> None:
         """Add what a validation came to.
 
         Args:
             step: behind which; what is there already is from before a resume, and forgotten.
             loss: its loss.
-            types: the records of all questions as "all", and those of each type of question.
+            records: of all questions.
+            types: the records of each type of question.
         """
-        scores = {name: mean_score(records) for name, records in list(types.items())[: MOST_TYPES + 1]}
+        scores = {name: mean_score(some) for name, some in list(types.items())[:MOST_TYPES]}
         self.validations = [some for some in self.validations if some.step < step]
-        self.validations.append(Validation(step, loss, scores.pop("all"), scores))
+        self.validations.append(Validation(step, loss, mean_score(records), scores))
         if len(self.validations) > MOST_VALIDATIONS:
             self.validations = self.validations[::2]
 
@@ -90,7 +93,7 @@ class History:
         self.validations = [Validation(*some) for some in state_dict["validations"]]
 
 
-def mean_score(records: Sequence[Mapping[str, Any]]) -> float:
+def mean_score(records: Records) -> float:
     """Return the ANLS of some questions."""
     return float(sum(record["score"] for record in records) / len(records))
 

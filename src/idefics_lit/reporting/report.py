@@ -71,7 +71,7 @@ class Report(Callback):
         part = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
         if records and not part:
             loss = float(trainer.callback_metrics["val/loss"])
-            self.history.add_validation(trainer.global_step, loss, _by_type(records))
+            self.history.add_validation(trainer.global_step, loss, records, _by_type(records))
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
         """Write the report."""
@@ -152,7 +152,7 @@ class Report(Callback):
         if before:
             scores = {"before": [record["score"] for record in before.values()], **scores}
         rows = []
-        for name, some in list(_by_type(records).items())[:MOST_ROWS]:
+        for name, some in [("all", records), *_by_type(records).items()][:MOST_ROWS]:
             was = f"{mean_score([before[record['place']] for record in some]):.3f}" if before else ""
             rows.append((name, len(some), was, f"{mean_score(some):.3f}"))
         return {"before": bool(before), "histogram": Histogram(scores), "rows": rows}
@@ -167,13 +167,13 @@ def _or_warn(what: str) -> Iterator[None]:
 
 
 def _by_type(records: Records) -> dict[str, Records]:
-    """All records, and those of each type of question, the most frequent first."""
+    """The records of each type of question, the most frequent first, where there are several types."""
     types: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         for name in dict.fromkeys(record["question_types"]):
             types.setdefault(name, []).append(record)
     ordered = sorted(types.items(), key=lambda item: (-len(item[1]), item[0]))
-    return {"all": records, **(dict(ordered) if len(types) > 1 else {})}
+    return dict(ordered) if len(types) > 1 else {}
 
 
 def _render(options: dict[str, Any], cards: Sequence[Card], shown: Sequence[Card]) -> bytes:

@@ -43,7 +43,7 @@ class PredictionWriter(BasePredictionWriter):
     """Write ``submission.json`` (the RRC's form) and ``predictions.jsonl`` when a prediction ends.
 
     Both hold every question of the split once, those that share an id too. The submission is one JSON array of
-    ``{"questionId", "answer"}``, its ids numbers where that loses nothing; a line of the other file is
+    ``{"questionId", "answer"}``, its ids numbers, all of them, where that loses nothing; a line of the other file is
     ``{"question_id", "question", "prediction", "references", "score", "question_types"}``. Where questions have several
     pages, both have ``answer_page`` too, from 0, and the lines ``reference_page`` where it is known.
     """
@@ -228,8 +228,13 @@ def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _numbers(question_ids: Sequence[int | str]) -> Sequence[int | str]:
-    """Return ids with numbers for the texts that are written as numbers are, if as many differ as before."""
-    numbers = [int(text) if NUMBER.fullmatch(text := str(some)) else some for some in question_ids]
+    """Return ids as numbers if all are written as numbers are and as many differ as before, else as they are.
+
+    All or none: ids of which some were numbers and some texts would no longer match those of the data.
+    """
+    if not all(NUMBER.fullmatch(str(some)) for some in question_ids):
+        return question_ids
+    numbers = [*map(int, question_ids)]
     return numbers if len({*numbers}) == len({*question_ids}) else question_ids
 
 

@@ -4,6 +4,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise TypeError("its state_dict holds more than weights")
         if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
             raise TypeError("its datamodule_hyper_parameters are none")
+        base = checkpoint.get("base")  # an earlier version's is `check_embedding`'s tensor
+        if not isinstance(base, Tensor | None):
+            names, values, *_ = (base[name] for name in ("names", "values", "dtype", "revision"))
+            if values.shape != (len(names), SLICE):
+                raise TypeError("its base is no fingerprint")
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
@@ -124,12 +130,17 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         raise InputError(f"the checkpoint's {broken} holds numbers that aren't finite: take an earlier checkpoint")
 
 
-def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> None:
+def check_hyperparameters(
+    checkpoint: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
+    held_out_by: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Compare what gives the weights their meaning and doesn't show in their shapes.
 
     Args:
         checkpoint: what is loaded.
         own: this run's, by the same names as in the checkpoint: ``hyper_parameters``, ``datamodule_hyper_parameters``.
+        held_out_by: this run's options that decide which of the training split's pages are scored; none where none are.
 
     Raises:
         InputError: when the adapter had another scale.
@@ -147,6 +158,18 @@ def check_hyperparameters(checkpoint: Mapping[str, Any], own: Mapping[str, Mappi
     ]
     if differing:
         rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
+    data = checkpoint.get("datamodule_hyper_parameters") or {}
+    moved = [
+        f"data.{name} {data[name]}, here {value}"
+        for name, value in held_out_by.items()
+        if data.get(name, value) != value and not (name == "limit_val" and value < (data[name] or 0))  # fewer of them
+    ]
+    if moved:
+        rank_zero_warn(
+            f"What is scored is held out of the training split otherwise than when the adapter was trained "
+            f"({'; '.join(moved)}): it has seen some of these pages, and the score is too high. Give the same, or name "
+            f"a split."
+        )
 
 
 def base_fingerprint(pretrained: str, revision: str | None = None) -> dict[str, Any]:
@@ -208,7 +231,8 @@ def check_embedding(saved: Tensor, model: torch.nn.Module, pretrained: str) -> N
         InputError: when they are of another base model.
     """
     own = model.get_input_embeddings().weight[:8, :8].detach().float().cpu()  # type: ignore[operator]
-    if not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):  # both precisions of 16 bits round it
+    # Both precisions of 16 bits round it.
+    if saved.shape != own.shape or not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):
         raise InputError(
             f"the checkpoint's adapter was trained on another base model than model.pretrained {pretrained!r}, whose "
             f"embeddings differ: give the one it was trained on"

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from idefics_lit.errors import InputError
-from idefics_lit.training.checkpoint import read_checkpoint
 
 Experiment = dict[str, Any]
+Read = Callable[[Path], dict[str, Any]]
 
 # Options that don't decide what is trained: how fast, on which machine, how it is evaluated.
 MAY_CHANGE = {
@@ -65,15 +65,16 @@ def tell(line: str) -> None:
     rank_zero_only(print)(line, file=sys.stderr)
 
 
-def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str]]) -> Path | None:
+def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str]], read: Read) -> Path | None:
     """Return the newest checkpoint that the same experiment's fit can go on from; None where there is none.
 
     Args:
         files: checkpoints, whosever they are. Why one is passed over is printed, once for each run.
         same: the `differences` of a file's experiment and the fit's.
+        read: returns a file's checkpoint; what it refuses with an `InputError` is passed over.
     """
     told = set()
-    for path, checkpoint in _ours(files):
+    for path, checkpoint in _ours(files, read):
         differing = same(path, _saved(checkpoint))
         if not differing and "optimizer_states" not in checkpoint:
             differing = ["weights alone"]
@@ -86,19 +87,20 @@ def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str
     return None
 
 
-def only_experiment(files: Iterable[Path], given: Experiment, *, strict: bool) -> Path | None:
+def only_experiment(files: Iterable[Path], given: Experiment, read: Read, *, strict: bool) -> Path | None:
     """Return the newest checkpoint, where all are one experiment's or what is given tells whose it is.
 
     Args:
         files: checkpoints, whosever they are.
         given: the options that the command gives.
+        read: as for `resumable`.
         strict: one experiment is refused too that they contradict.
 
     Raises:
         InputError: several experiments have checkpoints, and none or several of them agree with what is given.
     """
     experiments: list[tuple[Path, Experiment]] = []
-    for path, checkpoint in _ours(files):
+    for path, checkpoint in _ours(files, read):
         saved = _saved(checkpoint)
         if all(differences(known, saved) for _, known in experiments):
             experiments.append((path, saved))
@@ -117,7 +119,7 @@ def only_experiment(files: Iterable[Path], given: Experiment, *, strict: bool) -
     )
 
 
-def _ours(files: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _ours(files: Iterable[Path], read: Read) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield this program's whole checkpoints, the newest first."""
     times = {}
     for path in files:
@@ -127,15 +129,11 @@ def _ours(files: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
     for path in sorted(times, key=lambda path: times[path], reverse=True):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read(path)
         except InputError as error:
             rank_zero_warn(f"Passed over: {error}")
             continue
-        options = checkpoint.get("hyper_parameters")
-        if isinstance(options, Mapping) and {"pretrained", "lora"} <= options.keys():
-            yield path, checkpoint
-        else:
-            rank_zero_warn(f"Passed over: ckpt_path {path}: a checkpoint of another program")
+        yield path, checkpoint
 
 
 def _saved(checkpoint: Mapping[str, Any]) -> Experiment:

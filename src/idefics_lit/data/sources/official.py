@@ -88,7 +88,7 @@ class OfficialDocVQA(Examples):
             raise InputError(self.faults[index])
         texts, where = self._texts(index), self.where(index)
         try:
-            images = [_open(self._found[image]) for image in self._images(index)]
+            images = [_open(path, _version(path)) for path in (self._found[image] for image in self._images(index))]
         except Exception as error:
             raise InputError(f"{where}: the image can't be read: {error}") from error
         return Example(
@@ -150,8 +150,8 @@ class OfficialDocVQA(Examples):
         folder = self.file.parent
         # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/; InfographicVQA's JSON names
         # no folder. Any other folder is part of the page's name: docA/1.png is not docB/1.png.
-        first, *rest = Path(image).parts
-        name = Path(*rest) if rest and first in ("documents", *IMAGE_FOLDERS) else Path(image)
+        parts = Path(image).parts  # of "." there are none
+        name = Path(*parts[1:] if len(parts) > 1 and parts[0] in ("documents", *IMAGE_FOLDERS) else parts)
         paths = [folder / image] if os.path.isfile(folder / image) else [folder / some / name for some in IMAGE_FOLDERS]
         paths = [path for path in paths if os.path.isfile(path)]
         if not paths:
@@ -170,9 +170,15 @@ def _image_key(row: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _open(path: str) -> Image.Image:
+def _open(path: str, version: Hashable) -> Image.Image:
     """Decode a page, and keep it for a while: the questions of a page often come one after the other."""
     return open_page(path)
+
+
+def _version(path: str) -> Hashable:
+    """Return what differs when the file is another one than before."""
+    about = os.stat(path)
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _split_inside(file: Path) -> str:
