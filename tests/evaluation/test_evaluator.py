@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from idefics_lit.evaluator.records import by_place
+from idefics_lit.evaluation.records import by_place
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
