@@ -178,7 +178,7 @@ def test_turns_share_a_row_of_the_batch_and_are_held_out_together(tiny, tmp_path
     assert len(set(train.page_ids)) == 2 and len(set(val.page_ids)) == 1 and not {*train.page_ids} & {*val.page_ids}
     assert len(train) + len(val) == 6
     (batch,) = data.train_dataloader()
-    assert len(batch["question_ids"]) == len(train) and len(batch["input_ids"]) == 2
+    assert len(batch.question_ids) == len(train) and len(batch.input_ids) == 2
 
 
 @pytest.mark.parametrize(

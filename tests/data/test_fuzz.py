@@ -91,7 +91,10 @@ def read(examples, collators):
             good.append(example)
     if len(good) > 1:
         batch = collators[1](good)
-        assert [batch["questions"], batch["references"]] == [[e.question for e in good], [e.answers for e in good]]
+        assert [batch.prompts.questions, batch.prompts.references] == [
+            [e.question for e in good],
+            [e.answers for e in good],
+        ]
     return len(good)
 
 

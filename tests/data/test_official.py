@@ -108,7 +108,7 @@ def test_a_single_answer_is_not_spelled_out(tmp_path):
 def test_every_kind_of_image_is_collated(tmp_path, tiny, mode):
     file = write(tmp_path, page=Image.new(mode, (40, 30)))
     batch = Idefics2Collator(load_processor(tiny), train=True)([OfficialDocVQA(file)[0]])
-    assert batch["pixel_values"].shape[:3] == (1, 1, 3)
+    assert batch.pixel_values.shape[:3] == (1, 1, 3)
 
 
 def test_opening_decodes_no_page(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collato
         train=False,
         prompt_style=options["prompt_style"],
         max_length=options["max_length"],
-        pixels=pixels,
+        pixel_dtype=pixels,
     )
 
 
