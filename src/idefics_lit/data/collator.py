@@ -187,7 +187,7 @@ class Idefics2Collator:
             "references": [example.answers for example in examples],
             "question_types": [example.question_types for example in examples],
             "reference_pages": [_reference_page(example) for example in examples],
-            "places": [example.place for example in examples],
+            "places": [example.index for example in examples],
         }
 
     def _members(self, examples: Sequence[Example], digests: Sequence[tuple[str, ...]]) -> list[list[int]]:
@@ -213,7 +213,7 @@ class Idefics2Collator:
 
     def _labels(self, example: Example, ids: list[int], prompt: int) -> list[int]:
         """The labels of a piece: none for its ``prompt`` tokens unless they are trained on, none for image tokens."""
-        ignored = len(ids) if example.repeated else 0 if self.train_on_prompt else prompt
+        ignored = len(ids) if example.is_padding else 0 if self.train_on_prompt else prompt
         return [IGNORED_LABEL if i < ignored or token in self.image_token_ids else token for i, token in enumerate(ids)]
 
     def _answer(self, example: Example) -> str | None:
@@ -294,4 +294,4 @@ def _reference_page(example: Example) -> int | None:
 
 
 def _name(example: Example) -> str:
-    return example.where or f"question {example.question_id}"
+    return example.source or f"question {example.question_id}"
