@@ -173,13 +173,13 @@ def test_evaluation_keeps_all_references_and_does_without(small):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (example("Who?", where="row 3"), "row 3: no answer"),
+        (example("Who?", source="row 3"), "row 3: no answer"),
         (
-            example("Who <image>?", "a", where="row 3"),
+            example("Who <image>?", "a", source="row 3"),
             "row 3: 'Who <image>\\?' holds one of the model's special tokens",
         ),
-        (example("Who?", "a</s>", where="row 3"), "special tokens"),
-        (example("Who? " * 500, "a", where="row 3"), "row 3: .* tokens are more than 2048"),
+        (example("Who?", "a</s>", source="row 3"), "special tokens"),
+        (example("Who? " * 500, "a", source="row 3"), "row 3: .* tokens are more than 2048"),
     ],
 )
 def test_bad_examples_are_named(small, bad, message):

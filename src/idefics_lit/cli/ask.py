@@ -61,9 +61,9 @@ class Asked(Dataset[Example]):
             question_id=index,
             question=self.questions[number],
             images=[self._decoded[1]],
-            where=f"question {self.questions[number]!r} about {self.name(page)}",
+            source=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
-            place=index,
+            index=index,
         )
 
     def loader(self, options: Mapping[str, Any], pixels: torch.dtype) -> DataLoader[Example]:

@@ -132,7 +132,7 @@ class Split(NamedTuple):
     @property
     def kinds(self) -> Counter[str]:
         """Count what is wrong with broken rows, whatever their names and numbers."""
-        return Counter(_kind(line, self.examples.where(row)) for row, line in self.broken.items())
+        return Counter(_kind(line, self.examples.source(row)) for row, line in self.broken.items())
 
     @property
     def repeated(self) -> list[int | str]:

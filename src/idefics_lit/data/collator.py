@@ -146,13 +146,13 @@ class Idefics2Collator:
         # The tokenizer starts anew after a special token: the ids after a page don't depend on its number of tokens.
         prompt_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(prompts).input_ids]
         full_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(texts).input_ids]
-        for page, members in zip(page_ids, row_members, strict=True):
-            for i in members:
-                if (length := len(page) + len(full_ids[i])) > self.max_length:
-                    raise InputError(
-                        f"{_name(examples[i])}: {length} tokens are more than {self.max_length}: shorten the question, "
-                        f"or raise data.max_length"
-                    )
+        row_of = {i: row for row, members in enumerate(row_members) for i in members}
+        for i, example in enumerate(examples):
+            if (length := len(page_ids[row_of[i]]) + len(full_ids[i])) > self.max_length:
+                raise InputError(
+                    f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
+                    f"raise data.max_length"
+                )
         return TokenizedExamples(row_members, images, page_ids, prompt_ids, full_ids, digests)
 
     def _prompts(self, examples: Sequence[Example], tokens: TokenizedExamples) -> Prompts:
@@ -176,7 +176,7 @@ class Idefics2Collator:
             references=[example.answers for example in examples],
             question_types=[example.question_types for example in examples],
             reference_pages=[_reference_page(example) for example in examples],
-            indices=[example.place for example in examples],
+            indices=[example.index for example in examples],
         )
 
     def _group(self, examples: Sequence[Example], digests: Sequence[tuple[str, ...]]) -> list[list[int]]:
@@ -202,7 +202,7 @@ class Idefics2Collator:
 
     def _labels(self, example: Example, ids: list[int], prompt_length: int) -> list[int]:
         """Return the ids as labels, masked where they are an image's or, without ``train_on_prompt``, the prompt's."""
-        masked = len(ids) if example.repeated else 0 if self.train_on_prompt else prompt_length
+        masked = len(ids) if example.is_padding else 0 if self.train_on_prompt else prompt_length
         return [IGNORED_LABEL if i < masked or token in self.image_token_ids else token for i, token in enumerate(ids)]
 
     def _answer(self, example: Example) -> str | None:
@@ -263,4 +263,4 @@ def _reference_page(example: Example) -> int | None:
 
 
 def _name(example: Example) -> str:
-    return example.where or f"question {example.question_id}"
+    return example.source or f"question {example.question_id}"

@@ -15,7 +15,7 @@ def known_faults(examples: Examples, need_answers: bool) -> dict[int, str]:
     """Return what is wrong with the rows that are known to be bad without opening a page, by number, a line each."""
     missing = (row for row, answers in enumerate(examples.answers) if need_answers and not answers)
     no_answer = "no answer: add one or drop the row; `predict` needs none"
-    return {**{row: f"{examples.where(row)}: {no_answer}" for row in missing}, **examples.faults}
+    return {**{row: f"{examples.source(row)}: {no_answer}" for row in missing}, **examples.faults}
 
 
 class SkipBadExamples(Dataset[Any]):
