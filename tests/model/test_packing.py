@@ -155,7 +155,7 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         assert ours.generate(collate(examples)) == expected
         assert ours.generate(collate(alone(examples))) == expected
         # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
-        monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS", 2)
+        monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS_MULTIPLE", 2)
         ours.evaluator.decoder = GreedyDecoder(ours.backbone, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
         assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
