@@ -101,10 +101,10 @@ def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
 def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
     """Where memory is short."""
     batch = Idefics2Collator(small, train=False)(documents)
-    whole = module.evaluator.records(batch, module.eval_loss)
-    assert len({record["answer_page"] for record in whole}) > 1
+    whole = module.evaluator.evaluate(batch, module.eval_loss)
+    assert len({answer.answer_page for answer in whole}) > 1
     module.evaluator.most_rows = 2
-    assert module.evaluator.records(batch, module.eval_loss) == whole
+    assert module.evaluator.evaluate(batch, module.eval_loss) == whole
     module.evaluator.most_rows = None
 
 
@@ -117,7 +117,7 @@ def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, smal
 
     def evaluate(examples, loss):
         calls.clear()
-        return [record.get("answer_page") for record in module.evaluator.records(collate(examples), loss)], calls
+        return [answer.answer_page for answer in module.evaluator.evaluate(collate(examples), loss)], calls
 
     assert evaluate(documents, module.eval_loss)[1] == ["look", "read", "read", "read", "read"]
     found, made = evaluate(unknown, None)  # a prediction

@@ -165,7 +165,7 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
         batch["places"][place] = place
-    whole = ours.evaluator.records(batch, ours.eval_loss)
+    whole = ours.evaluator.evaluate(batch, ours.eval_loss)
     loss = ours.eval_loss.compute()
     read, sizes = ours.backbone.prefill, []
 
@@ -177,10 +177,10 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
 
     monkeypatch.setattr(ours.backbone, "prefill", too_large_for_two_rows)
     ours.eval_loss.reset()
-    assert ours.evaluator.records(batch, ours.eval_loss) == whole
+    assert ours.evaluator.evaluate(batch, ours.eval_loss) == whole
     assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
     assert sizes == [3, 2, 1, 1, 1]
-    ours.evaluator.records(batch)
+    ours.evaluator.evaluate(batch)
     assert sizes[5:] == [1, 1, 1]
 
 

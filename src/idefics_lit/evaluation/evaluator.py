@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
 
 from idefics_lit.data.collator import take_rows
+from idefics_lit.evaluation.answer import Answer
 from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
@@ -57,12 +58,11 @@ class Evaluator:
         """Give back the memory that answering takes."""
         self.decoder = None
 
-    def records(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[dict[str, Any]]:
-        """Return a record a question: id, text, prediction, references, score where there are any, place in the set.
+    def evaluate(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[Answer]:
+        """Generate and score the answer to each question of a batch.
 
-        Where the data says which page the answer is on, that is its ``reference_page``, and ``answer_page`` is the one
-        that it is found on, see `page_scores`. Without a loss, in predictions, that is found of all questions with
-        several pages.
+        ``answer_page`` is computed, see `page_scores`, for questions with a reference page; without ``loss``, as in
+        predictions, for all questions with several pages.
 
         Args:
             batch: the collator's.
@@ -74,10 +74,10 @@ class Evaluator:
         most = self.most_rows or rows
         if most < rows:
             parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
-            return [record for part in parts for record in self.records(part, loss)]
+            return [answer for part in parts for answer in self.evaluate(part, loss)]
         try:
             with self.backbone.evaluating():
-                return self._records(batch, loss)
+                return self._evaluate(batch, loss)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -85,7 +85,7 @@ class Evaluator:
         self.forget()
         torch.cuda.empty_cache()
         self.most_rows = -(-rows // 2)
-        return self.records(batch, loss)
+        return self.evaluate(batch, loss)
 
     def read_and_answer(self, batch: Mapping[str, Any]) -> DecodedBatch:
         """Read a batch's rows and answer the prompts in them."""
@@ -116,7 +116,7 @@ class Evaluator:
         found = {i: int(some.argmax()) for i, some in scores.items()}
         return [found.get(i, 0) if is_asked else None for i, is_asked in enumerate(asked)]
 
-    def _records(self, batch: Mapping[str, Any], loss: MeanMetric | None) -> list[dict[str, Any]]:
+    def _evaluate(self, batch: Mapping[str, Any], loss: MeanMetric | None) -> list[Answer]:
         answered = self.read_and_answer(batch)
         pages = self._answer_pages(batch, answered, all_of_them=loss is None)
         if loss is not None:
@@ -126,20 +126,12 @@ class Evaluator:
             else:
                 named = ", ".join(map(str, batch["question_ids"]))
                 rank_zero_warn(f"The loss leaves out questions {named}, whose own is {float(value)}.")
-        names = ("question_ids", "questions", "references", "question_types", "reference_pages", "places")
-        return [
-            {
-                "question_id": question_id,
-                "question": question,
-                "prediction": answer,
-                "references": references,
-                "score": anls(answer, references, strip_period=self.strip_period) if references else None,
-                "question_types": question_types,
-                **({} if page is None else {"answer_page": page}),
-                **({} if reference_page is None else {"reference_page": reference_page}),
-                "place": place,
-            }
-            for answer, page, question_id, question, references, question_types, reference_page, place in zip(
-                answered.texts, pages, *(batch[name] for name in names), strict=True
-            )
+        scores = [
+            anls(text, references, strip_period=self.strip_period) if references else None
+            for text, references in zip(answered.texts, batch["references"], strict=True)
         ]
+        fields = (
+            *(batch["question_ids"], batch["questions"], answered.texts, batch["references"], scores),
+            *(batch["question_types"], pages, batch["reference_pages"], batch["places"]),
+        )
+        return [Answer(*values) for values in zip(*fields, strict=True)]
