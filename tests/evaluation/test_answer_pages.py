@@ -59,11 +59,11 @@ def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, docume
     examples = documents[:6] if shared else [replace(e, page_id=None) for e in documents[:6]]
     collate = Idefics2Collator(small, train=False, prompt_style=style)
     batch = collate(examples)
-    answered = module.evaluator.read_and_answer(batch)
+    answered = module.evaluator.decode(batch)
     answers = dict(enumerate(answered.ids))
     assert len({len(ids) for ids in answered.ids}) > 1
     with torch.no_grad():
-        scores = page_scores(module.backbone, batch, answered.seen, answers, module.processor.tokenizer)
+        scores = page_scores(module.backbone, batch, answered.page_features, answers, module.processor.tokenizer)
     for i, example in enumerate(examples):
         expected = theirs(module, collate, example, answered.ids[i])
         assert scores[i].shape == expected.shape == (len(example.images),)
@@ -75,16 +75,16 @@ def test_pages_split_into_images_are_scored_as_such(module, documents):
     batch = Idefics2Collator(processor, train=False, max_length=4000)([documents[0]])
     one_page = replace(documents[0], images=documents[0].images[:1])
     (alone,) = Idefics2Collator(processor, train=False)([one_page]).prompts.input_ids
-    answered = module.evaluator.read_and_answer(batch)
-    assert answered.seen[0].shape[0] == 3 * 5 * 64
-    read, rows = module.backbone.prefill, []
+    answered = module.evaluator.decode(batch)
+    assert answered.page_features[0].shape[0] == 3 * 5 * 64
+    prefill, calls = module.backbone.prefill, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.backbone, "prefill", lambda row, pages: rows.append((row, pages)) or read(row, pages))
-        module.evaluator._answer_pages(batch, answered, all_of_them=True)
-    assert len(rows) == 3
-    for number, (row, (page,)) in enumerate(rows):
-        assert row.input_ids[0, : len(alone)].tolist() == alone.tolist()
-        assert torch.equal(page, answered.seen[0][number * 320 :][:320])
+        patch.setattr(module.backbone, "prefill", lambda *args: calls.append(args) or prefill(*args))
+        module.evaluator.evaluate(batch)
+    assert len(calls) == 4  # all pages, then one by one
+    for number, (tokens, (page,)) in enumerate((tokens, pages) for tokens, pages, *_ in calls[1:]):
+        assert tokens.input_ids[0, : len(alone)].tolist() == alone.tolist()
+        assert torch.equal(page, answered.page_features[0][number * 320 :][:320])
 
 
 def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
@@ -102,11 +102,11 @@ def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
 def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
     """Where memory is short."""
     batch = Idefics2Collator(small, train=False)(documents)
-    whole = module.evaluator.records(batch, module.eval_loss)
-    assert len({record["answer_page"] for record in whole}) > 1
-    module.evaluator.most_rows = 2
-    assert module.evaluator.records(batch, module.eval_loss) == whole
-    module.evaluator.most_rows = None
+    whole = module.evaluator.evaluate(batch, module.eval_loss)
+    assert len({answer.answer_page for answer in whole}) > 1
+    module.evaluator.max_rows = 2
+    assert module.evaluator.evaluate(batch, module.eval_loss) == whole
+    module.evaluator.max_rows = None
 
 
 def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, small, documents, monkeypatch):
@@ -118,7 +118,7 @@ def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, smal
 
     def evaluate(examples, loss):
         calls.clear()
-        return [record.get("answer_page") for record in module.evaluator.records(collate(examples), loss)], calls
+        return [answer.answer_page for answer in module.evaluator.evaluate(collate(examples), loss)], calls
 
     assert evaluate(documents, module.eval_loss)[1] == ["look", "read", "read", "read", "read"]
     found, made = evaluate(unknown, None)  # a prediction

@@ -159,7 +159,7 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         ours.evaluator.decoder = GreedyDecoder(ours.backbone, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
         assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
-        ours.evaluator.forget()
+        ours.evaluator.free_memory()
 
 
 def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
         batch.prompts.indices[place] = place
-    whole = ours.evaluator.records(batch, ours.eval_loss)
+    whole = ours.evaluator.evaluate(batch, ours.eval_loss)
     loss = ours.eval_loss.compute()
     read, sizes = ours.backbone.prefill, []
 
@@ -179,10 +179,10 @@ def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, exa
 
     monkeypatch.setattr(ours.backbone, "prefill", too_large_for_two_rows)
     ours.eval_loss.reset()
-    assert ours.evaluator.records(batch, ours.eval_loss) == whole
+    assert ours.evaluator.evaluate(batch, ours.eval_loss) == whole
     assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
     assert sizes == [3, 2, 1, 1, 1]
-    ours.evaluator.records(batch)
+    ours.evaluator.evaluate(batch)
     assert sizes[5:] == [1, 1, 1]
 
 
