@@ -34,7 +34,7 @@ trainer = Trainer(max_steps=2, precision="32-true", accelerator="cpu", logger=Fa
 trainer.fit(module, train, val)
 
 # The metric alone.
-answers = [record["prediction"] for batch in trainer.predict(module, val) for record in batch]
+answers = [answer.prediction for batch in trainer.predict(module, val) for answer in batch]
 anls = ANLS()
 anls.update(answers, [example.answers for example in examples])
 print(f"ANLS {anls.compute():.3f}")

@@ -34,8 +34,11 @@ from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.cli.trainer import OPTIONS, DocVQATrainer
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.reporting.prediction_writers import EvaluationWriter, PredictionWriter
 from idefics_lit.reporting.report import Report
-from idefics_lit.reporting.results import PredictionWriter, Results, SaveConfig, SkippedExamples
+from idefics_lit.reporting.save_config import SaveConfig
+from idefics_lit.reporting.skipped_examples import SkippedExamples
+from idefics_lit.reporting.summary import Summary
 from idefics_lit.training.checkpoint import AtomicCheckpointIO, CheckpointConnector, read_checkpoint
 from idefics_lit.training.experiment import describe, differences, flatten, only_experiment, resumable, tell
 from idefics_lit.training.preemption import SaveOnSigterm
@@ -449,7 +452,9 @@ def main(args: Sequence[str] | None = None) -> None:
     _hide_noise(training="fit" in args, quiet=not WITHOUT_DATA.isdisjoint(args))
     from idefics_lit.training.module import Idefics2Module  # bitsandbytes talks when it is imported
 
-    results = Results()
+    writer = EvaluationWriter()
+    report = Report(writer)
+    summary = Summary(writer, report)
     try:
         DocVQACLI(
             Idefics2Module,
@@ -459,7 +464,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
+                "callbacks": [SaveOnSigterm(), PredictionWriter(), writer, summary, SkippedExamples(), report],
                 "enable_model_summary": False,
                 "logger": LOGGER,
             },

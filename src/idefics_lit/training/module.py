@@ -27,9 +27,10 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
 from idefics_lit.evaluation.evaluator import Evaluator
-from idefics_lit.evaluation.records import by_place
 from idefics_lit.metrics import ANLS
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
@@ -92,8 +93,8 @@ class Idefics2Module(LightningModule):
     """
 
     hparams: Any  # the arguments below, by name
-    records: list[dict[str, Any]]
-    """`Evaluation.records` of the questions of this rank's last validation or test."""
+    answers: list[Answer]
+    """The answers of this rank's last validation or test."""
     step_loss: Tensor
     """The last optimizer step's, where it was computed; ``step_lr`` is its learning rate."""
 
@@ -136,7 +137,7 @@ class Idefics2Module(LightningModule):
         self.save_hyperparameters()
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
-        self.records = []
+        self.answers = []
         self._step: _StepTotals | None = None
         self._accumulated: dict[str, Any] = {}
         self._losses, self._overflows = FiniteLossCheck(), OverflowCheck()
@@ -189,15 +190,15 @@ class Idefics2Module(LightningModule):
         frozen = [name for name, x in chain(self.named_parameters(), self.named_buffers()) if not x.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
         return self.backbone.logits(self.backbone.prefill(batch, self.encode_pages(batch)))
 
-    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return what the text model reads of each row's page, (image tokens, width)."""
         return self.backbone.encode_pages(batch)
 
-    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
         return self.backbone.loss(batch, self.backbone.prefill(batch, self.encode_pages(batch)))
 
@@ -247,17 +248,17 @@ class Idefics2Module(LightningModule):
             self._step = None
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss over `LOSS_SCALE_TOKENS`.
 
         Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
         """
-        if "labels" not in batch:  # bad examples alone: other ranks wait for gradients
+        if batch.is_empty:  # other ranks wait for gradients
             nothing = sum((p.sum() * 0 for _, p in self._trainable()), torch.zeros((), device=self.device))
             loss, tokens = nothing, torch.zeros((), dtype=torch.int64, device=self.device)
         else:
             loss, tokens = self.loss(batch)
-            self._losses.add(loss, batch["question_ids"])
+            self._losses.add(loss, batch.question_ids)
         if self._step is None:
             self._step = _StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
         self._step = _StepTotals(self._step.tokens + tokens, self._step.loss + loss.detach())
@@ -343,23 +344,23 @@ class Idefics2Module(LightningModule):
 
     # Evaluator
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the validation's, unless a fit is to end."""
         if self._signals is not None and self._signals.sigterm:
             self._signals.answer()
-        self.records += self.evaluator.records(batch, self.eval_loss)
+        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
-        self.records += self.evaluator.records(batch, self.eval_loss)
+        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation's records."""
-        self.records = []
+        """Forget the last evaluation's answers."""
+        self.answers = []
 
     def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation's records."""
-        self.records = []
+        """Forget the last evaluation's answers."""
+        self.answers = []
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation comes to."""
@@ -373,38 +374,40 @@ class Idefics2Module(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Give back the memory that answering took."""
-        self.evaluator.forget()
+        self.evaluator.free_memory()
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return a record a question, see `Evaluation.records`."""
-        return self.evaluator.records(batch)
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+        """Return the answer to each question of the batch."""
+        return self.evaluator.evaluate(batch)
 
-    def generate(self, batch: Mapping[str, Any]) -> list[str]:
+    def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout in whatever mode the module is."""
-        return self.evaluator.read_and_answer(batch).texts
+        return self.evaluator.decode(batch).texts
 
     def _log_scores(self, stage: str) -> None:
-        records = by_place(self.records)
-        self.evaluator.forget()  # training wants the memory
+        answers = by_question(self.answers)
+        self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
-        self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
-        # Every rank must score the same types, whether or not it saw them.
-        types = {name for record in records.values() for name in map(_metric_name, record["question_types"])}
-        for name in sorted(set().union(*gather_objects(self.trainer, types))):
-            of_type = {key: r for key, r in records.items() if name in map(_metric_name, r["question_types"])}
-            self.log(f"{stage}/anls/{name}", self._score(of_type), sync_dist=True)
-        known = {key: record for key, record in records.items() if "reference_page" in record}
-        right = {key: record["answer_page"] == record["reference_page"] for key, record in known.items()}
-        once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
-        if once:  # the same on every rank
-            self.log(f"{stage}/answer_page_accuracy", sum(once.values()) / len(once))
+        self.log(f"{stage}/anls", self._score(answers), sync_dist=True, prog_bar=True)
+        # All ranks must log the same names, also of types of which they have no questions.
+        groups = by_question_type(answers, name=_metric_name)
+        for name in sorted(set().union(*gather_objects(self.trainer, [*groups]))):
+            self.log(f"{stage}/anls/{name}", self._score(groups.get(name, {})), sync_dist=True)
+        page_is_correct = {
+            key: answer.answer_page == answer.reference_page
+            for key, answer in answers.items()
+            if answer.reference_page is not None
+        }
+        unique = {key: value for rank in gather_objects(self.trainer, page_is_correct) for key, value in rank.items()}
+        if unique:  # the same on every rank
+            self.log(f"{stage}/answer_page_accuracy", sum(unique.values()) / len(unique))
 
-    def _score(self, records: Mapping[Any, dict[str, Any]]) -> Tensor:
+    def _score(self, answers: Mapping[Any, Answer]) -> Tensor:
         self.anls.update(
-            [record["prediction"] for record in records.values()],
-            [record["references"] for record in records.values()],
-            question_ids=[*records],  # they may be scored on two ranks
+            [answer.prediction for answer in answers.values()],
+            [answer.references for answer in answers.values()],
+            question_ids=[*answers],  # a question may be scored on two ranks
         )
         score = self.anls.compute()
         self.anls.reset()
