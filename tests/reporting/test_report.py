@@ -20,7 +20,7 @@ from idefics_lit.data.example import Example, Examples
 from idefics_lit.evaluation.answer import Answer
 from idefics_lit.reporting.history import MAX_POINTS, History
 from idefics_lit.reporting.page_gallery import add_images, group_by_page
-from idefics_lit.reporting.report_page import MAX_BYTES, render_report
+from idefics_lit.reporting.report_page import MAX_BYTES, render_report, score_section
 
 DOCS = Path(__file__).parents[2] / "docs"
 MAX_STEPS, VAL_CHECK_INTERVAL = 4, 2
@@ -409,3 +409,16 @@ def test_wandb_gets_a_table_and_the_adapter_offline(run, short_fit, monkeypatch,
         assert artifacts["run_table"][row["page"]["path"]].is_relative_to(folder / "logs" / "wandb")
     checkpoint = torch.load(artifacts["model"]["model.ckpt"], weights_only=True)
     assert all("lora" in name for name in checkpoint["state_dict"])
+
+
+def test_a_question_type_may_be_called_all():
+    answers = {
+        i: Answer(i, "Who?", "", ["a"], score, [name], index=i)
+        for i, (name, score) in enumerate((("all", 1.0), ("form", 0.0)))
+    }
+    history = History()
+    history.add_validation(1, 0.5, answers)
+    (validation,) = history.validations
+    assert (validation.anls, validation.types) == (0.5, {"all": 1.0, "form": 0.0})
+    rows = score_section(answers, {})["rows"]
+    assert rows == [("all", 2, "", "0.500"), ("all", 1, "", "1.000"), ("form", 1, "", "0.000")]
