@@ -26,10 +26,10 @@ def tiles(
     if answers:
         before = f"before {mean_anls(baseline.values()):.3f}" if baseline else ""
         figures.append(("ANLS", f"{mean_anls(answers.values()):.3f}", before))
-        for name, score in (("right", 1), ("score 0", 0)):
+        for name, score in (("score 1", 1), ("score 0", 0)):
             count = sum(answer.score == score for answer in answers.values())
             figures.append((name, f"{count / len(answers):.0%}", f"{count} of {len(answers)} questions"))
-    figures += [(name, f"{loss:.3f}", "a token") for name, loss in losses.items()]
+    figures += [(name, f"{loss:.3f}", "per token") for name, loss in losses.items()]
     if last_step:
         figures.append(("optimizer steps", f"{last_step:,}", ""))
     return figures
