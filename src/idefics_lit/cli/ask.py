@@ -62,9 +62,9 @@ class Asked(Dataset[Example]):
             question_id=index,
             question=self.questions[number],
             images=[self._decoded[1]],
-            where=f"question {self.questions[number]!r} about {self.name(page)}",
+            source=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
-            place=index,
+            index=index,
         )
 
     def loader(self, options: Mapping[str, Any], pixels: torch.dtype) -> DataLoader[Example]:
@@ -96,7 +96,7 @@ def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collato
         train=False,
         prompt_style=options["prompt_style"],
         max_length=options["max_length"],
-        pixels=pixels,
+        pixel_dtype=pixels,
     )
 
 

@@ -34,7 +34,7 @@ class SkippedExamples(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
         """Write the examples that were skipped for this batch."""
-        self._write(batch.get("skipped", ()))
+        self._write(getattr(batch, "skipped", ()))
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end  # type: ignore[assignment]
 
