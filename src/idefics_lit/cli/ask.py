@@ -96,9 +96,9 @@ class PageQuestions(Dataset[Example]):
             question_id=index,
             question=self.questions[question],
             images=[self._decoded[1]],
-            where=f"question {self.questions[question]!r} about {self.page_name(page)}",
+            source=f"question {self.questions[question]!r} about {self.page_name(page)}",
             page_id=page,
-            place=index,
+            index=index,
         )
 
     def page_name(self, page: int) -> str:
@@ -119,7 +119,7 @@ def prompt_collator(data: Mapping[str, Any], dtype: torch.dtype) -> Idefics2Coll
         train=False,
         prompt_style=data["prompt_style"],
         max_length=data["max_length"],
-        pixels=dtype,
+        pixel_dtype=dtype,
     )
 
 
