@@ -196,7 +196,7 @@ def test_tensorboard_has_curves_and_images(fitted):
 
 
 def test_a_missing_tensorboard_is_an_error(run, short_fit, monkeypatch, capsys):
-    monkeypatch.setattr("idefics_lit.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("idefics_lit.cli.loggers.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(*short_fit("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."))
     assert capsys.readouterr().err.endswith("with tensorboard: pip install tensorboard\n")
