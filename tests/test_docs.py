@@ -15,7 +15,8 @@ import yaml
 from jsonargparse import capture_parser
 from PIL import Image
 
-from idefics_lit.cli.main import PARTS, main
+from idefics_lit.cli.main import main
+from idefics_lit.cli.parser import OPTION_GROUPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -158,7 +159,7 @@ def test_every_key_is_explained(site):
     page = next(page for file, page in site.items() if file.name == "configs.html")
     for command, parser in capture_parser(main, ["fit"])._subcommands_action.choices.items():
         assert command in page.code
-        options = [a.dest for a in parser._actions if a.option_strings and a.dest not in PARTS]
+        options = [a.dest for a in parser._actions if a.option_strings and a.dest not in OPTION_GROUPS]
         keys = [key for key in options if key != "help" and not key.endswith(".help")]
         assert len(keys) > 80
         assert not [key for key in keys if key not in page.code and f"--{key}" not in page.code]

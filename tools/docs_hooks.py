@@ -21,8 +21,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-from idefics_lit.cli.main import COMMANDS, PARTS, TRAINER_OPTIONS, main
-from idefics_lit.cli.trainer import OPTIONS
+from idefics_lit.cli.main import main
+from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, OPTION_GROUPS, TRAINER_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
@@ -125,22 +125,23 @@ def _keys() -> Iterator[str]:
     """Each command with its own options, and the keys of a fit, which all have."""
     yield "### Commands\n"
     for command, meaning in COMMANDS.items():
-        own = "".join(f" `--{option}`: {how['help']}." for option, how in OPTIONS.get(command, {}).items())
+        own = "".join(f" `--{option}`: {how['help']}." for option, how in COMMAND_OPTIONS.get(command, {}).items())
         yield f"`{command}`\n:   {meaning}{own}\n"
     fit = capture_parser(main, ["fit"])._subcommands_action.choices["fit"]
-    keys = {action.dest: action for action in fit._actions if action.default != SUPPRESS and action.dest not in PARTS}
+    actions = [action for action in fit._actions if action.default != SUPPRESS]
+    keys = {action.dest: action for action in actions if action.dest not in OPTION_GROUPS}
     for title, chosen in {
         "The run": [key for key in keys if "." not in key],
         "The model": [key for key in keys if re.fullmatch(r"model\.\w+", key)],
         "The adapter": [key for key in keys if key.startswith("model.lora.")],
         "The data": [key for key in keys if key.startswith("data.")],
-        "The Trainer, most used": [f"trainer.{name}" for name in TRAINER_OPTIONS],
-        "The Trainer, more": [key for key in keys if key.startswith("trainer.") and key[8:] not in TRAINER_OPTIONS],
+        "The Trainer, most used": [f"trainer.{name}" for name in TRAINER_HELP],
+        "The Trainer, more": [key for key in keys if key.startswith("trainer.") and key[8:] not in TRAINER_HELP],
     }.items():
         yield f"### {title}\n"
         for key in chosen:
             type_, default = _type(getattr(keys[key], "_typehint", str)), _default(keys[key].default)
-            meaning = TRAINER_OPTIONS.get(key.removeprefix("trainer."), keys[key].help)
+            meaning = TRAINER_HELP.get(key.removeprefix("trainer."), keys[key].help)
             meaning = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(meaning.split()))  # Lightning's reStructuredText
             yield f"`{key}`: {type_}{default}\n:   {meaning}\n"
 

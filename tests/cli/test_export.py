@@ -109,7 +109,10 @@ def batch():
         drawn = SyntheticPages("export", 2, families=("form",))
         collate = Idefics2Collator(processor, train=True, prompt_style="idefics")
         made = collate([drawn[0], drawn[len(drawn) - 1]])
-        return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")}
+        return {
+            name: getattr(made, name)
+            for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+        }
 
     return batch
 

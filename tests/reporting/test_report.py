@@ -144,14 +144,14 @@ def test_the_gallery_is_sorted_by_score_and_filtered(fitted, opened):
     assert sizes == [[448, 336]] * len(cards)
 
     for question_type in sorted({name for record in records for name in record["question_types"]}):
-        page.get_by_label("Type of question").select_option(question_type)
+        page.get_by_label("Question type").select_option(question_type)
         shown = [question for card in visible(page) for question in card]
         assert all(question_type in question["types"] for question in shown)
         assert len(shown) == sum(question_type in record["question_types"] for record in records)
         assert page.locator("output").text_content() == f"{len(shown)} of {len(records)}"
         first = [card[0]["score"] for card in visible(page)]
         assert first == sorted(first)
-    page.get_by_label("Type of question").select_option("")
+    page.get_by_label("Question type").select_option("")
     page.get_by_label("Score", exact=True).select_option("bad")
     assert sum(map(len, visible(page))) == sum(record["score"] == 0 for record in records)
     page.get_by_label("Score", exact=True).select_option("")
@@ -196,7 +196,7 @@ def test_tensorboard_has_curves_and_images(fitted):
 
 
 def test_a_missing_tensorboard_is_an_error(run, short_fit, monkeypatch, capsys):
-    monkeypatch.setattr("idefics_lit.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("idefics_lit.cli.loggers.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(*short_fit("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."))
     assert capsys.readouterr().err.endswith("with tensorboard: pip install tensorboard\n")

@@ -44,7 +44,7 @@ def test_answers_are_written_in_the_sets_order(run, tiny, docvqa, tmp_path):
     run("validate", *flags(tiny, data, *options), "--data.val_split", "val")
     records = [json.loads(line) for line in (folder / "val_predictions.jsonl").open()]
     assert [record["prediction"] for record in records] == [answer["answer"] for answer in answers]
-    assert "place" not in records[0]
+    assert "index" not in records[0]
 
 
 def test_validate_repeats_the_fits_last_score_and_predict_answers_every_question_once(run, tiny, docvqa, tmp_path):

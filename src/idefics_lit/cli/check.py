@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from idefics_lit.cli.estimates import RATES, load_config, measured_model, peak_gib, weights_gib
-from idefics_lit.cli.survey import Batch, Split, first_epoch, read_split
+from idefics_lit.cli.gpu_estimates import RATES, load_config, measured_model, peak_gib, weights_gib
+from idefics_lit.cli.split_statistics import Batch, Split, first_epoch, read_split
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.pretrained import DTYPES

@@ -26,7 +26,7 @@ class Report(Callback):
 
     The file is self-contained. Weights & Biases gets a table of the same answers, TensorBoard images of the pages with
     the lowest scores. The curves are part of checkpoints, so the report of a resumed run covers all its steps. If the
-    report can't be written, it warns and the run goes on. Requires `Idefics2Module` and `DocVQADataModule`.
+    report can't be written, it warns and the run goes on. Requires `Idefics2Module`; pages require `DocVQADataModule`.
 
     Args:
         writer: the `EvaluationWriter` of the same Trainer, before this callback in its list.
@@ -85,10 +85,11 @@ class Report(Callback):
         answers, baseline = self.writer.answers, self.writer.baseline
         cards: list[Card] = []
         selected: list[Card] = []
-        with _warn_on_error("pages in the report"):
-            examples = trainer.datamodule.examples[stage]
-            cards = group_by_page(answers.values(), examples)
-            selected = add_images(cards, examples)
+        data = trainer.datamodule
+        if data is not None:
+            with _warn_on_error("pages in the report"):
+                cards = group_by_page(answers.values(), data.examples[stage])
+                selected = add_images(cards, data.examples[stage])
         if notes := [card.note for card in selected if not card.jpegs]:
             rank_zero_warn(f"{len(notes)} pages are missing from the report. The first: {notes[0]}")
         with _warn_on_error("report"):
@@ -96,7 +97,7 @@ class Report(Callback):
             loss = trainer.callback_metrics.get(f"{stage}/loss")
             losses = {} if loss is None else {f"{stage}/loss": float(loss)}
             context = {
-                "title": f"{module.hparams.pretrained} on {trainer.datamodule.hparams.source}",
+                "title": f"{module.hparams.pretrained}" + (f" on {data.hparams.source}" if data is not None else ""),
                 "subtitle": ", ".join([str(path.parent), *checkpoint, f"{datetime.now():%Y-%m-%d %H:%M}"]),
                 "tiles": tiles(answers, baseline, losses, self.history.last_step),
                 "charts": training_charts(self.history),

@@ -26,10 +26,10 @@ def tiles(
     if answers:
         before = f"before {mean_anls(baseline.values()):.3f}" if baseline else ""
         figures.append(("ANLS", f"{mean_anls(answers.values()):.3f}", before))
-        for name, score in (("right", 1), ("score 0", 0)):
+        for name, score in (("score 1", 1), ("score 0", 0)):
             count = sum(answer.score == score for answer in answers.values())
             figures.append((name, f"{count / len(answers):.0%}", f"{count} of {len(answers)} questions"))
-    figures += [(name, f"{loss:.3f}", "a token") for name, loss in losses.items()]
+    figures += [(name, f"{loss:.3f}", "per token") for name, loss in losses.items()]
     if last_step:
         figures.append(("optimizer steps", f"{last_step:,}", ""))
     return figures
@@ -69,15 +69,14 @@ def score_section(answers: Answers, baseline: Answers) -> dict[str, Any]:
         answers: scored answers, at least one.
         baseline: the answers before training, to the same questions; may be empty.
     """
-    scores = {"before": baseline} if baseline else {}
-    scores["c1"] = answers
+    scores: dict[str, Any] = {"before": [answer.score for answer in baseline.values()]} if baseline else {}
+    scores["c1"] = [answer.score for answer in answers.values()]
     groups = by_question_type(answers)
     rows = []
     for name, group in [("all", answers), *(groups.items() if len(groups) > 1 else ())][:MAX_TABLE_ROWS]:
         before = f"{mean_anls([baseline[key] for key in group]):.3f}" if baseline else ""
         rows.append((name, len(group), before, f"{mean_anls(group.values()):.3f}"))
-    histogram = Histogram({name: [answer.score or 0 for answer in of.values()] for name, of in scores.items()})
-    return {"has_baseline": bool(baseline), "histogram": histogram, "rows": rows}
+    return {"has_baseline": bool(baseline), "histogram": Histogram(scores), "rows": rows}
 
 
 def render_report(context: dict[str, Any], cards: Sequence[Card], selected: Sequence[Card]) -> bytes:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from idefics_lit.errors import InputError
 
 Experiment = dict[str, Any]
-Read = Callable[[Path], dict[str, Any]]
+ReadCheckpoint = Callable[[Path], dict[str, Any]]
 
 # Options that don't decide what is trained: how fast, on which machine, how it is evaluated.
 MAY_CHANGE = {
@@ -65,7 +65,9 @@ def tell(line: str) -> None:
     rank_zero_only(print)(line, file=sys.stderr)
 
 
-def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str]], read: Read) -> Path | None:
+def resumable(
+    files: Iterable[Path], same: Callable[[Path, Experiment], list[str]], read: ReadCheckpoint
+) -> Path | None:
     """Return the newest checkpoint that the same experiment's fit can go on from; None where there is none.
 
     Args:
@@ -87,7 +89,7 @@ def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str
     return None
 
 
-def only_experiment(files: Iterable[Path], given: Experiment, read: Read, *, strict: bool) -> Path | None:
+def only_experiment(files: Iterable[Path], given: Experiment, read: ReadCheckpoint, *, strict: bool) -> Path | None:
     """Return the newest checkpoint, where all are one experiment's or what is given tells whose it is.
 
     Args:
@@ -119,7 +121,7 @@ def only_experiment(files: Iterable[Path], given: Experiment, read: Read, *, str
     )
 
 
-def _ours(files: Iterable[Path], read: Read) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _ours(files: Iterable[Path], read: ReadCheckpoint) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield this program's whole checkpoints, the newest first."""
     times = {}
     for path in files:
