@@ -65,7 +65,8 @@ def in_effect(monkeypatch):
     def in_effect(*args):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(DocVQACLI, "_run_subcommand", lambda cli, command: seen.append(cli.config[command]))
+            for command in DocVQACLI.subcommands():
+                patch.setattr(DocVQACLI, command, lambda cli, **_: seen.append(cli.config[cli.subcommand]))
             main([str(arg) for arg in args])
         return seen[0]
 

@@ -21,8 +21,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-from idefics_lit.cli.main import TRAINER_OPTIONS as TRAINER_HELP
 from idefics_lit.cli.main import main
+from idefics_lit.cli.parser import TRAINER_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"

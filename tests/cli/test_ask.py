@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from idefics_lit.cli.ask import Asked
+from idefics_lit.cli.ask import PageQuestions
 from idefics_lit.data.documents import read_page
 from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.synthetic import SyntheticPages
@@ -94,7 +94,7 @@ def test_every_page_is_answered_under_its_name_whatever_a_config_says_for_runs(a
 
 def test_one_file_and_one_question_need_no_list(pages, tmp_path):
     pages[0][0].save(tmp_path / "first.png")
-    asked = Asked(str(tmp_path / "first.png"), "What is the date?")
+    asked = PageQuestions(str(tmp_path / "first.png"), "What is the date?")
     assert [asked[i].question for i in range(len(asked))] == ["What is the date?"]
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_has_been_replaced_is_read_anew(pages, tmp_path):
     (first, _), (second, _) = pages
     for page in (first, second):
         page.save(tmp_path / "page.png")
-        (image,) = Asked([str(tmp_path / "page.png")], ["What is the date?"])[0].images
+        (image,) = PageQuestions([str(tmp_path / "page.png")], ["What is the date?"])[0].images
         assert image.tobytes() == page.tobytes()
 
 

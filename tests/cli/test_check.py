@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from idefics_lit.cli.check import UP_TO
-from idefics_lit.cli.estimates import load_config, measured_model, peak_gib, weights_gib
+from idefics_lit.cli.gpu_estimates import load_config, measured_model, peak_gib, weights_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
 from idefics_lit.training.module import Idefics2Module
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from idefics_lit.cli.main import COMMANDS, _explain, main
+from idefics_lit.cli.main import main
+from idefics_lit.cli.parser import COMMANDS, readable_error
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(__file__).parents[1] / "assets" / "docvqa-public-domain"
@@ -139,10 +140,10 @@ def test_wandb_needs_no_account(in_effect, tmp_path, monkeypatch, mode, expected
 
 
 def test_the_option_that_was_meant_is_named():
-    assert _explain("unrecognized arguments: --data.sorce x", ["data.source"]) == (
+    assert readable_error("unrecognized arguments: --data.sorce x", ["data.source"]) == (
         "no option data.sorce, did you mean data.source?"
     )
-    assert _explain("unrecognized arguments: --zzz", ["data.source"]) == "no option zzz"
+    assert readable_error("unrecognized arguments: --zzz", ["data.source"]) == "no option zzz"
 
 
 @pytest.mark.parametrize(("path", "name"), [("idefics_lit/__main__.py", "python -m idefics_lit"), ("idefics-lit",) * 2])

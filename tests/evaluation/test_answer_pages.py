@@ -44,8 +44,8 @@ def theirs(module, collate, example, answer):
     scores = []
     for page in example.images:
         batch = collate([replace(example, images=[page], page_id=None)])
-        ids = torch.cat([batch["prompt_input_ids"], torch.tensor([answer])], dim=1)
-        pixels = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask")}
+        ids = torch.cat([batch.prompts.input_ids, torch.tensor([answer])], dim=1)
+        pixels = {"pixel_values": batch.pixel_values, "pixel_attention_mask": batch.pixel_attention_mask}
         with torch.no_grad():
             logits = module.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
         tokens = logits[0, -len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
@@ -73,9 +73,8 @@ def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, docume
 def test_pages_split_into_images_are_scored_as_such(module, documents):
     processor = load_processor("tiny", image_splitting=True, image_size=112)
     batch = Idefics2Collator(processor, train=False, max_length=4000)([documents[0]])
-    (alone,) = Idefics2Collator(processor, train=False)([replace(documents[0], images=documents[0].images[:1])])[
-        "prompt_input_ids"
-    ]
+    one_page = replace(documents[0], images=documents[0].images[:1])
+    (alone,) = Idefics2Collator(processor, train=False)([one_page]).prompts.input_ids
     answered = module.evaluator.read_and_answer(batch)
     assert answered.seen[0].shape[0] == 3 * 5 * 64
     read, rows = module.backbone.prefill, []
@@ -84,7 +83,7 @@ def test_pages_split_into_images_are_scored_as_such(module, documents):
         module.evaluator._answer_pages(batch, answered, all_of_them=True)
     assert len(rows) == 3
     for number, (row, (page,)) in enumerate(rows):
-        assert row["input_ids"][0, : len(alone)].tolist() == alone.tolist()
+        assert row.input_ids[0, : len(alone)].tolist() == alone.tolist()
         assert torch.equal(page, answered.seen[0][number * 320 :][:320])
 
 
@@ -95,7 +94,9 @@ def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
         ids = [module.processor.tokenizer(f" {e.answers[0]}", add_special_tokens=False).input_ids for e in documents]
         answers = {i: [*some, end] for i, some in enumerate(ids)}
         scores = page_scores(module.backbone, batch, module.encode_pages(batch), answers, module.processor.tokenizer)
-    assert [int(scores[i].argmax()) for i in range(10)] == batch["reference_pages"] == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+    assert (
+        [int(scores[i].argmax()) for i in range(10)] == batch.prompts.reference_pages == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+    )
 
 
 def test_pages_are_those_of_a_batch_in_parts(module, small, documents):

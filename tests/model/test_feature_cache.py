@@ -72,9 +72,7 @@ def test_a_memory_that_is_used_again_gives_each_page_its_own(tiny):
     collate = Idefics2Collator(load_processor(tiny, image_size=56), train=True)
     kept, mixed = collate(pages[:8]), collate([pages[0], *pages[8:]])
     plain = module(tiny, quantization="none")
-    size = plain.backbone.encode_images(mixed["pixel_values"][0].to(plain.device), mixed["image_sizes"][0], ["0"])[
-        0
-    ].nbytes
+    size = plain.backbone.encode_images(mixed.pixel_values[0].to(plain.device), mixed.image_sizes[0], ["0"])[0].nbytes
     slab = 1 << (size - 1).bit_length()
     assert 2 * size > slab  # each page has one
     cached = module(tiny, quantization="none", feature_cache="memory", feature_cache_gb=8 * slab / 1e9)
@@ -236,10 +234,10 @@ def test_other_models_and_other_pixels_have_other_features(tiny, examples, tmp_p
     keys = []
     for size in (None, 112):
         batch = Idefics2Collator(load_processor(tiny, image_size=size), train=True)(examples)
-        keys += [key for row in batch["image_keys"] for key in row]
+        keys += [key for row in batch.image_keys for key in row]
     assert len(set(keys)) == 2 * len(examples)
     alone = Idefics2Collator(load_processor(tiny), train=True)(examples[:1])
-    assert alone["image_keys"] == [keys[:1]]  # whatever it lies beside
+    assert alone.image_keys == [keys[:1]]  # whatever it lies beside
 
 
 def test_a_tower_that_is_trained_has_gradients_and_no_cache(tiny, examples):

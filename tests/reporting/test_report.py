@@ -189,7 +189,7 @@ def test_tensorboard_has_curves_and_pictures(fitted):
 
 
 def test_tensorboard_is_asked_for_by_name(run, short_fit, monkeypatch, capsys):
-    monkeypatch.setattr("idefics_lit.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("idefics_lit.cli.loggers.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(*short_fit("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."))
     assert capsys.readouterr().err.endswith("with tensorboard: pip install tensorboard\n")

@@ -87,7 +87,9 @@ def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path
         label_names=["labels"],
         disable_tqdm=True,
     )
-    reference = InOrder(theirs.model, arguments, train_dataset=data, data_collator=collator)
+    reference = InOrder(
+        theirs.model, arguments, train_dataset=data, data_collator=lambda batch: collator(batch).model_inputs()
+    )
     reference.train()
     expected = [entry["loss"] for entry in reference.state.log_history if "loss" in entry]
     assert len(losses.values) == len(expected) == steps

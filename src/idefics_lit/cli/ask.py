@@ -1,4 +1,4 @@
-"""Questions about the pages of image files and PDFs, answered on the screen."""
+"""The command ``ask``: questions about the pages of image files and PDFs, answered on the screen."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,57 @@ from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.data.example import Example
 from idefics_lit.errors import InputError
-from idefics_lit.pretrained import load_processor
+from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.utils.texts import list_of_texts
 
 
-class Asked(Dataset[Example]):
-    """Every question about every page, a page's questions in a row; a page is decoded when it is asked for.
+def ask(
+    trainer: Trainer,
+    module: LightningModule,
+    data: Mapping[str, Any],
+    *,
+    images: Sequence[str] | str,
+    questions: Sequence[str] | str,
+    as_json: bool = False,
+    ckpt_path: str | None = None,
+) -> None:
+    """Ask every question about every page and print the answers.
 
     Args:
-        files: images and PDFs, or one; a PDF and a TIFF may have several pages.
-        questions: what is asked, or one question.
-
-    Attributes:
-        pages: file and number, from 0, of each page.
+        trainer: gives device and precision.
+        module: the model that answers.
+        data: the data module's options, on which prompt and pages depend; no data is read.
+        images: files of images and PDFs.
+        questions: the questions.
+        as_json: print JSON lines instead of tables.
+        ckpt_path: the checkpoint of the adapter; by default the model without one answers.
 
     Raises:
-        InputError: there is no file or no question, a question is empty, or a file isn't one that can be read.
+        InputError: a file can't be read, or files or questions are missing.
+    """
+    pages = PageQuestions(images, questions)
+    trainer.callbacks.append(AnswerPrinter(pages, as_json=as_json))  # type: ignore[attr-defined]
+    # A batch holds the questions about one page, which are packed into one sequence.
+    loader = DataLoader(
+        pages,
+        batch_size=len(pages.questions),
+        collate_fn=prompt_collator(data, DTYPES.get(str(trainer.precision), torch.float32)),
+    )
+    trainer.predict(module, loader, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
+
+
+class PageQuestions(Dataset[Example]):
+    """All questions about all pages, page by page. A page is decoded when its first question is read.
+
+    Args:
+        files: one or more images and PDFs; PDFs and TIFFs may have several pages.
+        questions: one or more questions.
+
+    Attributes:
+        pages: file and page number, from 0, of each page.
+
+    Raises:
+        InputError: there is no file or no question, a question is empty, or a file can't be read.
     """
 
     def __init__(self, files: Sequence[str] | str, questions: Sequence[str] | str) -> None:
@@ -44,80 +79,70 @@ class Asked(Dataset[Example]):
         if not all(question.strip() for question in questions):
             raise InputError("question: one is empty, ask something")
         self.questions = questions
-        self.counts = {file: count_pages(file) for file in files}
-        self.pages = [(file, number) for file, count in self.counts.items() for number in range(count)]
-        self._decoded: tuple[int, Image] | None = None  # the last page, kept for its other questions
+        self.page_counts = {file: count_pages(file) for file in files}
+        self.pages = [(file, number) for file, count in self.page_counts.items() for number in range(count)]
+        self._decoded: tuple[int, Image] | None = None  # the last page, for its other questions
 
     def __len__(self) -> int:
-        """Count the answers there will be."""
+        """Return the number of pages times the number of questions."""
         return len(self.pages) * len(self.questions)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a question with its page, decoded."""
-        page, number = divmod(index, len(self.questions))
+        """Return a question with its decoded page."""
+        page, question = divmod(index, len(self.questions))
         if self._decoded is None or self._decoded[0] != page:
             self._decoded = page, read_page(*self.pages[page])
         return Example(
             question_id=index,
-            question=self.questions[number],
+            question=self.questions[question],
             images=[self._decoded[1]],
-            where=f"question {self.questions[number]!r} about {self.name(page)}",
+            source=f"question {self.questions[question]!r} about {self.page_name(page)}",
             page_id=page,
-            place=index,
+            index=index,
         )
 
-    def loader(self, options: Mapping[str, Any], pixels: torch.dtype) -> DataLoader[Example]:
-        """Return batches of a page each, whose questions share its row.
-
-        Args:
-            options: the data module's.
-            pixels: the model's dtype.
-        """
-        return DataLoader(self, batch_size=len(self.questions), collate_fn=collator(options, pixels))
-
-    def name(self, page: int) -> str:
-        """Return what a page is called: its file, and its number where the file has several."""
+    def page_name(self, page: int) -> str:
+        """Return the file of a page, with the page number if the file has several pages."""
         file, number = self.pages[page]
-        return file if self.counts[file] == 1 else f"{file}, page {number + 1}"
+        return file if self.page_counts[file] == 1 else f"{file}, page {number + 1}"
 
 
-def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collator:
-    """Return what makes batches of questions without answers.
+def prompt_collator(data: Mapping[str, Any], dtype: torch.dtype) -> Idefics2Collator:
+    """Return a collator of questions without answers.
 
     Args:
-        options: the data module's.
-        pixels: the model's dtype.
+        data: the data module's options.
+        dtype: the model's dtype, for the pixels.
     """
     return Idefics2Collator(
-        load_processor(
-            options["pretrained"], image_splitting=options["image_splitting"], image_size=options["image_size"]
-        ),
+        load_processor(data["pretrained"], image_splitting=data["image_splitting"], image_size=data["image_size"]),
         train=False,
-        prompt_style=options["prompt_style"],
-        max_length=options["max_length"],
-        pixels=pixels,
+        prompt_style=data["prompt_style"],
+        max_length=data["max_length"],
+        pixel_dtype=dtype,
     )
 
 
 class AnswerPrinter(Callback):
-    """Print answers as they come, a page at a time.
+    """Print the answers page by page.
 
     Args:
-        asked: the questions, of which a batch holds one page's.
-        as_json: a line ``{"image", "page", "question", "answer"}`` each, pages counted from 1, in place of a table.
+        pages: the questions; a batch holds those about one page.
+        as_json: print a line ``{"image", "page", "question", "answer"}`` per answer, pages counted from 1, instead of a
+            table per page.
     """
 
-    def __init__(self, asked: Asked, *, as_json: bool) -> None:
-        self.asked, self.as_json = asked, as_json
+    def __init__(self, pages: PageQuestions, *, as_json: bool) -> None:
+        self.pages, self.as_json = pages, as_json
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict[str, Any]], *_: object
     ) -> None:
-        """Print a page's."""
-        page = outputs[0]["place"] // len(self.asked.questions)
+        """Print the answers about one page."""
+        page = outputs[0]["place"] // len(self.pages.questions)
         answers = [(record["question"], record["prediction"]) for record in outputs]
         if self.as_json:
-            file, number = self.asked.pages[page]
+            file, number = self.pages.pages[page]
             for question, answer in answers:
                 line = {"image": file, "page": number + 1, "question": question, "answer": answer}
                 print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -126,5 +151,5 @@ class AnswerPrinter(Callback):
         for question, answer in answers:
             table.add_row(escape(question), f"[bold]{escape(answer)}[/bold]")
         console = Console(highlight=False)
-        console.print(escape(self.asked.name(page)), soft_wrap=True)
+        console.print(escape(self.pages.page_name(page)), soft_wrap=True)
         console.print(table)

@@ -1,7 +1,10 @@
-"""A page in the browser: drop an image or a PDF, ask, see what base and tuned model answer.
+"""The command ``demo``: a web page that shows the answers of base and fine-tuned model to questions about a page.
 
-What is special here: there is one model, whose adapter is switched off for the base's answers; one event at a time
-reaches it and the PDF library; and nothing leaves the machine, no statistics and no requests for fonts.
+What is special here:
+
+- one model gives both answers, with its adapter enabled or disabled;
+- one event at a time uses the model and the PDF library;
+- nothing leaves the machine: no usage statistics, no requests for fonts.
 """
 
 import errno
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from idefics_lit.cli.ask import Asked, collator
+from idefics_lit.cli.ask import PageQuestions, prompt_collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.training.checkpoint import read_checkpoint
@@ -41,32 +44,34 @@ CSS = """
 """
 
 
-def serve(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None, host: str, port: int | None) -> None:
-    """Load the model and answer until Ctrl-C or SIGTERM.
+def demo(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None, host: str, port: int | None) -> None:
+    """Load the model and serve the web page until Ctrl-C or SIGTERM.
 
     Args:
-        module: of the checkpoint's options; its model isn't loaded yet.
-        data: the data module's options; prompt and pages depend on them.
-        ckpt_path: the checkpoint of the adapter; the base model alone answers unless given.
-        host: the address to listen at.
-        port: the port, the first free one of `PORTS` unless given.
+        module: the module with the checkpoint's options; its model isn't loaded yet.
+        data: the data module's options, on which prompt and pages depend.
+        ckpt_path: the checkpoint of the adapter; by default the base model alone answers.
+        host: the address to listen on.
+        port: the port; by default the first free one of `PORTS`.
 
     Raises:
-        InputError: gradio isn't installed, nothing can listen there, or the checkpoint doesn't fit.
+        InputError: gradio isn't installed, the address can't be used, or the checkpoint doesn't fit the model.
     """
     if find_spec("gradio") is None:
         raise InputError("demo needs gradio: pip install 'idefics_lit[demo]'")
     port = _free_port(host, port)
-    with suppress(KeyboardInterrupt), _until_sigterm(), tempfile.TemporaryDirectory(prefix="idefics_lit-") as folder:
+    with suppress(KeyboardInterrupt), _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="idefics_lit-") as temp:
         module.configure_model()
         if ckpt_path:
             checkpoint = read_checkpoint(ckpt_path)
             module.on_load_checkpoint(checkpoint)
             module.load_state_dict(checkpoint["state_dict"])
-        # What is uploaded goes when it ends; and gradio, which sees whether it can be reached, needs no proxy for that.
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*"}
-        page = _page(Answers(module.eval(), data, tuned=ckpt_path is not None), _title(module, ckpt_path))
-        page.launch(
+        # Uploads are deleted with the temporary folder. gradio requests its own URL at the start, without a proxy.
+        os.environ |= {"GRADIO_TEMP_DIR": temp, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*"}
+        tuned = f", tuned in `{ckpt_path}`" if ckpt_path else ""
+        title = f"# Ask a page\n`{module.hparams.pretrained}`{tuned}"
+        app = _build_app(PageAnswerer(module.eval(), data, tuned=ckpt_path is not None), title)
+        app.launch(
             server_name=host,
             server_port=port,
             css=CSS,
@@ -77,83 +82,84 @@ def serve(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None
             quiet=True,
             prevent_thread_lock=True,
         )
-        print(f"{page.local_url} (Ctrl-C ends it)", flush=True)
+        print(f"{app.local_url} (Ctrl-C ends it)", flush=True)
         try:
             while True:
                 time.sleep(60)
         finally:
-            page.close(verbose=False)
+            app.close(verbose=False)
 
 
 @contextmanager
-def _until_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-class Answers:
-    """What base and tuned model answer.
+class PageAnswerer:
+    """Answers questions with the base model and, if there is a checkpoint, with the fine-tuned model.
 
     Args:
-        module: in eval mode.
+        module: the module in eval mode.
         data: the data module's options.
-        tuned: whether its adapter is a checkpoint's; the base model alone answers if not.
+        tuned: whether the adapter is from a checkpoint; otherwise the base model alone answers.
     """
 
     def __init__(self, module: Idefics2Module, data: Mapping[str, Any], *, tuned: bool) -> None:
         self.module = module
-        self.collator = collator(data, module.model.dtype)
-        base: Any = module.model.disable_adapter
-        self.models = {"Base": base, "Tuned": nullcontext} if tuned else {"Answer": nullcontext}
+        self.collator = prompt_collator(data, module.model.dtype)
+        without_adapter: Any = module.model.disable_adapter
+        # By column of the table of answers.
+        self.models = {"Base": without_adapter, "Tuned": nullcontext} if tuned else {"Answer": nullcontext}
 
     def __call__(self, file: str, page: int, question: str) -> list[str]:
-        """Return each model's answer to a question about a file's page, which is counted from 1."""
-        example = Asked([file], [question])[page - 1]
+        """Return each model's answer to a question about page ``page`` of a file, counted from 1."""
+        example = PageQuestions([file], [question])[page - 1]
         batch = self.module.transfer_batch_to_device(self.collator([example]), self.module.model.device, 0)
         answers = []
-        for adapter in self.models.values():
-            with adapter():
+        for adapter_mode in self.models.values():
+            with adapter_mode():
                 answers += self.module.generate(batch)
-            self.module.evaluator.forget()  # CUDA graphs were captured with the adapter, or without
+            self.module.evaluator.forget()  # CUDA graphs are captured either with the adapter or without it
         return answers
 
 
-def _page(answers: Answers, title: str) -> "gradio.Blocks":
-    import gradio as gr  # it makes folders at once, where GRADIO_TEMP_DIR says
+def _build_app(answerer: PageAnswerer, title: str) -> "gradio.Blocks":
+    import gradio as gr  # imported late: it takes seconds and reads GRADIO_TEMP_DIR
 
-    def opened(file: str | None) -> list[Any]:
-        """Show a new file's first page, or why there is none."""
+    def open_file(file: str | None) -> list[Any]:
+        """Show the first page of a new file, or a warning that it can't be read."""
         count, image = 0, None
         if file:
             try:
                 count, image = count_pages(file), read_page(file, 0)
             except InputError as error:
-                gr.Warning(_named(error, file))
+                gr.Warning(_with_file_name(error, file))
                 file = None
         number = gr.Slider(maximum=max(count, 2), value=1, visible=count > 1)
         return [file, number, gr.Image(image, visible=image is not None), [], ""]
 
-    def turned(file: str, number: int) -> Image:
+    def show_page(file: str, number: int) -> Image:
         try:
             return read_page(file, number - 1)
         except InputError as error:
-            raise gr.Error(_named(error, file), print_exception=False) from error
+            raise gr.Error(_with_file_name(error, file), print_exception=False) from error
 
     def ask(file: str | None, number: int, question: str, rows: list[list[str]]) -> list[Any]:
         if not file:
             raise gr.Error("drop a page first", print_exception=False)
         try:
-            where = f"page {number}: " if count_pages(file) > 1 else ""
-            rows = [[where + question, *answers(file, number, question)], *rows]
+            page = f"page {number}: " if count_pages(file) > 1 else ""
+            rows = [[page + question, *answerer(file, number, question)], *rows]
         except InputError as error:
-            raise gr.Error(_named(error, file), print_exception=False) from error
-        return [rows, _table(["Question", *answers.models], rows), ""]
+            raise gr.Error(_with_file_name(error, file), print_exception=False) from error
+        return [rows, _html_table(["Question", *answerer.models], rows), ""]
 
-    one_at_a_time: Any = {"concurrency_id": "one", "concurrency_limit": 1}
-    with gr.Blocks(title="Ask a page") as page:
+    one_at_a_time: Any = {"concurrency_id": "model", "concurrency_limit": 1}
+    with gr.Blocks(title="Ask a page") as app:
         gr.Markdown(title)
         with gr.Row():
             with gr.Column():
@@ -165,8 +171,8 @@ def _page(answers: Answers, title: str) -> "gradio.Blocks":
                 button = gr.Button("Ask", variant="primary")
                 table = gr.HTML(elem_classes="answers", apply_default_css=False)
                 rows = gr.State([])
-        gr.on([file.upload, file.clear], opened, file, [file, number, image, rows, table], **one_at_a_time)
-        number.input(turned, [file, number], image, trigger_mode="always_last", **one_at_a_time)
+        gr.on([file.upload, file.clear], open_file, file, [file, number, image, rows, table], **one_at_a_time)
+        number.input(show_page, [file, number], image, trigger_mode="always_last", **one_at_a_time)
         gr.on(
             [question.submit, button.click],
             ask,
@@ -174,22 +180,17 @@ def _page(answers: Answers, title: str) -> "gradio.Blocks":
             [rows, table, question],
             **one_at_a_time,
         )
-    return page
+    return app
 
 
-def _title(module: Idefics2Module, ckpt_path: str | None) -> str:
-    tuned = f", tuned in `{ckpt_path}`" if ckpt_path else ""
-    return f"# Ask a page\n`{module.hparams.pretrained}`{tuned}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{name}</th>" for name in head)]
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{name}</th>" for name in header)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _named(error: InputError, file: str) -> str:
-    """Call the file what the user calls it."""
+def _with_file_name(error: InputError, file: str) -> str:
+    """Return the message with the uploaded file's own name instead of its temporary path."""
     return str(error).replace(file, Path(file).name)
 
 

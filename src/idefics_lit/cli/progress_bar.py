@@ -4,66 +4,65 @@ import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+
+from idefics_lit.training.lightning_compat import TrainDescriptionProgressBar
 
 
-class ProgressBar(RichProgressBar):
-    """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs.
+class ProgressBar(TrainDescriptionProgressBar):
+    """Lightning's progress bar, which counts batches correctly with ``max_steps`` and shows no run version.
 
-    An evaluation's says the score so far and the questions a second.
+    In validation and test it shows the mean ANLS so far and the questions per second.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.shown: dict[str, Any] = {}
-        self.read_at = 0.0
+        self._metrics: dict[str, Any] = {}
+        self._metrics_time = 0.0
 
     @property
     def total_train_batches(self) -> int | float:
-        """Return the batches of this epoch; Lightning takes the optimizer steps that are left for batches."""
+        """The batches of this epoch. Lightning's property compares optimizer steps with batches."""
         trainer = self.trainer
         if trainer.max_steps < 0:
             return trainer.num_training_batches
-        # At an epoch's start the last epoch's batches still stand there.
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % max(int(trainer.num_training_batches), 1)
-        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(trainer.num_training_batches, done + left)
+        # At the start of an epoch the progress still counts the batches of the previous one.
+        completed = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        completed %= max(int(trainer.num_training_batches), 1)
+        remaining = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, completed + remaining)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what the bar shows, in training a second old at most: to read it is to wait for the GPU."""
-        if not trainer.training or time.perf_counter() - self.read_at > 1:
-            self.shown = {k: value for k, value in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-            self.read_at = time.perf_counter()
-        return self.shown
+        """Return the metrics to show, in training at most once a second: reading them waits for the GPU."""
+        if not trainer.training or time.perf_counter() - self._metrics_time > 1:
+            metrics = super().get_metrics(trainer, pl_module)
+            self._metrics = {name: value for name, value in metrics.items() if name != "v_num"}
+            self._metrics_time = time.perf_counter()
+        return self._metrics
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count seconds."""
+        """Start the clock."""
         super().on_validation_start(trainer, pl_module)
-        self.started = time.perf_counter()
+        self._evaluation_start = time.perf_counter()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count seconds."""
+        """Start the clock."""
         super().on_test_start(trainer, pl_module)
-        self.started = time.perf_counter()
+        self._evaluation_start = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
-        """Say how it goes."""
+        """Show the score so far, except in the sanity check."""
         super().on_validation_batch_end(trainer, pl_module, *args)
         if not trainer.sanity_checking:
-            self._describe(self.val_progress_bar_id, pl_module)
+            self._show_score(self.val_progress_bar_id, pl_module)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
-        """Say how it goes."""
+        """Show the score so far."""
         super().on_test_batch_end(trainer, pl_module, *args)
-        self._describe(self.test_progress_bar_id, pl_module)
+        self._show_score(self.test_progress_bar_id, pl_module)
 
-    def _describe(self, bar: Any, module: Any) -> None:  # noqa: ANN401
+    def _show_score(self, bar_id: Any, module: Any) -> None:  # noqa: ANN401
         scores = [record["score"] for record in module.records]
-        if self.progress is None or bar is None or not scores:
+        if self.progress is None or bar_id is None or not scores:
             return
-        rate = len(scores) / (time.perf_counter() - self.started)
-        self.progress.update(bar, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        description = super()._get_train_description(current_epoch)
-        return description if (self.trainer.max_epochs or -1) > 0 else f"Epoch {current_epoch}"
+        rate = len(scores) / (time.perf_counter() - self._evaluation_start)
+        self.progress.update(bar_id, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")

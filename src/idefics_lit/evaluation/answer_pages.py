@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 
 def page_scores(
     backbone: Idefics2Backbone,
-    batch: Mapping[str, Any],
+    batch: Batch,
     pages: Sequence[Tensor],
     answers: Mapping[int, list[int]],
     tokenizer: PreTrainedTokenizerBase,
@@ -42,12 +43,13 @@ def page_scores(
         By the question's number, (pages).
     """
     image_tokens: Any = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
-    counts, row_of = batch["page_counts"], batch["prompt_rows"].tolist()
+    assert batch.prompts is not None
+    counts, row_of = batch.page_counts, batch.question_rows
     rows: dict[int, list[int]] = {}
     pieces = {}
     for i, answer in answers.items():
         rows.setdefault(row_of[i], []).append(i)
-        prompt = batch["prompt_input_ids"][i][batch["prompt_attention_mask"][i].bool()].tolist()
+        prompt = batch.prompts.input_ids[i][batch.prompts.attention_mask[i].bool()].tolist()
         page, question = _cut(prompt, counts[row_of[i]], image_tokens)
         pieces[i] = page, Segment(question + answer, [IGNORED_LABEL] * len(question) + answer)
     found: dict[int, list[Tensor]] = {i: [] for i in answers}
@@ -55,12 +57,12 @@ def page_scores(
     for number in range(max(counts[row] for row in rows)):
         some = {row: asked for row, asked in rows.items() if number < counts[row]}
         packed = pack([_row([pieces[i] for i in asked]) for asked in some.values()], tokenizer.pad_token_id)
-        packed = {name: value.to(batch["prompt_input_ids"].device) for name, value in packed.items()}
-        supervised_positions = packed["supervised_positions"]
+        packed = packed.to(batch.input_ids.device)
+        supervised_positions = packed.supervised_positions
         with backbone.evaluating():
             hidden = backbone.prefill(packed, [pages[row].chunk(counts[row])[number] for row in some])
             logits = backbone.logits(hidden.flatten(0, 1).index_select(0, supervised_positions)).float()
-        scores = -F.cross_entropy(logits, packed["labels"].flatten()[supervised_positions + 1], reduction="none")
+        scores = -F.cross_entropy(logits, packed.labels.flatten()[supervised_positions + 1], reduction="none")
         order = [i for asked in some.values() for i in asked]
         for i, of_answer in zip(order, scores.split([len(answers[i]) for i in order]), strict=True):
             found[i].append(of_answer.sum())

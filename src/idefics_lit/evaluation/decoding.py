@@ -4,7 +4,7 @@ What is special here: prompts that are answered leave the batch; and with CUDA g
 that stay where they are, so that all that a token takes, thousands of kernels, is launched at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.cuda_graphs import CudaGraphRunner
 from idefics_lit.model.forward import Idefics2Backbone
 
@@ -123,7 +124,7 @@ class GreedyDecoder:
         ] = {}  # by rows, with the graph that goes on with them
         self._columns = 0
 
-    def answer(self, batch: Mapping[str, Any], hidden: Tensor, memory: PrefillCache) -> list[list[int]]:
+    def answer(self, batch: Batch, hidden: Tensor, memory: PrefillCache) -> list[list[int]]:
         """Answer a batch's prompts.
 
         Args:
@@ -137,13 +138,14 @@ class GreedyDecoder:
         Raises:
             InputError: when a prompt and its answer are longer than the text model takes.
         """
-        rows, places = batch["prompt_rows"], batch["prompt_places"]
+        assert batch.prompts is not None
+        rows, places = torch.tensor(batch.question_rows, device=hidden.device), batch.prompts.gather_index
         count, first = places.shape
         self.backbone.check_length(first + self.max_new_tokens)
         padding = self.tokenizer.pad_token_id
         found = hidden.new_full((count, self.max_new_tokens), padding, dtype=torch.long)
         answers, step = self._state_for(memory.layers, self._rows(count), first + self.max_new_tokens)
-        answers.load_prompts(memory.layers, rows, places, batch["prompt_attention_mask"].bool(), padding)
+        answers.load_prompts(memory.layers, rows, places, batch.prompts.attention_mask.bool(), padding)
         self._select_next_tokens(answers, F.pad(hidden[rows, places[:, -1]], (0, 0, 0, len(answers.ids) - count)))
         questions = torch.arange(count, device=hidden.device)  # what each row answers
         for _ in range(self.max_new_tokens - 1):

@@ -3,7 +3,6 @@
 What is special here: dropout is off and nothing is recorded for gradients whoever calls, in whatever mode the model is.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
 
-from idefics_lit.data.collator import take_rows
 from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Idefics2Backbone
 
 
@@ -57,7 +56,7 @@ class Evaluator:
         """Give back the memory that answering takes."""
         self.decoder = None
 
-    def records(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[dict[str, Any]]:
+    def records(self, batch: Batch, loss: MeanMetric | None = None) -> list[dict[str, Any]]:
         """Return a record a question: id, text, prediction, references, score where there are any, place in the set.
 
         Where the data says which page the answer is on, that is its ``reference_page``, and ``answer_page`` is the one
@@ -68,12 +67,12 @@ class Evaluator:
             batch: the collator's.
             loss: takes the batch's, weighted by its labelled tokens.
         """
-        if "input_ids" not in batch:  # bad examples alone
+        if batch.is_empty:
             return []
-        rows = len(batch["input_ids"])
+        rows = len(batch.input_ids)
         most = self.most_rows or rows
         if most < rows:
-            parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
+            parts = (batch.rows(start, start + most) for start in range(0, rows, most))
             return [record for part in parts for record in self.records(part, loss)]
         try:
             with self.backbone.evaluating():
@@ -87,7 +86,7 @@ class Evaluator:
         self.most_rows = -(-rows // 2)
         return self.records(batch, loss)
 
-    def read_and_answer(self, batch: Mapping[str, Any]) -> DecodedBatch:
+    def read_and_answer(self, batch: Batch) -> DecodedBatch:
         """Read a batch's rows and answer the prompts in them."""
         if self.decoder is None:
             graphs = self.backbone.has_graphs
@@ -101,12 +100,13 @@ class Evaluator:
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return DecodedBatch(hidden, seen, ids, [text.strip() for text in texts])
 
-    def _answer_pages(self, batch: Mapping[str, Any], answered: DecodedBatch, all_of_them: bool) -> list[int | None]:
+    def _answer_pages(self, batch: Batch, answered: DecodedBatch, all_of_them: bool) -> list[int | None]:
         """Return the page of each of the B answers, of those whose own the data knows or of all of them."""
-        counts = [batch["page_counts"][row] for row in batch["prompt_rows"].tolist()]
+        assert batch.prompts is not None
+        counts = [batch.page_counts[row] for row in batch.question_rows]
         asked = [
             page is not None or (all_of_them and n > 1)
-            for n, page in zip(counts, batch["reference_pages"], strict=True)
+            for n, page in zip(counts, batch.prompts.reference_pages, strict=True)
         ]
         several = {i: answered.ids[i] for i, n in enumerate(counts) if asked[i] and n > 1}
         scores = {}
@@ -116,7 +116,7 @@ class Evaluator:
         found = {i: int(some.argmax()) for i, some in scores.items()}
         return [found.get(i, 0) if is_asked else None for i, is_asked in enumerate(asked)]
 
-    def _records(self, batch: Mapping[str, Any], loss: MeanMetric | None) -> list[dict[str, Any]]:
+    def _records(self, batch: Batch, loss: MeanMetric | None) -> list[dict[str, Any]]:
         answered = self.read_and_answer(batch)
         pages = self._answer_pages(batch, answered, all_of_them=loss is None)
         if loss is not None:
@@ -124,9 +124,10 @@ class Evaluator:
             if value.isfinite():
                 loss.update(value / tokens.clamp(min=1), weight=tokens)
             else:
-                named = ", ".join(map(str, batch["question_ids"]))
+                named = ", ".join(map(str, batch.question_ids))
                 rank_zero_warn(f"The loss leaves out questions {named}, whose own is {float(value)}.")
-        names = ("question_ids", "questions", "references", "question_types", "reference_pages", "places")
+        assert batch.prompts is not None
+        names = ("questions", "references", "question_types", "reference_pages", "indices")
         return [
             {
                 "question_id": question_id,
@@ -140,6 +141,10 @@ class Evaluator:
                 "place": place,
             }
             for answer, page, question_id, question, references, question_types, reference_page, place in zip(
-                answered.texts, pages, *(batch[name] for name in names), strict=True
+                answered.texts,
+                pages,
+                batch.question_ids,
+                *(getattr(batch.prompts, name) for name in names),
+                strict=True,
             )
         ]

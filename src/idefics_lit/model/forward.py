@@ -5,7 +5,7 @@ frozen. Pages go through it one by one, unpadded: padding costs as much as pages
 for the GPU, so that the GPU never waits either.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.loading import is_vision_trained
@@ -73,12 +74,12 @@ class Idefics2Backbone:
         for graph in self._graphs.values():
             graph.forget()
 
-    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
-        counts = [len(row) for row in batch["image_sizes"]]
-        images = [image for row, count in zip(batch["pixel_values"], counts, strict=True) for image in row[:count]]
-        sizes = [size for row in batch["image_sizes"] for size in row]
-        keys = [key for row in batch["image_keys"] for key in row]
+        counts = [len(row) for row in batch.image_sizes]
+        images = [image for row, count in zip(batch.pixel_values, counts, strict=True) for image in row[:count]]
+        sizes = [size for row in batch.image_sizes for size in row]
+        keys = [key for row in batch.image_keys for key in row]
         features = self.encode_images(images, sizes, keys)
         # A large batch is one of evaluation, where all its patches at once would be what takes the most memory.
         some = len(features) if torch.is_grad_enabled() else MOST_IMAGES
@@ -141,7 +142,7 @@ class Idefics2Backbone:
         gather_index = images.flatten().cumsum(0).sub(1).clamp(min=0)
         return torch.where(images[..., None], seen.index_select(0, gather_index).view_as(embeddings), embeddings)
 
-    def prefill(self, batch: Mapping[str, Any], pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
+    def prefill(self, batch: TokenRows, pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
         """Read a batch's rows with their pages.
 
         Args:
@@ -155,15 +156,15 @@ class Idefics2Backbone:
         Raises:
             InputError: when a question is longer than the text model takes.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        positions = batch.get("position_ids")
+        ids, mask = batch.input_ids, batch.packed_attention_mask
+        positions = batch.position_ids
         if positions is None:
             self.check_length(ids.shape[1])
             positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         elif ids.shape[1] > self.config.text_config.max_position_embeddings:
             self.check_length(int(positions.max()) + 1)  # a shared row may be longer than any of its questions
         # Without a shared row there is only causality, which needs no mask: padding is at the right.
-        masks = [mask] if mask.ndim == 4 else []
+        masks = [] if mask is None else [mask]
         if window := self._window(ids.shape[1]):
             causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
             near = positions[:, None, :, None] - positions[:, None, None] < window
@@ -198,7 +199,7 @@ class Idefics2Backbone:
         window: int | None = self.config.text_config.sliding_window
         return window if window and tokens > window else None
 
-    def loss(self, batch: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: TokenRows, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
 
         Args:
@@ -206,9 +207,9 @@ class Idefics2Backbone:
             hidden: what `prefill` returned of it.
         """
         # Most tokens have no label: their logits would be the largest tensor of the step.
-        supervised_positions = batch["supervised_positions"]
+        supervised_positions = batch.supervised_positions
         scores = self.logits(hidden.flatten(0, 1).index_select(0, supervised_positions))
-        labels = batch["labels"].flatten()[supervised_positions + 1]
+        labels = batch.labels.flatten()[supervised_positions + 1]
         tokens = torch.full((), len(labels), device=labels.device)
         return F.cross_entropy(scores.float(), labels, reduction="sum"), tokens
 

@@ -171,7 +171,7 @@ class SkippedExamples(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ANN401
         """Write a batch's."""
-        self._write(batch.get("skipped", ()))
+        self._write(getattr(batch, "skipped", ()))
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end  # type: ignore[assignment]
 

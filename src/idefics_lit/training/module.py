@@ -30,6 +30,7 @@ from idefics_lit.errors import InputError
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.evaluation.records import by_place
 from idefics_lit.metrics import ANLS
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
@@ -189,15 +190,15 @@ class Idefics2Module(LightningModule):
         frozen = [name for name, x in chain(self.named_parameters(), self.named_buffers()) if not x.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
         return self.backbone.logits(self.backbone.prefill(batch, self.encode_pages(batch)))
 
-    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return what the text model reads of each row's page, (image tokens, width)."""
         return self.backbone.encode_pages(batch)
 
-    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
         return self.backbone.loss(batch, self.backbone.prefill(batch, self.encode_pages(batch)))
 
@@ -247,17 +248,17 @@ class Idefics2Module(LightningModule):
             self._step = None
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss over `LOSS_SCALE_TOKENS`.
 
         Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
         """
-        if "labels" not in batch:  # bad examples alone: other ranks wait for gradients
+        if batch.is_empty:  # other ranks wait for gradients
             nothing = sum((p.sum() * 0 for _, p in self._trainable()), torch.zeros((), device=self.device))
             loss, tokens = nothing, torch.zeros((), dtype=torch.int64, device=self.device)
         else:
             loss, tokens = self.loss(batch)
-            self._losses.add(loss, batch["question_ids"])
+            self._losses.add(loss, batch.question_ids)
         if self._step is None:
             self._step = _StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
         self._step = _StepTotals(self._step.tokens + tokens, self._step.loss + loss.detach())
@@ -343,13 +344,13 @@ class Idefics2Module(LightningModule):
 
     # Evaluator
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the validation's, unless a fit is to end."""
         if self._signals is not None and self._signals.sigterm:
             self._signals.answer()
         self.records += self.evaluator.records(batch, self.eval_loss)
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and generated answers to the test's."""
         self.records += self.evaluator.records(batch, self.eval_loss)
 
@@ -375,11 +376,11 @@ class Idefics2Module(LightningModule):
         """Give back the memory that answering took."""
         self.evaluator.forget()
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Return a record a question, see `Evaluation.records`."""
         return self.evaluator.records(batch)
 
-    def generate(self, batch: Mapping[str, Any]) -> list[str]:
+    def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout in whatever mode the module is."""
         return self.evaluator.read_and_answer(batch).texts
 

@@ -1,0 +1,277 @@
+"""LightningCLI on `Idefics2Module` and `DocVQADataModule`.
+
+What is special here:
+
+- the options that a checkpoint was trained with are defaults, which config files and flags override;
+- every run writes to a folder of its own.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from idefics_lit.cli.last_checkpoint import find_last_checkpoint
+from idefics_lit.cli.loggers import prepare_loggers, run_version, set_default_logger
+from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, readable_error
+from idefics_lit.cli.progress_bar import ProgressBar
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.errors import InputError
+from idefics_lit.training.checkpoint import AtomicCheckpointIO, CheckpointConnector, read_checkpoint
+from idefics_lit.training.experiment import flatten
+from idefics_lit.training.lightning_compat import remove_wandb_anonymous
+from idefics_lit.training.run_folder import own_folder
+
+WITHOUT_RUN = {"ask", "demo", "export"}  # commands that need no data.source and write no run folder
+
+
+class CommandTrainer(Trainer):
+    """A Trainer with a method for each command: LightningCLI requires it, `DocVQACLI` has those that run."""
+
+    def check(self) -> None:
+        """Placeholder of a command."""
+
+    ask = demo = export = check
+
+
+class DocVQACLI(LightningCLI):
+    """LightningCLI with more commands, and with the options of a checkpoint as defaults.
+
+    Attributes:
+        parsers: the parser of each command.
+        ckpt_path: the checkpoint that the command loads.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self.parsers: dict[str, CommandParser] = {}
+        self.ckpt_path: str | None = None
+        super().__init__(*args, **kwargs)
+
+    # Parsing
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands with the arguments of the Trainer's methods, none of which is an option by itself."""
+        return {name: {*inspect.signature(getattr(CommandTrainer, name)).parameters} for name in COMMANDS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the model, the data and the Trainer, in the order of the help."""
+        parser.add_lightning_class_args(self.model_class, "model")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(self.datamodule_class, "data")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+        assert parser.groups is not None
+        parser.groups["trainer"].title = "Most used options of the Trainer (--print_config shows all)"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``ckpt_path`` and the command's own options; use one ``pretrained`` for model and data."""
+        assert isinstance(parser, CommandParser)
+        self.parsers[parser.command] = parser
+        parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to load; its options are the defaults")
+        for option, arguments in COMMAND_OPTIONS.get(parser.command, {}).items():
+            parser.add_argument(f"--{option}", **arguments)
+        parser.link_arguments("model.pretrained", "data.pretrained")
+        parser.set_defaults({"data.source": ""})  # not required: the checkpoint may give it
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Parse the arguments; with a checkpoint parse them again, with its hyperparameters as defaults."""
+        self.config = self._parse(parser, args)
+        command = self.config.subcommand
+        options = self.config[command]
+        path, rank = options.ckpt_path, rank_zero_only.rank  # type: ignore[attr-defined]
+        complete = command == "fit" and bool(options.data.source)  # the options alone describe the experiment
+        if path in ("last", "hpc") or (path is None and complete and SLURMEnvironment.detect()):
+            # Ranks may see different files, so rank 0 chooses the checkpoint that is loaded. The other ranks only
+            # search where the checkpoint completes their options.
+            find = rank == 0 or not complete
+            defaults = self.parsers[command].get_defaults()
+            path = find_last_checkpoint(options, defaults, command=command, complete=complete) if find else None
+        else:
+            complete = path == "best"
+        if path and not complete:
+            self._set_checkpoint_defaults(self.parsers[command], path)
+            self.config = self._parse(parser, args)
+        # Without a path until `before_instantiate_classes`: LightningCLI reads hyperparameters from it after this
+        # method, and they would override the flags.
+        self.ckpt_path = path
+        self.config[command].ckpt_path = None
+
+    def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
+        try:
+            config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise InputError(f"a config file isn't UTF-8 text: {error}") from error
+        except ArgumentError as error:
+            options = {key for command in self.parsers.values() for key in command.get_defaults().keys(branches=True)}
+            raise InputError(readable_error(str(error), options)) from error
+        for group in ("trainer", "data", "model.lora"):
+            if config[config.subcommand].get(group) is None:
+                raise InputError(f"{group} is null: give its options, or leave it out")
+        set_default_logger(config[config.subcommand].trainer)
+        return config
+
+    @staticmethod
+    def _set_checkpoint_defaults(parser: CommandParser, path: str) -> None:
+        checkpoint = read_checkpoint(path)
+        hyperparameters: dict[str, Any] = {
+            "model": checkpoint.get("hyper_parameters", {}),
+            "data": checkpoint.get("datamodule_hyper_parameters", {}),
+        }
+        defaults = flatten(hyperparameters)
+        defaults.pop("data.pretrained", None)  # linked to model.pretrained
+        if unknown := sorted(defaults.keys() - parser.get_defaults().keys()):
+            raise InputError(
+                f"ckpt_path {path}: it was trained with {unknown[0]}, which is no option here: another version of this "
+                f"program wrote it, or another program"
+            )
+        parser.set_defaults(defaults)
+
+    # Instantiation
+
+    def before_instantiate_classes(self) -> None:
+        """Check the options that the classes don't check, before anything is loaded."""
+        command = self.config.subcommand
+        options, trainer = self.config[command], self.config[command].trainer
+        options.ckpt_path = self.ckpt_path
+        if not options.data.source and command not in WITHOUT_RUN:
+            raise InputError("data.source is missing: give --config FILE, or a folder, Hub id or synthetic")
+        if trainer.accumulate_grad_batches < 1:
+            raise InputError(f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: give 1 or more")
+        if trainer.val_check_interval == 0:
+            raise InputError("trainer.val_check_interval 0: give 1 or more batches, or a fraction of an epoch to 1.0")
+        if command in WITHOUT_RUN:
+            trainer.logger = trainer.enable_progress_bar = False
+            # One process handles all pages; a config may set several devices and limits for runs.
+            trainer.devices, trainer.num_nodes = _first_device(trainer.devices), 1
+            trainer.limit_predict_batches, trainer.fast_dev_run, trainer.overfit_batches = None, False, 0.0
+            self.trainer_defaults["callbacks"] = []
+        prepare_loggers(trainer, command)
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].insert(0, ProgressBar())
+        on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
+        if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
+            raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+        """Return the Trainer.
+
+        Raises:
+            InputError: the Trainer refuses its arguments or the environment of the job.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Write checkpoints atomically, and check before training that the output folder can be written."""
+        self.trainer._checkpoint_connector = CheckpointConnector(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.config.subcommand in WITHOUT_RUN:
+            return
+        remove_wandb_anonymous(self.trainer)
+        loggers = self.trainer.loggers
+        folder = Path((loggers[0].save_dir if loggers else None) or self.trainer.default_root_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"the output folder {folder} can't be written: {error}") from error
+
+    # Commands: LightningCLI calls the method of this name, before the Trainer's
+
+    def fit(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Train; then score all validation questions with the best checkpoint if training scored a part of them."""
+        with self._run_folder():
+            self.trainer.fit(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+            if self.datamodule.hparams.val_in_fit is not None:
+                best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+                self.trainer.validate(**kwargs, ckpt_path=best or None, weights_only=True)
+
+    def validate(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Score the validation split."""
+        with self._run_folder():
+            self.trainer.validate(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+
+    def test(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Score the test split."""
+        with self._run_folder():
+            self.trainer.test(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+
+    def predict(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Answer the questions of a split."""
+        with self._run_folder():
+            self.trainer.predict(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+
+    def check(self, model: Any, datamodule: DocVQADataModule) -> None:  # noqa: ANN401
+        """Report what training would meet in the data."""
+        from idefics_lit.cli.check import check
+
+        with self._run_folder():
+            check(self.trainer, model, datamodule)
+
+    def ask(self, model: Any, datamodule: DocVQADataModule) -> None:  # noqa: ANN401
+        """Print answers to questions about files."""
+        from idefics_lit.cli.ask import ask
+
+        options = self.config.ask
+        ask(
+            self.trainer,
+            model,
+            datamodule.hparams,
+            images=options.image or (),
+            questions=options.question or (),
+            as_json=options.json,
+            ckpt_path=self.ckpt_path,
+        )
+
+    def demo(self, model: Any, datamodule: DocVQADataModule) -> None:  # noqa: ANN401
+        """Answer questions in a browser."""
+        from idefics_lit.cli.demo import demo
+
+        model.trainer = self.trainer  # gives device and precision
+        demo(model, datamodule.hparams, self.ckpt_path, self.config.demo.host, self.config.demo.port)
+
+    def export(self, model: Any, datamodule: DocVQADataModule) -> None:  # noqa: ANN401
+        """Write the adapter or the merged model."""
+        from idefics_lit.cli.export import export
+
+        options = self.config.export
+        export(
+            model,
+            datamodule.hparams,
+            self.ckpt_path,
+            options.output,
+            device=self.trainer.strategy.root_device,
+            merge=options.merge,
+            push_to_hub=options.push_to_hub,
+        )
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[None]:
+        """Keep other runs out of this run's folder."""
+        if not self.trainer.is_global_zero:
+            yield
+            return
+        fit = self.config.subcommand == "fit"
+        version = run_version(self.config[self.config.subcommand].trainer.logger)
+        with own_folder(self.trainer, version=version, fit=fit, resumed=self.ckpt_path if fit else None):
+            yield
+
+
+def _first_device(devices: list[int] | str | int) -> list[int] | int:
+    """Return the first device of ``trainer.devices``, in any of the Trainer's notations."""
+    indices = devices.strip(" ,").split(",") if isinstance(devices, str) and "," in devices else devices
+    return [int(indices[0])] if isinstance(indices, list) and indices else 1

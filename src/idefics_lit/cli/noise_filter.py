@@ -1,0 +1,61 @@
+"""Hide log messages and warnings of libraries that users of the command line can't act on.
+
+Only the command line calls this: importing the package changes no filter.
+"""
+
+import logging
+import re
+import warnings
+
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
+
+HIDDEN_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\). is deprecated",
+    r".*gradient_checkpointing(_enable)?. is deprecated",
+    # The length of a stream is the number of its training questions, independent of the workers.
+    "Your `IterableDataset` has `__len__` defined",
+    # Raised in torchdata's StatefulDataLoader.
+    "'set_vital' is deprecated",
+    # DDP reduces gradients on the stream on which CUDA graphs are replayed.
+    "The AccumulateGrad node's stream does not match",
+    # With float16 the first optimizer steps are skipped until the loss scale fits.
+    r"Detected call of `lr_scheduler.step\(\)` before",
+)
+# Concern the callbacks of a resumed fit, and no other command.
+HIDDEN_WARNINGS_UNLESS_FIT = (
+    "Be aware that when using `ckpt_path`, callbacks",
+    "The dirpath has changed from",
+)
+HIDDEN_MESSAGES = re.compile(
+    "Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_|"
+    "You are using a CUDA device .* that has Tensor Cores|Chat templates should be in a 'chat_template.jinja' file"
+)
+FILTERED_LOGGERS = (
+    "bitsandbytes.backends.cpu.ops",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "transformers.processing_utils",
+)
+
+
+def hide_noise(*, fit: bool, quiet: bool) -> None:
+    """Install the filters.
+
+    Args:
+        fit: the command is ``fit``.
+        quiet: also hide Lightning's messages about devices and seeds, and the progress bar of loading weights.
+    """
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING if quiet else logging.NOTSET)
+    if quiet and not are_progress_bars_disabled():
+        transformers.logging.disable_progress_bar()  # disables the Hub's too
+        enable_progress_bars()
+    for message in HIDDEN_WARNINGS if fit else (*HIDDEN_WARNINGS, *HIDDEN_WARNINGS_UNLESS_FIT):
+        warnings.filterwarnings("ignore", message=message)
+    for name in FILTERED_LOGGERS:
+        logging.getLogger(name).addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not HIDDEN_MESSAGES.match(record.getMessage())
