@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: what they say can be typed, and the site that is built of them."""
+"""README.md and docs/: their commands, code and data work as written, and the site builds without warnings."""
 
 import json
 import os
@@ -12,11 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from jsonargparse import capture_parser
 from PIL import Image
 
 from idefics_lit.cli.main import main
-from idefics_lit.cli.parser import OPTION_GROUPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -27,26 +25,25 @@ BLOCKS = {
 
 
 def commands(name):
-    """The commands of a page, each with the config that the page shows last before it."""
+    """Yield the commands of a page, each with the last config that the page shows before it."""
     config = ""
     for language, code in BLOCKS[name]:
         if language == "yaml":
             config = code
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
-            if found := re.search(r"-m idefics_lit (\w.*)", line):
-                yield pytest.param(shlex.split(found[1]), config, id=f"{name}: {found[1]}")
+            if command := re.search(r"-m idefics_lit (\w.*)", line):
+                yield pytest.param(shlex.split(command[1]), config, id=f"{name}: {command[1]}")
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_block_is_tried(name):
-    tried = {"bash", "python", "yaml", "csv", "json"}
-    shown = {"text"}  # formulas, the tree of files
-    assert {language for language, _ in BLOCKS[name]} <= tried | shown
+def test_the_language_of_each_block_has_a_test(name):
+    untested = {"text"}  # formulas and file trees
+    assert {language for language, _ in BLOCKS[name]} <= {"bash", "python", "yaml", "csv", "json"} | untested
 
 
 @pytest.mark.parametrize(("args", "config"), [command for name in PAGES for command in commands(name)])
-def test_a_command_is_understood(args, config, tmp_path, monkeypatch, capsys):
-    """What reads data with the small model runs; a fit takes minutes, other commands need files or a browser."""
+def test_commands_parse(args, config, tmp_path, monkeypatch, capsys):
+    """Run evaluations of the small model; only parse fits, which take minutes, and commands with missing files."""
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     Path("my.yaml").write_text(config)
@@ -62,9 +59,9 @@ def test_a_command_is_understood(args, config, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("language", "code"), [block for name in PAGES for block in BLOCKS[name] if block[0] in ("csv", "json")]
 )
-def test_a_table_is_read(language, code, tmp_path, capsys):
-    if "image" not in code:  # a submission
-        json.loads(code)
+def test_example_data_is_read(language, code, tmp_path, capsys):
+    if "image" not in code:  # a line of a submission
+        assert json.loads(code)
         return
     (tmp_path / f"train.{language.replace('json', 'jsonl')}").write_text(code)
     for path in set(re.findall(r"scans/\w+\.png", code)):
@@ -76,7 +73,7 @@ def test_a_table_is_read(language, code, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if any(language == "bash" for language, _ in BLOCKS[name])])
-def test_shell_code_is_shell_code(name):
+def test_shell_code_parses(name):
     code = "\n".join(code for language, code in BLOCKS[name] if language == "bash")
     done = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -90,7 +87,7 @@ def test_python_code_runs(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [code for name in PAGES for language, code in BLOCKS[name] if language == "yaml"])
-def test_a_config_is_understood(code, tmp_path, capsys):
+def test_configs_parse(code, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text(code)
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--config={ROOT}/configs/docvqa.yaml", f"--config={tmp_path}/my.yaml", "--print_config"])
@@ -99,7 +96,7 @@ def test_a_config_is_understood(code, tmp_path, capsys):
 
 
 class Links(HTMLParser):
-    """What a page of the site refers to, and what can be referred to in it."""
+    """The links, anchors and code spans of a page of the site."""
 
     def __init__(self, file):
         super().__init__()
@@ -120,46 +117,56 @@ class Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built as CI builds it: a warning is an error."""
+    """Build the site; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
-    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # the theme's news about itself
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # a message of the theme
     args = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
-    assert len(log.splitlines()) == 3, log  # it begins, where it writes, how long it took
+    assert len(log.splitlines()) == 3, log  # the start, the folder, the duration
     return {file: Links(file) for file in folder.rglob("*.html")}
 
 
-def test_every_link_leads_somewhere(site):
+def test_links_have_a_target(site):
     folder = next(file for file in site if file.name == "index.html" and (file.parent / "404.html").exists()).parent
-    wrong = []
+    broken = []
     for file, page in site.items():
         for link in page.links:
             url = urlsplit(link)
             if url.scheme or url.netloc:
                 if url.scheme != "https" or "." not in url.netloc:
-                    wrong.append((file.name, link))
+                    broken.append((file.name, link))
                 continue
             path = unquote(url.path)
             target = folder / path.lstrip("/") if path.startswith("/") else (file.parent / path).resolve()
             target = target / "index.html" if target.is_dir() and path else target if path else file
             if not target.is_file() or (url.fragment and unquote(url.fragment) not in site[target].anchors):
-                wrong.append((file.name, link))
-    assert not wrong
+                broken.append((file.name, link))
+    assert not broken
 
 
-def test_nothing_is_fetched_from_elsewhere(site):
-    """Links may lead away; a page with all it shows and runs is here."""
-    fetched = re.compile(r"<(?:script|img|iframe)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:")
-    assert not [file for file in site if fetched.search(file.read_text())]
+def test_pages_load_nothing_from_other_hosts(site):
+    external = re.compile(r"<(?:script|img|iframe)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:")
+    assert not [file for file in site if external.search(file.read_text())]
 
 
-def test_every_key_is_explained(site):
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "check", "ask", "demo", "export"])
+def test_every_key_is_documented(command, site, capsys):
+    """All keys that ``--print_config`` prints are on the page of keys."""
     page = next(page for file, page in site.items() if file.name == "configs.html")
-    for command, parser in capture_parser(main, ["fit"])._subcommands_action.choices.items():
-        assert command in page.code
-        options = [a.dest for a in parser._actions if a.option_strings and a.dest not in OPTION_GROUPS]
-        keys = [key for key in options if key != "help" and not key.endswith(".help")]
-        assert len(keys) > 80
-        assert not [key for key in keys if key not in page.code and f"--{key}" not in page.code]
+    with pytest.raises(SystemExit):
+        main([command, "--print_config"])
+    keys = [*flat(yaml.safe_load(capsys.readouterr().out))]
+    assert len(keys) > 80
+    assert command in page.code
+    assert not [key for key in keys if key not in page.code and f"--{key}" not in page.code]
+
+
+def flat(config, prefix=""):
+    """Yield the dotted keys of a config; an object with a ``class_path`` is the value of one key."""
+    for name, value in config.items():
+        if isinstance(value, dict) and "class_path" not in value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

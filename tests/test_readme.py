@@ -1,4 +1,4 @@
-"""What the README says is there; test_docs.py types what it says can be typed."""
+"""README.md: the paths that it names exist, and the example program runs. test_docs.py runs its commands."""
 
 import re
 import subprocess
@@ -7,10 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_example_of_reuse_runs(tmp_path, tiny):
+def test_the_example_program_runs(tmp_path, tiny):
     example = ROOT / "examples" / "reuse.py"
     assert len(example.read_text().splitlines()) <= 40
     done = subprocess.run([sys.executable, example, tiny], cwd=tmp_path, capture_output=True, text=True)
@@ -18,12 +17,27 @@ def test_the_example_of_reuse_runs(tmp_path, tiny):
     assert re.search(r"ANLS \d\.\d{3}", done.stdout)
 
 
-def test_every_file_that_is_named_is_there():
-    for path in re.findall(r"(?:configs|docs|examples|benchmarks|tools|tests)/[\w./-]+\.\w+", README):
-        assert (ROOT / path).exists(), path
+def test_named_files_exist():
+    paths = re.findall(r"(?:configs|docs|examples|benchmarks|tools|tests|src|notebooks)/[\w./-]+\.\w+", README)
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
-def test_the_tree_is_the_packages():
-    modules = {path.name for path in (ROOT / "src" / "idefics_lit").rglob("*.py") if path.parent.name != "pages"}
-    tree = next(code for language, code in BLOCKS if language == "text")
-    assert modules - {"__init__.py", "__main__.py"} <= set(re.findall(r"\w+\.py", tree))
+def layout():
+    """The paths of the repository layout; two spaces of indentation are one level."""
+    (block,) = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
+    parents = []
+    for line in block.splitlines():
+        names, *_ = re.split(r" {2,}", line.strip())  # the second column describes them
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in names.split(", "):
+            parents[depth:] = [name]
+            yield "".join(parents)
+
+
+def test_the_layout_names_existing_files_and_every_package():
+    paths = list(layout())
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    packages = {f"src/idefics_lit/{init.parent.name}/" for init in (ROOT / "src/idefics_lit").glob("*/__init__.py")}
+    assert packages
+    assert packages <= {*paths}

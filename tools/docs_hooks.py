@@ -1,89 +1,90 @@
-"""What mkdocs does with docs/ besides: sections of other files, links out of docs/, and the keys of every config.
+"""Hooks of mkdocs: include sections of other files, rewrite links to them, and generate the lists of configs and keys.
 
-- A paragraph that is nothing but a link to a Markdown file outside docs/, or to a section of one, becomes its text.
-- A link to another file of the repository leads to a page that shows it, one to a config to where that is shown.
-- configs.md gets the shipped configs and the command line's keys where it says so.
+- A paragraph that consists of one link to a Markdown file outside docs/, or to a section of it, becomes that text.
+- A link to another file of the repository leads to a page that shows the file; links to configs lead to configs.html.
+- In configs.md, ``<!-- configs -->`` and ``<!-- keys -->`` become the shipped configs and the keys of the command line.
 """
 
 import json
 import os
 import re
 import textwrap
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import Namespace, capture_parser
+from jsonargparse import ArgumentParser, Namespace, capture_parser
 from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from idefics_lit.cli.main import main
-from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, OPTION_GROUPS, TRAINER_HELP
+from idefics_lit.cli.parser import TRAINER_HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
-SHOWN = "repository"  # the site's folder of pages that show other files
+REPOSITORY = "repository"  # the folder of the site for pages that show files outside docs/
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
-PARAGRAPH = re.compile(r"^\[[^]]+\]\((/[^)\s#]+\.md)(#[^)\s]+)?\)$", flags=re.MULTILINE)
+INCLUDE = re.compile(r"^\[[^]]+\]\((/[^)\s#]+\.md)(#[^)\s]+)?\)$", flags=re.MULTILINE)
+IMAGES = (".png", ".svg")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files outside docs/ that its pages link to, and those that these link to."""
+    """Add the files outside docs/ that pages link to, directly or through another Markdown file."""
     pages = sorted(DOCS.glob("*.md"))
-    for page in pages:
-        for path in (Path(link[1]) for link in LINK.finditer(_text(page)) if link[1].startswith("/")):
-            place = _place(path)
-            if not place.startswith(SHOWN) or files.get_file_from_path(place):
+    for page in pages:  # grows while Markdown files outside docs/ are found
+        for path in (Path(link[1]) for link in LINK.finditer(_read(page)) if link[1].startswith("/")):
+            uri = _site_path(path)
+            if not uri.startswith(REPOSITORY) or files.get_file_from_path(uri):
                 continue
-            if path.suffix in (".png", ".svg"):
-                files.append(File.generated(config, place, abs_src_path=str(path)))
+            if path.suffix in IMAGES:
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
                 continue
             if path.suffix == ".md":
                 pages.append(path)
-            shown = f"# {path.name}\n\n`{path.relative_to(ROOT)}`\n\n{_block(path.suffix[1:], path.read_text())}"
-            files.append(File.generated(config, place, content=shown, inclusion=InclusionLevel.NOT_IN_NAV))
+            content = f"# {path.name}\n\n`{path.relative_to(ROOT)}`\n\n{_block(path.suffix[1:], path.read_text())}"
+            files.append(File.generated(config, uri, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put in what the page includes, and let its links lead to pages of the site."""
-    place = page.file.src_uri
-    source = ROOT / place.removeprefix(f"{SHOWN}/") if place.startswith(SHOWN) else DOCS / place
-    if not source.is_file():  # a page that shows code
+    """Expand what a page includes and rewrite its links to pages of the site."""
+    uri = page.file.src_uri
+    source = ROOT / uri.removeprefix(f"{REPOSITORY}/") if uri.startswith(REPOSITORY) else DOCS / uri
+    if not source.is_file():  # a generated page that shows code
         return markdown
-    markdown = _text(source)
-    if place == "configs.md":
+    markdown = _read(source)
+    if uri == "configs.md":
         markdown = markdown.replace("<!-- configs -->", "\n".join(_configs()))
         markdown = markdown.replace("<!-- keys -->", "\n".join(_keys()))
 
-    def lead(link: re.Match[str]) -> str:
+    def relative(link: re.Match[str]) -> str:
         if not link[1].startswith("/"):
             return link[0]
-        return f"]({os.path.relpath(_place(Path(link[1])), os.path.dirname(place) or '.')}{link[2] or ''})"
+        return f"]({os.path.relpath(_site_path(Path(link[1])), os.path.dirname(uri) or '.')}{link[2] or ''})"
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(relative, markdown)
 
 
-def _text(path: Path) -> str:
-    """Return a Markdown file with what it includes; links to files of the repository are absolute paths."""
+def _read(path: Path) -> str:
+    """Return a Markdown file with included sections and with absolute paths in links to files of the repository."""
 
     def absolute(link: re.Match[str]) -> str:
         target = (path.parent / link[1]).resolve()
         return f"]({target}{link[2] or ''})" if target.is_file() and target.is_relative_to(ROOT) else link[0]
 
-    def included(link: re.Match[str]) -> str:
+    def include(link: re.Match[str]) -> str:
         target = Path(link[1])
-        return link[0] if target.is_relative_to(DOCS) else _section(_text(target), link[2])
+        return link[0] if target.is_relative_to(DOCS) else _section(_read(target), link[2])
 
-    return PARAGRAPH.sub(included, LINK.sub(absolute, path.read_text()))
+    return INCLUDE.sub(include, LINK.sub(absolute, path.read_text()))
 
 
 def _section(text: str, anchor: str | None) -> str:
-    """Return what stands between a heading and the next one; without an anchor all below the first heading."""
+    """Return the text between a heading and the next heading; without an anchor all text after the first heading."""
     lines = text.splitlines()
     fenced, start = False, None
     for number, line in enumerate(lines):
@@ -98,13 +99,13 @@ def _section(text: str, anchor: str | None) -> str:
     return "\n".join(lines[start:])
 
 
-def _place(path: Path) -> str:
-    """Return where the site has a file of the repository."""
+def _site_path(path: Path) -> str:
+    """Return the path on the site of a file of the repository."""
     if path.is_relative_to(DOCS):
         return str(path.relative_to(DOCS))
     if path.is_relative_to(CONFIGS):
         return f"configs.md#{slugify(str(path.relative_to(CONFIGS)), '-')}"
-    return f"{SHOWN}/{path.relative_to(ROOT)}{'' if path.suffix in ('.md', '.png', '.svg') else '.md'}"
+    return f"{REPOSITORY}/{path.relative_to(ROOT)}{'' if path.suffix in ('.md', *IMAGES) else '.md'}"
 
 
 def _block(language: str, text: str) -> str:
@@ -112,38 +113,46 @@ def _block(language: str, text: str) -> str:
 
 
 def _configs() -> Iterator[str]:
-    """Each config: what is typed, what it is for, and its keys with their comments."""
+    """Yield each config: its command, its purpose, and its keys with their comments."""
     for path in sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (len(path.parts), path.name != "docvqa.yaml", path)):
         head, _, body = path.read_text().partition("\n\n")
-        command, *why = head.replace("\n#", "\n").removeprefix("# ").splitlines()
+        command, *purpose = head.replace("\n#", "\n").removeprefix("# ").splitlines()
         yield f"### {path.relative_to(CONFIGS)}\n\n{_block('bash', command)}"
-        yield re.sub(r"docs/(\w+\.md)", r"[\1](\1)", textwrap.dedent("\n".join(why))) + "\n"
+        yield re.sub(r"docs/(\w+\.md)", r"[\1](\1)", textwrap.dedent("\n".join(purpose))) + "\n"
         yield _block("yaml", body)
 
 
 def _keys() -> Iterator[str]:
-    """Each command with its own options, and the keys of a fit, which all have."""
+    """Yield each command with its own options, then the keys of a fit, which all commands have."""
+    # jsonargparse has no public access to the parsers of its commands.
+    parsers: dict[str, ArgumentParser] = capture_parser(main, ["fit"])._subcommands_action.choices
+    keys = _options(parsers["fit"])
     yield "### Commands\n"
-    for command, meaning in COMMANDS.items():
-        own = "".join(f" `--{option}`: {how['help']}." for option, how in COMMAND_OPTIONS.get(command, {}).items())
-        yield f"`{command}`\n:   {meaning}{own}\n"
-    fit = capture_parser(main, ["fit"])._subcommands_action.choices["fit"]
-    actions = [action for action in fit._actions if action.default != SUPPRESS]
-    keys = {action.dest: action for action in actions if action.dest not in OPTION_GROUPS}
-    for title, chosen in {
+    for command, parser in parsers.items():
+        own = "".join(f" `--{key}`: {option.help}." for key, option in _options(parser).items() if key not in keys)
+        yield f"`{command}`\n:   {parser.description}{own}\n"
+    most_used = [f"trainer.{name}" for name in TRAINER_HELP]
+    for title, group in {
         "The run": [key for key in keys if "." not in key],
         "The model": [key for key in keys if re.fullmatch(r"model\.\w+", key)],
         "The adapter": [key for key in keys if key.startswith("model.lora.")],
         "The data": [key for key in keys if key.startswith("data.")],
-        "The Trainer, most used": [f"trainer.{name}" for name in TRAINER_HELP],
-        "The Trainer, more": [key for key in keys if key.startswith("trainer.") and key[8:] not in TRAINER_HELP],
+        "The Trainer, most used": most_used,
+        "The Trainer, more": [key for key in keys if key.startswith("trainer.") and key not in most_used],
     }.items():
         yield f"### {title}\n"
-        for key in chosen:
+        for key in group:
             type_, default = _type(getattr(keys[key], "_typehint", str)), _default(keys[key].default)
-            meaning = TRAINER_HELP.get(key.removeprefix("trainer."), keys[key].help)
-            meaning = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(meaning.split()))  # Lightning's reStructuredText
-            yield f"`{key}`: {type_}{default}\n:   {meaning}\n"
+            text = TRAINER_HELP.get(key.removeprefix("trainer."), keys[key].help)
+            text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(text.split()))  # Lightning's reStructuredText
+            yield f"`{key}`: {type_}{default}\n:   {text}\n"
+
+
+def _options(parser: ArgumentParser) -> dict[str, Action]:
+    """Return the options of a command without groups of options, linked ones and those that only print."""
+    options = {option.dest: option for option in parser._actions if option.default != SUPPRESS}
+    settable = {*parser.get_defaults().keys()}  # without groups and linked options
+    return {key: option for key, option in options.items() if key in settable or key == "trainer.logger"}
 
 
 def _type(hint: Any) -> str:  # noqa: ANN401
