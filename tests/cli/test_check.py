@@ -10,8 +10,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from idefics_lit.cli.check import UP_TO
-from idefics_lit.cli.gpu_estimates import load_config, measured_model, peak_gib, weights_gib
+from idefics_lit.cli.check import TOKEN_BINS
+from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, peak_gib, weights_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
 from idefics_lit.training.module import Idefics2Module
 
@@ -102,7 +102,9 @@ def test_clean_data(check, docvqa, tmp_path, workers):
     assert f"tokens in all  {spread(lengths['train'])}  {spread(lengths['val'])}" in lines
     assert f"tokens of an answer  {spread(answers['train'])}  {spread(answers['val'])}" in lines
     assert f"beyond max_new_tokens 32  {beyond['train']}  {beyond['val']}" in lines
-    counted = [[sum(low < n <= high for n in answers[split]) for split in answers] for low, high in pairwise(UP_TO)]
+    counted = [
+        [sum(low < n <= high for n in answers[split]) for split in answers] for low, high in pairwise(TOKEN_BINS)
+    ]
     assert f"9 to 16  {counted[3][0]}  {counted[3][1]}" in lines
     areas = sorted(
         (Image.open(docvqa / image).size for image in {row["image"] for row in rows_of(docvqa, "train")}), key=math.prod
@@ -133,7 +135,7 @@ def test_every_kind_of_broken_row(check, folder, tmp_path):
     source = folder(train, val)
     code, lines = check(source)
     assert code == 1
-    assert lines[-1] == "broken rows: 8; mend them, or leave them out with --data.on_bad_example skip"
+    assert lines[-1] == "broken rows: 8; fix them, or leave them out with --data.on_bad_example skip"
     assert "questions  9  4" in lines
     assert "broken rows  7  1" in lines
     assert "no answer  1  1" in lines
@@ -229,7 +231,7 @@ def test_nothing_is_loaded_but_config_and_processor(check, docvqa, tmp_path):
 
 def test_memory_of_the_full_size(hub_files):
     config = load_config(str(hub_files))
-    assert measured_model(config)
+    assert is_measured_model(config)
     options = dict(Idefics2Module(str(hub_files)).hparams)
     weights = {
         (quantize_vision, dequantize): weights_gib(

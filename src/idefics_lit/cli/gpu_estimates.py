@@ -1,38 +1,46 @@
-"""What a fit would take of a GPU: weights are counted, the rest is as it was measured on another machine."""
+"""Estimates of the GPU memory and time of a fit: weights are counted, the rest is scaled from measurements."""
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from idefics_lit.errors import first_line
 from idefics_lit.pretrained import DTYPES, resolve
 
-# Bytes of a weight: 4 bits, 8 of a scale that 64 share, 32 of one that 256 scales share.
+# NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3): 4 bits per weight, an 8-bit scale per 64 weights
+# and a 32-bit scale per 256 of those scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# A fit within 0.5 GiB of each of the 28 peaks in benchmarks/results/memory.json: one H100 80GB, torch 2.11,
-# transformers 5.17, 16-mixed, LoRA of rank 8 on attention. With gradient checkpointing or without: GiB beside the
-# weights, MiB a patch of 14 x 14 pixels, MiB a token of the text, padding included; one of the two is the peak.
-PEAKS = {False: (0.18, 0.0, 6.35), True: (0.08, 0.0449, 0.0)}
-# Questions a second in training, one H100 80GB, pages around 1700 x 2200 pixels, from benchmarks/results:
-# train_throughput.json, train_throughput_small_cards.json, full_size.json and train_throughput_splitting.json.
-RATES = {
-    False: {"gpu_80gb.yaml": 116.4, "gpu_15gb.yaml": 64.3, "docvqa.yaml": 5.1},
-    True: {"gpu_80gb.yaml with one question a page": 9.7},
-}
 
 
-def measured_model(config: PretrainedConfig) -> bool:
-    """Tell whether it is a model of Idefics2-8b's size, the one that was measured."""
+@cache
+def _measurements() -> dict[str, Any]:
+    measurements: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("gpu_measurements.yaml").read_text())
+    return measurements
+
+
+def questions_per_second(*, image_splitting: bool) -> dict[str, float]:
+    """Return the measured training throughput on one H100 by the config that it was measured with."""
+    rates: dict[str, float] = _measurements()["questions_per_second"][
+        "image_splitting" if image_splitting else "no_image_splitting"
+    ]
+    return rates
+
+
+def is_measured_model(config: PretrainedConfig) -> bool:
+    """Return whether a model has the size of Idefics2-8b, which was measured."""
     text, vision = config.text_config, config.vision_config
     sizes = (text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers)
     return sizes == (4096, 32, 1152, 27)
 
 
 def load_config(pretrained: str) -> PretrainedConfig | str:
-    """Return the model's configuration, or why there is none."""
+    """Return the model's configuration, or the reason why it can't be loaded."""
     try:
         return AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
@@ -43,37 +51,39 @@ def weights_gib(config: PretrainedConfig, options: Mapping[str, Any], precision:
     """Count the GiB of weights, adapter, its gradients and AdamW's two moments, without loading any.
 
     Args:
-        config: the model's.
-        options: `Idefics2Module`'s.
-        precision: the Trainer's.
+        config: the model's configuration.
+        options: the options of `Idefics2Module`.
+        precision: the Trainer's precision.
 
     Raises:
-        InputError: ``lora.target_modules`` match nothing.
+        InputError: ``lora.target_modules`` match no layer.
     """
-    from idefics_lit.model.loading import LoRA, add_lora  # bitsandbytes talks when it is imported
+    from idefics_lit.model.loading import LoRA, add_lora  # after the noise filter: bitsandbytes logs on import
 
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config)
-    packed = 0
+    quantized = 0
     if options["quantization"] == "nf4" and not options["dequantize"]:
-        left_out = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
-        layers = [layer for name, layer in base.named_modules() if not name.startswith(left_out)]
-        packed = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-    whole = sum(p.numel() for p in base.parameters()) - packed
+        unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
+        layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
+        quantized = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    unquantized_weights = sum(p.numel() for p in base.parameters()) - quantized
     adapted = add_lora(base, LoRA(**options["lora"]))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    width = DTYPES.get(precision, torch.float32).itemsize
-    return (packed * NF4_BYTES + whole * width + trained * 16) / 2**30
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    bytes_per_weight = DTYPES.get(precision, torch.float32).itemsize
+    # A trainable weight has four float32 values: itself, its gradient and AdamW's two moments.
+    return (quantized * NF4_BYTES + unquantized_weights * bytes_per_weight + trainable * 16) / 2**30
 
 
 def peak_gib(weights: float, patches: int, tokens: int, gradient_checkpointing: bool) -> float:
-    """Estimate the peak of training Idefics2-8b in 16 bits on a batch.
+    """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
 
     Args:
         weights: `weights_gib`.
-        patches: of all its images.
-        tokens: of all its rows, padding included.
-        gradient_checkpointing: as the module's.
+        patches: image patches of the batch.
+        tokens: tokens of the batch with padding.
+        gradient_checkpointing: the module's option.
     """
-    fixed, patch, token = PEAKS[gradient_checkpointing]
-    return weights + fixed + (patches * patch + tokens * token) / 1024
+    key = "gradient_checkpointing" if gradient_checkpointing else "no_gradient_checkpointing"
+    peak = _measurements()["peak_memory"][key]
+    return weights + peak["fixed_gib"] + (patches * peak["mib_per_patch"] + tokens * peak["mib_per_token"]) / 1024
