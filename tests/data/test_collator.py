@@ -137,13 +137,13 @@ def test_a_text_is_one_answer_and_no_list_of_characters(small, later):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("answers", b"3", r"row 5: answers: bytes b'3' is no list of texts"),
-        ("answers", {"3": 1}, "row 5: answers: dict .*is no list of texts"),
-        ("answers", {"3"}, "row 5: answers: set .*is no list of texts"),
-        ("answers", 3, "row 5: answers: int 3 is no list of texts"),
-        ("answers", None, "row 5: answers: NoneType None is no list of texts"),
-        ("answers", ["3", 3], "row 5: answers: int 3 is no text: give a list of texts"),
-        ("answers", [["3"]], "row 5: answers: list .* is no text"),
+        ("answers", b"3", r"row 5: answers: bytes b'3' is not a list of strings"),
+        ("answers", {"3": 1}, "row 5: answers: dict .*is not a list of strings"),
+        ("answers", {"3"}, "row 5: answers: set .*is not a list of strings"),
+        ("answers", 3, "row 5: answers: int 3 is not a list of strings"),
+        ("answers", None, "row 5: answers: NoneType None is not a list of strings"),
+        ("answers", ["3", 3], "row 5: answers: int 3 is not a string: give a list of strings"),
+        ("answers", [["3"]], "row 5: answers: list .* is not a string"),
         ("question_types", {"form": 1}, "row 5: question_types: dict"),
         ("question", ["Who?"], "row 5: the question is list: give a text"),
         ("question", 5, "row 5: the question is int: give a text"),
@@ -153,7 +153,7 @@ def test_a_text_is_one_answer_and_no_list_of_characters(small, later):
     ],
 )
 def test_what_is_no_text_or_image_is_named(small, part, value, message):
-    good = {"question_id": 1, "question": "Who?", "images": [PAGE], "answers": ["3"], "where": "row 5"}
+    good = {"question_id": 1, "question": "Who?", "images": [PAGE], "answers": ["3"], "source": "row 5"}
     with pytest.raises(InputError, match=message):
         Example(**{**good, part: value})
     made = Example(**good)
