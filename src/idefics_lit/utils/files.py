@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 from idefics_lit.errors import InputError
 
-STALE_AFTER = 3600  # seconds: an unfinished file that is as old is a killed writer's
+STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a killed process
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces ``path`` once it is written; until then ``path`` is unchanged.
 
-    A process that is killed while writing leaves ``path`` unchanged and a file ending in ``.tmp``, which a later durable
-    write to the same folder removes after an hour.
+    A process that is killed while writing leaves ``path`` unchanged and a file ending in ``.tmp``, which a later
+    durable write to the same folder removes after an hour.
 
     Args:
         path: the file; missing folders are created.
