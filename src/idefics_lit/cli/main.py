@@ -36,10 +36,19 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.reporting.report import Report
 from idefics_lit.reporting.results import PredictionWriter, Results, SaveConfig, SkippedExamples
-from idefics_lit.training.checkpoint import AtomicCheckpointIO, CheckpointConnector, read_checkpoint
-from idefics_lit.training.experiment import describe, differences, flatten, only_experiment, resumable, tell
-from idefics_lit.training.preemption import SaveOnSigterm
-from idefics_lit.training.run_folder import log_folder, own_folder
+from idefics_lit.training.checkpoint import AtomicCheckpointIO, EpochProgressRepair, read_checkpoint
+from idefics_lit.training.experiment import (
+    describe,
+    differences,
+    flatten,
+    latest_of_one_experiment,
+    latest_resumable,
+    print_status,
+)
+from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
+from idefics_lit.training.lightning_compat import use_checkpoint_connector
+from idefics_lit.training.preemption import PreemptionSync, SaveOnSigterm
+from idefics_lit.training.run_folder import exclusive_run_folder, log_folder
 
 COMMANDS = {
     "fit": "Train the adapter, validate as often as the config says, keep the best checkpoint.",
@@ -188,17 +197,17 @@ class DocVQACLI(LightningCLI):
         if complete:
             # A version that the user gives is one run, whatever it was trained with.
             named = version is not None
-            path = resumable(
+            path = latest_resumable(
                 files, lambda path, saved: [] if named and folder in path.parents else differences(saved, own)
             )
         else:
             defaults = describe(self._subcommand_parsers[command].get_defaults().as_dict())
             given = {name: value for name, value in own.items() if value != defaults.get(name)}
-            path = only_experiment(files, given, strict=command == "fit")
+            path = latest_of_one_experiment(files, given, strict=command == "fit")
         if path is None and command != "fit":
             raise InputError(f"ckpt_path {options.ckpt_path}: no checkpoint in {folder}")
         if path or options.ckpt_path:
-            tell(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
+            print_status(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
         return str(path) if path else None
 
     def _parse(self, parser: LightningArgumentParser, args: Any) -> Namespace:  # noqa: ANN401
@@ -263,7 +272,7 @@ class DocVQACLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after training, that results can't be written; read and write checkpoints our way."""
-        self.trainer._checkpoint_connector = CheckpointConnector(self.trainer)
+        use_checkpoint_connector(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.config.subcommand in WITHOUT_DATA:
@@ -287,8 +296,8 @@ class DocVQACLI(LightningCLI):
             return
         options = self.config[subcommand]
         resumed = options.ckpt_path if subcommand == "fit" else None
-        with own_folder(
-            self.trainer, version=_given_version(options.trainer.logger), fit=subcommand == "fit", resumed=resumed
+        with exclusive_run_folder(
+            self.trainer, version=_given_version(options.trainer.logger), fit=subcommand == "fit", ckpt_path=resumed
         ):
             super()._run_subcommand(subcommand)
 
@@ -426,6 +435,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from idefics_lit.training.module import Idefics2Module  # bitsandbytes talks when it is imported
 
     results = Results()
+    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnSigterm()]
     try:
         DocVQACLI(
             Idefics2Module,
@@ -435,7 +445,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [SaveOnSigterm(), PredictionWriter(), results, SkippedExamples(), Report(results)],
+                "callbacks": [*training, PredictionWriter(), results, SkippedExamples(), Report(results)],
                 "enable_model_summary": False,
                 "logger": LOGGER,
             },
