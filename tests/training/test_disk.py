@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(run, short_fit, small_disk,
         capfd.readouterr()
         .err.splitlines()[-1]
         .endswith(
-            "step=3.ckpt can't be written: No space left on device; no file is left: free disk space, then go on with "
+            "step=3.ckpt can't be written: No space left on device; no file is left: free disk space, then resume with "
             "--ckpt_path last"
         )
     )
@@ -139,7 +139,7 @@ def test_a_fit_does_not_write_over_another_ones_checkpoints(run, short_fit, capf
     with pytest.raises(SystemExit):
         run(*args)
     error = capfd.readouterr().err.splitlines()[-1]
-    held = f"error: {folder}/checkpoints holds another run's checkpoints: go on with it, --ckpt_path last, or"
+    held = f"error: {folder}/checkpoints holds another run's checkpoints: resume it with --ckpt_path last, or"
     assert error.startswith(held)
     assert {path: path.read_bytes() for path in checkpoints(folder)} == before
     run(*args, "--ckpt_path", "last", "--trainer.max_steps", 3)

@@ -11,7 +11,7 @@ from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
-from idefics_lit.training.module import Idefics2Module, _StepTotals
+from idefics_lit.training.module import Idefics2Module, StepTotals
 
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
        "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
@@ -177,7 +177,7 @@ def rates(tiny, monkeypatch):
     """Make so many steps and return the first group's learning rates, and the trainer."""
 
     def training_step(self, batch, batch_idx):  # of no work: only rates are looked at
-        self._step = _StepTotals(torch.ones(()), torch.zeros(()))
+        self._step_totals = StepTotals(torch.ones(()), torch.zeros(()))
         return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
 
     monkeypatch.setattr(Idefics2Module, "training_step", training_step)
@@ -263,7 +263,7 @@ def test_a_resumed_run_changes_the_rates_of_its_own_groups_alone(rates, tmp_path
 
 def test_without_a_last_step_the_rate_stays(rates):
     """By time alone, or without an end."""
-    with pytest.warns(UserWarning, match="model.schedule linear: training has no last step that the learning rate"):
+    with pytest.warns(UserWarning, match="model.schedule linear: training has no last step at which the learning rate"):
         found, _ = rates({"max_epochs": -1, "max_time": {"seconds": 1}})
     assert found[:3] == [0, 5e-4, 1e-3] and set(found[3:]) <= {1e-3}
 

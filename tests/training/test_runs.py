@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from idefics_lit.errors import InputError
-from idefics_lit.training.checkpoint import CheckpointConnector
+from idefics_lit.training.lightning_compat import CheckpointConnector
 
 ROOT = Path(__file__).parents[2]
 DOCVQA = ("--config", ROOT / "configs" / "docvqa.yaml")
@@ -77,7 +77,7 @@ def test_two_fits_in_one_folder_go_on_each_with_its_own(run, short_fit, capfd):
     run(*short_fit(*every, *ONE, "--trainer.max_steps", 2, *LAST))
     name = "checkpoints/epoch=0-step=1.ckpt"
     lines = capfd.readouterr().err.splitlines()
-    assert f"passed over: lightning_logs/version_1/{name}: model.lr 0.05, here 0.01" in lines
+    assert f"skipped: lightning_logs/version_1/{name}: model.lr 0.05, here 0.01" in lines
     assert f"last checkpoint: lightning_logs/version_0/{name}" in lines
     (again,) = folder.glob("lightning_logs/version_2/checkpoints/*.ckpt")
     checkpoint = torch.load(again, weights_only=True)
@@ -119,7 +119,7 @@ def test_what_may_change(in_effect, flags, more):
 def test_what_makes_another_experiment(in_effect, flags, more, why, capfd):
     assert in_effect("fit", *flags, *more, *LAST).ckpt_path is None
     error = capfd.readouterr().err
-    assert f"passed over: {MINE}: {why}" in error
+    assert f"skipped: {MINE}: {why}" in error
     assert "no checkpoint in lightning_logs yet: the fit begins" in error
 
 
@@ -218,8 +218,8 @@ def test_an_evaluation_is_told_which_of_two_experiments(in_effect, flags, capfd)
             in_effect(command, *LAST)
         other = "lightning_logs/version_1/checkpoints/other.ckpt"
         assert capfd.readouterr().err.splitlines()[-1] == (
-            f"error: ckpt_path last: {other} or {MINE}? They are of two experiments (model.lr 0.01, here 0.05): give "
-            f"one of them as --ckpt_path"
+            f"error: ckpt_path last: {other} or {MINE}? They belong to two experiments (model.lr 0.01, here 0.05): "
+            f"give one of them as --ckpt_path"
         )
     assert in_effect("validate", *ONE, *LAST).ckpt_path == MINE
     options = in_effect("fit", *OTHER, *LAST)
@@ -238,7 +238,7 @@ def test_slurms_checkpoint_is_its_runs_alone(run, in_effect, flags, monkeypatch,
     assert in_effect("fit", *flags, *LAST).ckpt_path == "hpc_ckpt_1.ckpt"
     capfd.readouterr()
     folder = run("fit", *flags, *OTHER)
-    assert "passed over: hpc_ckpt_1.ckpt: model.lr 0.01, here 0.05" in capfd.readouterr().err
+    assert "skipped: hpc_ckpt_1.ckpt: model.lr 0.01, here 0.05" in capfd.readouterr().err
     assert list(folder.rglob("*step=1.ckpt"))
     assert in_effect("validate", *flags).ckpt_path is None
     monkeypatch.setattr("idefics_lit.training.checkpoint.AtomicCheckpointIO.load_checkpoint", None)

@@ -184,7 +184,7 @@ def test_the_newest_good_checkpoint_is_last(run, checkpoint, capfd, tmp_path):
         {"state_dict": {}, "pytorch-lightning_version": "2", "code": RunsCode()}, checkpoint.parent / "code.ckpt"
     )
     capfd.readouterr()
-    with pytest.warns(UserWarning, match=r"Passed over: ckpt_path .*newer2.ckpt: not a checkpoint of this"):
+    with pytest.warns(UserWarning, match=r"Skipped: ckpt_path .*newer2.ckpt: not a checkpoint of this"):
         run("validate", "--ckpt_path", "last", "--trainer.accelerator", "cpu")
     assert f"last checkpoint: {good}" in capfd.readouterr().err
     assert not Path("code-ran").exists()

@@ -8,7 +8,14 @@ from lightning.pytorch.cli import instantiate_class
 
 from idefics_lit.cli.loggers import logger_configs, run_version
 from idefics_lit.errors import InputError
-from idefics_lit.training.experiment import ReadCheckpoint, describe, differences, only_experiment, resumable, tell
+from idefics_lit.training.experiment import (
+    ReadCheckpoint,
+    describe,
+    differences,
+    latest_of_one_experiment,
+    latest_resumable,
+    print_status,
+)
 from idefics_lit.training.run_folder import log_folder
 
 
@@ -49,7 +56,7 @@ def find_last_checkpoint(
     experiment = describe(options.as_dict())
     if complete:
         # A version that the user gives names one run, even if its options have changed.
-        path = resumable(
+        path = latest_resumable(
             files,
             lambda path, saved: (
                 [] if version is not None and folder in path.parents else differences(saved, experiment)
@@ -59,9 +66,9 @@ def find_last_checkpoint(
     else:
         default_experiment = describe(defaults.as_dict())
         changed = {name: value for name, value in experiment.items() if value != default_experiment.get(name)}
-        path = only_experiment(files, changed, read, strict=command == "fit")
+        path = latest_of_one_experiment(files, changed, read, strict=command == "fit")
     if path is None and command != "fit":
         raise InputError(f"ckpt_path {options.ckpt_path}: no checkpoint in {folder}")
     if path or options.ckpt_path:
-        tell(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
+        print_status(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
     return str(path) if path else None

@@ -28,10 +28,10 @@ from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, rea
 from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
-from idefics_lit.training.checkpoint import AtomicCheckpointIO, CheckpointConnector, read_checkpoint
+from idefics_lit.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from idefics_lit.training.experiment import flatten
-from idefics_lit.training.lightning_compat import remove_wandb_anonymous
-from idefics_lit.training.run_folder import own_folder
+from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
+from idefics_lit.training.run_folder import exclusive_run_folder
 
 WITHOUT_RUN = {"ask", "demo", "export"}  # commands that need no data.source and write no run folder
 
@@ -183,7 +183,7 @@ class DocVQACLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Write checkpoints atomically, and check before training that the output folder can be written."""
-        self.trainer._checkpoint_connector = CheckpointConnector(self.trainer)
+        use_checkpoint_connector(self.trainer)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.config.subcommand in WITHOUT_RUN:
@@ -275,7 +275,7 @@ class DocVQACLI(LightningCLI):
             return
         fit = self.config.subcommand == "fit"
         version = run_version(self.config[self.config.subcommand].trainer.logger)
-        with own_folder(self.trainer, version=version, fit=fit, resumed=self.ckpt_path if fit else None):
+        with exclusive_run_folder(self.trainer, version=version, fit=fit, ckpt_path=self.ckpt_path if fit else None):
             yield
 
 

@@ -22,7 +22,9 @@ from idefics_lit.reporting.report import Report
 from idefics_lit.reporting.save_config import SaveConfig
 from idefics_lit.reporting.skipped_examples import SkippedExamples
 from idefics_lit.reporting.summary import Summary
-from idefics_lit.training.preemption import SaveOnSigterm
+from idefics_lit.training.checkpoint import EpochProgressRepair
+from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
+from idefics_lit.training.preemption import PreemptionSync, SaveOnSigterm
 
 OUT_OF_MEMORY = (
     "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
@@ -49,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     writer = EvaluationWriter()
     report = Report(writer)
     summary = Summary(writer, report)
+    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnSigterm()]
     try:
         DocVQACLI(
             Idefics2Module,
@@ -58,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [SaveOnSigterm(), PredictionWriter(), writer, summary, SkippedExamples(), report],
+                "callbacks": [*training, PredictionWriter(), writer, summary, SkippedExamples(), report],
                 "enable_model_summary": False,
                 "logger": default_logger().as_dict(),
             },

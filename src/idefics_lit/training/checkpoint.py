@@ -1,4 +1,4 @@
-"""Checkpoints: how they are written and read, and what they must agree in with the run that loads them."""
+"""Checkpoints: how they are written and read, and the checks that one belongs to the run that loads it."""
 
 import io
 import pickle
@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
@@ -18,61 +19,42 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.pretrained import weight_files
 from idefics_lit.utils.files import replacing
 
-SLICE = 8  # numbers of each weight in `base_fingerprint`
+FINGERPRINT_VALUES = 8  # of each weight
 
-# Other answers can't be told from worse ones when these differ from what the adapter was trained with.
-TRAINED_WITH = {
+# If these differ from the training's, the answers get worse without an error, so that a difference is reported.
+PROMPT_OPTIONS = ("prompt_style", "image_splitting", "image_size")
+REPORTED_OPTIONS = {
     "hyper_parameters": ("model", ("quantization",)),
-    "datamodule_hyper_parameters": ("data", ("prompt_style", "image_splitting", "image_size")),
+    "datamodule_hyper_parameters": ("data", PROMPT_OPTIONS),
 }
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints so that a kill or a full disk leaves the last one whole; load no code with them."""
+    """Lightning's checkpoint plugin, but if writing is interrupted or the disk is full, the last file stays intact."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ANN401
         """Write a checkpoint.
 
         Raises:
-            InputError: when it can't be written.
+            InputError: it can't be written.
         """
-        if "://" in str(path):  # a bucket has its own way
+        if "://" in str(path):  # object stores write atomically
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        content = io.BytesIO()  # torch's own writer has no error for a full disk
+        content = io.BytesIO()  # torch's own writer raises no OSError on a full disk
         torch.save(checkpoint, content)
         try:
             with replacing(Path(path)) as file:
                 file.write(content.getbuffer())
         except InputError as error:
-            raise InputError(f"{error}, then go on with --ckpt_path last") from error
-
-
-class CheckpointConnector(_CheckpointConnector):
-    """Lightning's, in which rank 0 tells the others what is loaded, and SLURM's checkpoint is no special one.
-
-    Lightning (2.6) loads ``hpc_ckpt_N.ckpt`` of whichever run where a job gives no checkpoint.
-    """
-
-    _hpc_resume_path = None
-
-    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:  # noqa: ANN401
-        """Load what rank 0 says.
-
-        Raises:
-            InputError: this rank has taken its options from another checkpoint.
-        """
-        path = self.trainer.strategy.broadcast(checkpoint_path)
-        if checkpoint_path and checkpoint_path != path:
-            raise InputError(f"ckpt_path: rank 0 found {path}, this rank {checkpoint_path}: give it by name")
-        super().resume_start(path, weights_only)
+            raise InputError(f"{error}, then resume with --ckpt_path last") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint, its tensors on disk until they are used; no code in it is run.
+    """Return a checkpoint with memory-mapped tensors, without running any code in it.
 
     Raises:
-        InputError: when there is none, or another program's, or it is damaged.
+        InputError: the file doesn't exist, is damaged, or is another program's.
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -81,12 +63,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if not all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()):
             raise TypeError("its state_dict holds more than weights")
         if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
-            raise TypeError("its datamodule_hyper_parameters are none")
-        base = checkpoint.get("base")  # an earlier version's is `check_embedding`'s tensor
+            raise TypeError("its datamodule_hyper_parameters aren't a mapping")
+        base = checkpoint.get("base")  # earlier versions saved the tensor of `check_embedding`
         if not isinstance(base, Tensor | None):
             names, values, *_ = (base[name] for name in ("names", "values", "dtype", "revision"))
-            if values.shape != (len(names), SLICE):
-                raise TypeError("its base is no fingerprint")
+            if values.shape != (len(names), FINGERPRINT_VALUES):
+                raise TypeError("its base isn't a fingerprint")
     except FileNotFoundError as error:
         raise InputError(f"ckpt_path {path}: no such file") from error
     except (OSError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
@@ -95,28 +77,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def repair_epoch_progress(loop: Any) -> None:  # noqa: ANN401
-    """Mend where Lightning (2.6) goes on from an epoch's end: it would skip an epoch, then or at the next resume.
+class EpochProgressRepair(Callback):
+    """Correct the epoch that Lightning (2.6) resumes in from a checkpoint that was saved at the end of an epoch.
 
-    Args:
-        loop: the Trainer's fit loop, restored. It counts an epoch twice, or not at all: "ready" are the epochs begun,
-            "processed" those whose batches are done.
+    Lightning would skip an epoch, in this resume or the next one.
     """
-    epochs = loop.epoch_progress
-    if loop.restarted_mid_epoch and epochs.total.ready == epochs.total.completed:  # saved behind its last batch
-        epochs.increment_ready()
-        epochs.increment_started()
-    elif loop.restarted_on_epoch_end:  # saved by its end's callbacks
-        epochs.increment_completed()
-        loop.reset_restart_stage()
-        loop.epoch_loop.restarting = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Correct the restored progress; "ready" counts the epochs that were begun, "completed" those that ended."""
+        loop = trainer.fit_loop
+        progress = loop.epoch_progress
+        if loop.restarted_mid_epoch and progress.total.ready == progress.total.completed:  # saved after the last batch
+            progress.increment_ready()
+            progress.increment_started()
+        elif loop.restarted_on_epoch_end:  # saved by a callback at the end of the epoch
+            progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
 
 
 def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of trained weights, and see that they are numbers.
+    """Check that saved weights have the names and shapes of the module's own, and are finite.
 
     Raises:
-        InputError: with the first that differ, or the first that isn't finite.
+        InputError: with the first names that differ, or the first that isn't finite.
     """
     shapes = [{name: tuple(value.shape) for name, value in weights.items()} for weights in (saved, own)]
     theirs, ours = shapes
@@ -124,7 +108,7 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         first = (f"{name}: {theirs.get(name, 'none')} saved, {ours.get(name, 'none')} here" for name in differing[:3])
         raise InputError(
             f"the checkpoint belongs to another adapter, {len(differing)} weights differ ({'; '.join(first)}): "
-            f"give model.pretrained and model.lora as it was trained with"
+            f"give the model.pretrained and model.lora that it was trained with"
         )
     if broken := next((name for name, value in saved.items() if not value.isfinite().all()), None):
         raise InputError(f"the checkpoint's {broken} holds numbers that aren't finite: take an earlier checkpoint")
@@ -135,15 +119,15 @@ def check_hyperparameters(
     own: Mapping[str, Mapping[str, Any]],
     held_out_by: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Compare what gives the weights their meaning and doesn't show in their shapes.
+    """Compare the hyperparameters that change the adapter's effect but not its shapes; warn of those of the prompt.
 
     Args:
-        checkpoint: what is loaded.
-        own: this run's, by the same names as in the checkpoint: ``hyper_parameters``, ``datamodule_hyper_parameters``.
-        held_out_by: this run's options that decide which of the training split's pages are scored; none where none are.
+        checkpoint: the checkpoint to load.
+        own: this run's ``hyper_parameters`` and ``datamodule_hyper_parameters``, by these names.
+        held_out_by: this run's options that choose the pages of the training split to score; empty if there are none.
 
     Raises:
-        InputError: when the adapter had another scale.
+        InputError: the adapter was trained with another scale.
     """
     saved = checkpoint.get("hyper_parameters", {})
     alpha, own_alpha = saved.get("lora", {}).get("alpha"), own["hyper_parameters"]["lora"]["alpha"]
@@ -151,7 +135,7 @@ def check_hyperparameters(
         raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
     differing = [
         f"{part}.{name} {saved_part[name]!r}, here {own[key][name]!r}"
-        for key, (part, names) in TRAINED_WITH.items()
+        for key, (part, names) in REPORTED_OPTIONS.items()
         if (saved_part := checkpoint.get(key)) and key in own
         for name in names
         if name in saved_part and saved_part[name] != own[key].get(name)
@@ -159,58 +143,63 @@ def check_hyperparameters(
     if differing:
         rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
     data = checkpoint.get("datamodule_hyper_parameters") or {}
-    moved = [
+    changed = [
         f"data.{name} {data[name]}, here {value}"
         for name, value in held_out_by.items()
-        if data.get(name, value) != value and not (name == "limit_val" and value < (data[name] or 0))  # fewer of them
+        # With a smaller limit, fewer of the same pages are scored.
+        if data.get(name, value) != value and not (name == "limit_val" and value < (data[name] or 0))
     ]
-    if moved:
+    if changed:
         rank_zero_warn(
-            f"What is scored is held out of the training split otherwise than when the adapter was trained "
-            f"({'; '.join(moved)}): it has seen some of these pages, and the score is too high. Give the same, or name "
-            f"a split."
+            f"The scored pages are held out of the training split differently than when the adapter was trained "
+            f"({'; '.join(changed)}): it was trained on some of them, and the score is too high. Give the same "
+            f"options, or a split."
         )
 
 
 def base_fingerprint(pretrained: str, revision: str | None = None) -> dict[str, Any]:
-    """Return what tells a base model from others, its siblings too: a few numbers of every weight as it is stored.
+    """Return a few values of each weight of a base model, which identify it among models of the same architecture.
 
-    They are the files', and so the same in any precision and quantization.
+    They are read from the weight files, so that they are the same in any precision and quantization.
 
     Args:
-        pretrained: where the base was loaded from.
-        revision: the Hub's commit.
+        pretrained: the Hub id or folder that the base model was loaded from.
+        revision: the Hub's commit, by default the one that was downloaded last.
 
     Returns:
-        ``names`` and ``values`` (weights, `SLICE`) float32 of the weights, their ``dtype``, and the ``revision``.
+        ``names`` of the weights, ``values`` (weights, `FINGERPRINT_VALUES`) in float32, their ``dtype`` in the files,
+        and the ``revision``.
     """
     values: dict[str, Tensor] = {}
     dtypes = set()
-    for path in weight_files(pretrained, revision):
+    paths = weight_files(pretrained, revision)
+    for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                if shape and part.get_dtype() in ("F16", "BF16", "F32"):
-                    index = [slice(0, SLICE) for _ in shape]
-                    if len(shape) > 1:  # the middle row: the first are often of tokens that nothing is trained on
+                weight = file.get_slice(name)
+                shape = weight.get_shape()
+                if shape and weight.get_dtype() in ("F16", "BF16", "F32"):
+                    index = [slice(0, FINGERPRINT_VALUES) for _ in shape]
+                    if len(shape) > 1:  # the middle row: the first rows of an embedding are often untrained
                         index[0] = slice(shape[0] // 2, shape[0] // 2 + 1)
-                    found = part[tuple(index)].flatten()[:SLICE].float()
-                    values[name] = torch.nn.functional.pad(found, (0, SLICE - len(found)))
-                    dtypes.add(part.get_dtype())
+                    first = weight[tuple(index)].flatten()[:FINGERPRINT_VALUES].float()
+                    values[name] = torch.nn.functional.pad(first, (0, FINGERPRINT_VALUES - len(first)))
+                    dtypes.add(weight.get_dtype())
+    if paths and paths[0].parent.parent.name == "snapshots":  # the Hub's cache names the folder by the commit
+        revision = paths[0].parent.name
     names = sorted(values)
-    stacked = torch.stack([values[name] for name in names]) if names else torch.empty(0, SLICE)
+    stacked = torch.stack([values[name] for name in names]) if names else torch.empty(0, FINGERPRINT_VALUES)
     return {"names": names, "values": stacked, "dtype": " ".join(sorted(dtypes)), "revision": revision}
 
 
 def check_base(saved: Mapping[str, Any], own: Mapping[str, Any], pretrained: str) -> None:
-    """Compare two `base_fingerprint`. A copy that is stored in another precision is the same base.
+    """Check that two fingerprints are of the same base model, which may be stored in different precisions.
 
     Raises:
-        InputError: when they are of different base models.
+        InputError: they aren't.
     """
     theirs, ours = (dict(zip(base["names"], base["values"], strict=True)) for base in (saved, own))
-    # bfloat16 rounds to 2**-9, float16's smallest step is 2**-24.
+    # The relative rounding error of bfloat16 is 2**-9, the smallest positive float16 is 2**-24.
     rtol, atol = (0.0, 0.0) if saved["dtype"] == own["dtype"] else (2**-8, 2**-24)
     both = theirs.keys() & ours.keys()
     differing = sorted(name for name in both if not torch.allclose(theirs[name], ours[name], rtol, atol))
@@ -225,13 +214,13 @@ def check_base(saved: Mapping[str, Any], own: Mapping[str, Any], pretrained: str
 
 
 def check_embedding(saved: Tensor, model: torch.nn.Module, pretrained: str) -> None:
-    """Compare 8 x 8 of the embedding's weights, all that a checkpoint of an earlier version knows of its base.
+    """Check the base model by 8 x 8 weights of its embedding, which is what earlier versions saved.
 
     Raises:
-        InputError: when they are of another base model.
+        InputError: it is another one.
     """
     own = model.get_input_embeddings().weight[:8, :8].detach().float().cpu()  # type: ignore[operator]
-    # Both precisions of 16 bits round it.
+    # The embedding may be rounded to 16 bits.
     if saved.shape != own.shape or not torch.allclose(saved, own, rtol=2**-6, atol=1e-6):
         raise InputError(
             f"the checkpoint's adapter was trained on another base model than model.pretrained {pretrained!r}, whose "

@@ -1,4 +1,7 @@
-"""Which experiment a checkpoint belongs to: what it trains, less what may change when a run is resumed."""
+"""Which experiment a checkpoint belongs to, so that ``--ckpt_path last`` resumes the right one.
+
+An experiment is what a run trains: its options without those that may change when it is resumed.
+"""
 
 import os
 import sys
@@ -13,46 +16,46 @@ from idefics_lit.errors import InputError
 Experiment = dict[str, Any]
 ReadCheckpoint = Callable[[Path], dict[str, Any]]
 
-# Options that don't decide what is trained: how fast, on which machine, how it is evaluated.
+# Options that don't change what is trained: speed, memory, hardware, evaluation.
 MAY_CHANGE = {
     *("model.dequantize", "model.gradient_checkpointing", "model.feature_cache", "model.feature_cache_gb"),
     *("model.cuda_graphs", "model.compile", "model.max_new_tokens", "model.strip_period", "data.pretrained"),
     *("data.num_workers", "data.batch_size", "data.eval_batch_size", "data.on_bad_example", "data.limit_val"),
     *("data.val_in_fit", "data.limit_test", "data.test_split", "data.predict_split"),
 }
-# Options of the Trainer that do.
-TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
-PLACES = ("model.pretrained", "data.source")  # folders, or names on the Hub
+# The Trainer's options that change it.
+TRAINER_OPTIONS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
+PATH_OPTIONS = ("model.pretrained", "data.source")  # folders, or names on the Hub
 
 
 def describe(options: Mapping[str, Any]) -> Experiment:
-    """Return what a config trains, by dotted name.
+    """Return the experiment of a config, by dotted option name.
 
     Args:
-        options: a config as nested dicts, or a part of one: ``model``, ``data``, ``trainer`` and ``seed_everything``.
+        options: nested dicts with any of the sections ``model``, ``data``, ``trainer`` and ``seed_everything``.
     """
-    trainer, data = (options.get(part) or {} for part in ("trainer", "data"))
-    found = flatten({part: options.get(part) or {} for part in ("model", "data")})
-    found = {name: value for name, value in found.items() if name not in MAY_CHANGE}
-    found |= {f"trainer.{name}": trainer[name] for name in TRAINER if name in trainer}
-    if "accumulate_grad_batches" in trainer and "batch_size" in data:  # less memory is no other experiment
+    trainer, data = (options.get(section) or {} for section in ("trainer", "data"))
+    experiment = flatten({section: options.get(section) or {} for section in ("model", "data")})
+    experiment = {name: value for name, value in experiment.items() if name not in MAY_CHANGE}
+    experiment |= {f"trainer.{name}": trainer[name] for name in TRAINER_OPTIONS if name in trainer}
+    if "accumulate_grad_batches" in trainer and "batch_size" in data:  # only their product changes what is trained
         examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
-        found["data.batch_size x trainer.accumulate_grad_batches"] = examples
-    if type(seed := options.get("seed_everything")) is int:  # true draws one
-        found["seed_everything"] = seed
-    for name in PLACES:
-        if name in found and os.path.exists(str(found[name])):  # the same folder from anywhere
-            found[name] = os.path.realpath(found[name])
-    return found
+        experiment["data.batch_size x trainer.accumulate_grad_batches"] = examples
+    if type(seed := options.get("seed_everything")) is int:  # true stands for a random seed
+        experiment["seed_everything"] = seed
+    for name in PATH_OPTIONS:
+        if name in experiment and os.path.exists(str(experiment[name])):  # so that relative paths compare equal
+            experiment[name] = os.path.realpath(experiment[name])
+    return experiment
 
 
 def differences(saved: Experiment, own: Experiment) -> list[str]:
-    """Return what differs of the options that both know, a text each."""
+    """Return a line for each option in both experiments whose values differ."""
     return [f"{name} {saved[name]}, here {value}" for name, value in own.items() if saved.get(name, value) != value]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested values by their dotted path, ``columns`` excepted, which is one value."""
+    """Return nested values by dotted name; ``columns`` is kept as one value."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and name != "columns"
@@ -60,85 +63,94 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def tell(line: str) -> None:
+def print_status(line: str) -> None:
     """Print a line on standard error, on rank 0."""
     rank_zero_only(print)(line, file=sys.stderr)
 
 
-def resumable(
-    files: Iterable[Path], same: Callable[[Path, Experiment], list[str]], read: ReadCheckpoint
+def latest_resumable(
+    paths: Iterable[Path], compare: Callable[[Path, Experiment], list[str]], read: ReadCheckpoint
 ) -> Path | None:
-    """Return the newest checkpoint that the same experiment's fit can go on from; None where there is none.
+    """Return the latest checkpoint that a fit can resume from, or None.
+
+    The reason why a checkpoint is skipped is printed, once for each run.
 
     Args:
-        files: checkpoints, whosever they are. Why one is passed over is printed, once for each run.
-        same: the `differences` of a file's experiment and the fit's.
-        read: returns a file's checkpoint; what it refuses with an `InputError` is passed over.
+        paths: the candidates, of any experiment or program.
+        compare: returns the `differences` of a candidate's experiment and the fit's.
+        read: reads a checkpoint; those that it refuses with an `InputError` are skipped.
     """
-    told = set()
-    for path, checkpoint in _ours(files, read):
-        differing = same(path, _saved(checkpoint))
-        if not differing and "optimizer_states" not in checkpoint:
-            differing = ["weights alone"]
-        if not differing:
+    printed = set()
+    for path, checkpoint in _readable_checkpoints(paths, read):
+        reasons = compare(path, _experiment_of(checkpoint))
+        if not reasons and "optimizer_states" not in checkpoint:
+            reasons = ["weights alone"]
+        if not reasons:
             return path
-        why = "; ".join(differing[:3]) + (f"; {len(differing) - 3} more" if len(differing) > 3 else "")
-        if (path.parent, why) not in told:
-            told.add((path.parent, why))
-            tell(f"passed over: {path}: {why}")
+        reason = "; ".join(reasons[:3]) + (f"; {len(reasons) - 3} more" if len(reasons) > 3 else "")
+        if (path.parent, reason) not in printed:
+            printed.add((path.parent, reason))
+            print_status(f"skipped: {path}: {reason}")
     return None
 
 
-def only_experiment(files: Iterable[Path], given: Experiment, read: ReadCheckpoint, *, strict: bool) -> Path | None:
-    """Return the newest checkpoint, where all are one experiment's or what is given tells whose it is.
+def latest_of_one_experiment(
+    paths: Iterable[Path], options: Experiment, read: ReadCheckpoint, *, strict: bool
+) -> Path | None:
+    """Return the latest checkpoint if all belong to one experiment, or if the options tell which is meant.
 
     Args:
-        files: checkpoints, whosever they are.
-        given: the options that the command gives.
-        read: as for `resumable`.
-        strict: one experiment is refused too that they contradict.
+        paths: the candidates, of any experiment or program.
+        options: the options that the command gives.
+        read: as for `latest_resumable`.
+        strict: raise if there is only one experiment but it contradicts the options.
+
+    Returns:
+        The checkpoint, or None if there is none.
 
     Raises:
-        InputError: several experiments have checkpoints, and none or several of them agree with what is given.
+        InputError: there are several experiments, and none or several of them agree with the options.
     """
     experiments: list[tuple[Path, Experiment]] = []
-    for path, checkpoint in _ours(files, read):
-        saved = _saved(checkpoint)
-        if all(differences(known, saved) for _, known in experiments):
-            experiments.append((path, saved))
-    agreeing = [(path, saved) for path, saved in experiments if not differences(saved, given)]
+    for path, checkpoint in _readable_checkpoints(paths, read):
+        experiment = _experiment_of(checkpoint)
+        if all(differences(other, experiment) for _, other in experiments):
+            experiments.append((path, experiment))
+    agreeing = [(path, experiment) for path, experiment in experiments if not differences(experiment, options)]
     if len(agreeing) == 1 or (len(experiments) == 1 and not strict):
         return (agreeing or experiments)[0][0]
     if not experiments:
         return None
-    (first, saved), *others = agreeing or experiments
+    (first, first_experiment), *others = agreeing or experiments
     if not others:
-        raise InputError(f"ckpt_path last: {first} is of another experiment: {differences(saved, given)[0]}")
-    (second, other), *_ = others
+        raise InputError(
+            f"ckpt_path last: {first} belongs to another experiment: {differences(first_experiment, options)[0]}"
+        )
+    second, second_experiment = others[0]
     raise InputError(
-        f"ckpt_path last: {first} or {second}? They are of two experiments ({differences(other, saved)[0]}): "
-        f"give one of them as --ckpt_path"
+        f"ckpt_path last: {first} or {second}? They belong to two experiments "
+        f"({differences(second_experiment, first_experiment)[0]}): give one of them as --ckpt_path"
     )
 
 
-def _ours(files: Iterable[Path], read: ReadCheckpoint) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield this program's whole checkpoints, the newest first."""
+def _readable_checkpoints(paths: Iterable[Path], read: ReadCheckpoint) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield this program's intact checkpoints, the latest first."""
     times = {}
-    for path in files:
+    for path in paths:
         try:
             times[path] = path.stat().st_mtime_ns
-        except FileNotFoundError:  # a running fit has just replaced it
+        except FileNotFoundError:  # a running fit has replaced it
             continue
     for path in sorted(times, key=lambda path: times[path], reverse=True):
         try:
             checkpoint = read(path)
         except InputError as error:
-            rank_zero_warn(f"Passed over: {error}")
+            rank_zero_warn(f"Skipped: {error}")
             continue
         yield path, checkpoint
 
 
-def _saved(checkpoint: Mapping[str, Any]) -> Experiment:
-    """Return a checkpoint's experiment; an older one holds the options of model and data alone."""
+def _experiment_of(checkpoint: Mapping[str, Any]) -> Experiment:
+    """Return a checkpoint's experiment; earlier versions saved only the options of model and data."""
     data = checkpoint.get("datamodule_hyper_parameters")
     return checkpoint.get("experiment") or describe({"model": checkpoint["hyper_parameters"], "data": data})

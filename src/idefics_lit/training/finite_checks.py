@@ -1,69 +1,94 @@
-"""Whether training's numbers are still numbers, found out without waiting for a GPU."""
+"""Callbacks that stop training on a NaN or infinite loss, or on repeated float16 overflow."""
 
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from idefics_lit.errors import InputError
 from idefics_lit.utils.host_copy import HostCopy
 
-MOST_SKIPPED = 20  # float16's scale starts at 65,536: twenty halvings are past 1, where scaling is over
+# The initial scale of float16 is 65,536 = 2**16. After 20 halvings it is below 1, where scaling no longer helps.
+MAX_SKIPPED_STEPS = 20
 
 
-class _Loss(NamedTuple):
-    value: HostCopy
-    question_ids: Sequence[int | str]
+class FiniteLossCheck(Callback):
+    """Stop training when a loss is NaN or infinite, and name the batch's questions, if it has ``question_ids``.
 
+    The loss is copied to the CPU without waiting for the GPU, so that the error may be raised some batches later. A
+    checkpoint is only saved once all losses before it are known to be finite.
 
-class FiniteLossCheck:
-    """Ends a run whose loss isn't finite, and says which questions it was of."""
+    Raises:
+        InputError: a loss isn't finite.
+    """
 
     def __init__(self) -> None:
-        self._pending: deque[_Loss] = deque()
+        self._batch_name = ""
+        self._pending: deque[tuple[HostCopy, str]] = deque()
 
-    def add(self, loss: Tensor, question_ids: Sequence[int | str]) -> None:
-        """Look at a batch's loss, 0-d, as soon as it is there.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Discard the losses of an earlier fit."""
+        self._pending.clear()
 
-        Raises:
-            InputError: when this loss or one before it isn't finite.
-        """
-        self._pending.append(_Loss(HostCopy(loss), question_ids))
-        self.check()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Remember the batch for the error message."""
+        ids = batch.get("question_ids") if isinstance(batch, Mapping) else getattr(batch, "question_ids", None)
+        self._batch_name = f"questions {', '.join(map(str, ids))}" if ids else f"batch {batch_idx}"
 
-    def check(self, *, wait: bool = False) -> None:
-        """Look at the losses that have arrived, or wait for all.
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Start to copy the loss and check those that have been copied."""
+        self._pending.append((HostCopy(loss), self._batch_name))
+        self._check(wait=False)
 
-        Raises:
-            InputError: when one isn't finite.
-        """
-        while self._pending and (wait or self._pending[0].value.ready):
-            arriving, question_ids = self._pending.popleft()
-            value = arriving.result()
-            if not value.isfinite():
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check all losses before a checkpoint is written."""
+        self._check(wait=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the last losses."""
+        self._check(wait=True)
+
+    def _check(self, *, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][0].ready):
+            copy, batch_name = self._pending.popleft()
+            loss = copy.result()
+            if not loss.isfinite():
                 raise InputError(
-                    f"the loss of questions {', '.join(map(str, question_ids))} is {float(value)}: lower model.lr or "
-                    f"give --trainer.precision bf16-mixed; the checkpoints that were written are from before it"
+                    f"the loss of {batch_name} is {float(loss)}: lower model.lr or give --trainer.precision "
+                    f"bf16-mixed; the checkpoints written so far are from before it"
                 )
 
 
-class OverflowCheck:
-    """Ends a run in float16 whose optimizer steps are all skipped: the scaler can't help any more."""
+class OverflowCheck(Callback):
+    """Stop float16 training when `MAX_SKIPPED_STEPS` optimizer steps in a row overflow and are skipped.
+
+    Raises:
+        InputError: they did.
+    """
 
     def __init__(self) -> None:
-        self.scale, self.skipped = 0.0, 0
+        self._scale, self._skipped_steps = 0.0, 0
 
-    def step(self, scale: float) -> None:
-        """Take the loss' scale, before every optimizer step: it falls when the last was skipped.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
+        self._scale, self._skipped_steps = 0.0, 0
 
-        Raises:
-            InputError: after `MOST_SKIPPED` in a row.
-        """
-        self.skipped = self.skipped + 1 if scale < self.scale else 0
-        self.scale = scale
-        if self.skipped == MOST_SKIPPED:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Count the skipped steps; the gradient scaler lowers its scale when it skips one."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return
+        scale = scaler.get_scale()
+        self._skipped_steps = self._skipped_steps + 1 if scale < self._scale else 0
+        self._scale = scale
+        if self._skipped_steps == MAX_SKIPPED_STEPS:
             raise InputError(
-                f"float16 overflowed in {MOST_SKIPPED} optimizer steps in a row, which were skipped: give "
-                f"--trainer.precision bf16-mixed where the GPU has it, else lower model.lr"
+                f"float16 overflowed in {MAX_SKIPPED_STEPS} optimizer steps in a row, which were skipped: give "
+                f"--trainer.precision bf16-mixed if the GPU supports it, otherwise lower model.lr"
             )

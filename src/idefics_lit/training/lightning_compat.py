@@ -5,11 +5,23 @@ check the effect would be silent; for example, a run would no longer react to SI
 """
 
 import inspect
+import signal
+from collections.abc import Callable, Collection
+from itertools import chain
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from idefics_lit.errors import InputError
 
 
 def require_private(owner: Any, *names: str) -> None:  # noqa: ANN401
@@ -30,8 +42,110 @@ def require_private(owner: Any, *names: str) -> None:  # noqa: ANN401
             raise ImportError(f"{owner.__name__} has no {name}: install the versions that pyproject.toml allows")
 
 
+require_private(Trainer, "_signal_connector", "_checkpoint_connector")
+require_private(_SignalConnector, "_sigterm_notifier_fn", "_slurm_sigusr_handler_fn", "received_sigterm")
+require_private(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+require_private(_CheckpointConnector, "_hpc_resume_path", "resume_start")
+require_private(_FitLoop, "_combined_loader")
+require_private(CSVLogger, "_version")
 require_private(WandbLogger, "_wandb_init")
 require_private(RichProgressBar, "_get_train_description")
+require_private(TensorBoardLogger, "_version")
+require_private(DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model")
+require_private(torch, "_foreach_mul_")
+
+
+def replace_signal_handling(
+    trainer: Trainer,
+    *,
+    on_sigterm: Callable[..., None],
+    on_requeue: Callable[..., None],
+    before_train_batch: Callable[[], None],
+) -> None:
+    """Replace what Lightning does on SIGTERM, on SLURM's requeue signal, and before every training batch.
+
+    Lightning calls collectives and saves inside its signal handlers, where the ranks may be in different batches.
+    Before every batch it broadcasts whether rank 0 received SIGTERM, and waits for the GPU to read the result
+    (Lightning issue 21487). There is no public way to change either.
+
+    Args:
+        trainer: the Trainer, before it registers its signal handlers.
+        on_sigterm: the handler of SIGTERM, called with the signal's number and the stack frame.
+        on_requeue: the handler of the signal that SLURM sends before it requeues a job, called likewise.
+        before_train_batch: called without arguments in place of the broadcast.
+    """
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = on_sigterm
+    connector._slurm_sigusr_handler_fn = on_requeue
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = before_train_batch  # type: ignore[method-assign]
+
+
+def save_and_requeue(trainer: Trainer) -> None:
+    """Save ``hpc_ckpt_N.ckpt`` and call ``scontrol requeue``, as Lightning's own handler does; called by all ranks."""
+    connector: Any = trainer._signal_connector
+    type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
+
+
+def set_received_sigterm(trainer: Trainer, value: bool) -> None:
+    """Set ``trainer.received_sigterm``, a read-only property that ends Lightning's loops."""
+    trainer._signal_connector.received_sigterm = value
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's checkpoint connector, but all ranks load the checkpoint of rank 0, and SLURM's only if it is given.
+
+    If no checkpoint is given, Lightning loads ``hpc_ckpt_N.ckpt`` from the output folder, whichever run wrote it, and
+    has no option against it.
+    """
+
+    _hpc_resume_path = None
+
+    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:  # noqa: ANN401
+        """Load the checkpoint that rank 0 gives.
+
+        Raises:
+            InputError: this rank was given another one.
+        """
+        path = self.trainer.strategy.broadcast(checkpoint_path)
+        if checkpoint_path and checkpoint_path != path:
+            raise InputError(f"ckpt_path: rank 0 found {path}, this rank {checkpoint_path}: give it by name")
+        super().resume_start(path, weights_only)
+
+
+def use_checkpoint_connector(trainer: Trainer) -> None:
+    """Give a Trainer a `CheckpointConnector`."""
+    trainer._checkpoint_connector = CheckpointConnector(trainer)
+
+
+def close_train_dataloader(trainer: Trainer) -> None:
+    """Close the training dataloader that ``trainer.estimated_stepping_batches`` opens before a checkpoint is restored.
+
+    The fit opens it again, in the state that the checkpoint holds. Lightning would keep the open one.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def forget_version(logger: CSVLogger | TensorBoardLogger) -> None:
+    """Let a logger choose its version again after another run has taken it; ``version`` has no setter."""
+    logger._version = None
+
+
+def exclude_from_ddp(module: nn.Module, names: Collection[str]) -> None:
+    """Keep DDP from synchronising parameters and buffers, by name.
+
+    ``DDPStrategy(init_sync=False, broadcast_buffers=False)`` is the public way, but it needs a strategy object, and
+    ``strategy="ddp"`` would broadcast the frozen model from rank 0.
+    """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+    """Multiply all gradients of an optimizer by a 0-d tensor in one call.
+
+    A loop over the parameters would launch a kernel for each, which takes the CPU as long as the optimizer's step.
+    """
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 
 def remove_wandb_anonymous(trainer: Trainer) -> None:

@@ -1,31 +1,29 @@
-"""The LightningModule: what is trained, how it is scored, what a checkpoint holds.
+"""Idefics2Module: how Idefics2 is trained, evaluated and saved.
 
 What is special here:
 
 - the loss of an optimizer step is the mean over all its answer tokens, over micro-batches and ranks;
-- validation generates answers and scores them, each question once;
-- a checkpoint holds the adapter alone, and is refused when it belongs to another model;
-- dropout is a function of seed, rank, epoch and batch, and gradients that are accumulated go into the checkpoint, so
-  that a resumed run ends in the same adapter, wherever it was cut off.
+- validation generates answers and scores each question once;
+- a checkpoint holds the adapter alone, and is refused if it belongs to another model;
+- dropout is a function of seed, rank, epoch and batch, and a checkpoint holds the gradients accumulated so far, so that
+  a resumed run ends with the same adapter, wherever it was interrupted.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import get_scheduler
 
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
 from idefics_lit.evaluation.evaluator import Evaluator
@@ -35,68 +33,74 @@ from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
 from idefics_lit.pretrained import DTYPES, load_processor
+from idefics_lit.training.answering import ImageSource, load_examples, pair_questions
 from idefics_lit.training.checkpoint import (
+    PROMPT_OPTIONS,
     base_fingerprint,
     check_base,
     check_embedding,
     check_hyperparameters,
     check_weights,
-    repair_epoch_progress,
 )
-from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
-from idefics_lit.training.preemption import Signals
+from idefics_lit.training.lightning_compat import exclude_from_ddp, scale_gradients
+from idefics_lit.training.optimizer import adamw_with_schedule
 from idefics_lit.utils.distributed import gather_objects, summed
 
-# Answer tokens that a micro-batch's summed loss is divided by, which keeps float16 gradients near their usual size; a
-# power of two changes no bits.
+# The summed loss of a micro-batch is divided by this number of answer tokens, which keeps float16 gradients near their
+# usual size. A power of two doesn't change the bits of the mantissa.
 LOSS_SCALE_TOKENS = 64
 
 
-class _StepTotals(NamedTuple):
-    """Sums over the micro-batches of an optimizer step, on this rank."""
+class StepTotals(NamedTuple):
+    """Sums over the micro-batches of an optimizer step on this rank, both 0-d."""
 
     tokens: Tensor
     loss: Tensor
 
 
 class Idefics2Module(LightningModule):
-    """Idefics2 with a 4-bit base and LoRA, for answering questions about document pages.
+    """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
 
-    Logs ``train/loss`` and ``lr`` every optimizer step; ``val/loss``, ``val/anls`` and ``val/anls/TYPE`` for every
-    question type in the data, and ``val/answer_page_accuracy`` where it says which page an answer is on; the same under
-    ``test/``. Batches are `Idefics2Collator`'s.
+    Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls/TYPE``
+    for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
+    test logs the same under ``test/``. Batches come from `Idefics2Collator`.
+
+    No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
+    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnSigterm``, and
+    `idefics_lit.training.checkpoint.EpochProgressRepair`.
 
     Args:
-        pretrained: a Hub id or a folder in the Hub's form; "tiny" is the small one that comes with the package.
-        quantization: "nf4" (4-bit base, double quantization) or "none".
+        pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
+        quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: false keeps the vision tower in 16 bits, which is faster and takes 0.6 GiB more.
-        dequantize: keep the 4-bit weights unpacked to 16 bits: the same numbers, faster, 11 GiB more.
+        dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
         lora: the adapter.
-        lr: AdamW's learning rate, reached after the warm-up.
-        weight_decay: AdamW's, on matrices; biases and norms have none.
+        lr: AdamW's learning rate after the warm-up.
+        weight_decay: AdamW's weight decay for matrices; biases and norms have none.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
-        schedule: how it falls to 0 at the last step, "linear" or "cosine"; where there is no last step, as with
-            trainer.max_time alone, it stays.
+        schedule: how the learning rate falls to 0 at the last step, "linear" or "cosine"; without a last step, as with
+            trainer.max_time alone, it stays constant.
         gradient_checkpointing: compute activations twice to save memory.
-        feature_cache: keep what the vision tower makes of each page, in "memory" or in a folder; pages recur with their
-            other questions and in every epoch. Nothing, unless given.
-        feature_cache_gb: the most to keep there, of all runs that share a folder; a page of Idefics2-8b takes 9 MB, 44
-            with image splitting.
-        cuda_graphs: launch a part of the model at once instead of kernel by kernel; a GPU's own.
-        compile: compile the layers, for training; the first step takes longer, the others less.
-        max_new_tokens: the longest answer generated, in tokens.
-        strip_period: score predictions without the full stops that end them, as the authors of Idefics2 do.
+        feature_cache: keep the vision tower's features of each page, in "memory" or in a folder, for the page's other
+            questions and for later epochs. Off by default.
+        feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
+            Idefics2-8b, and 44 MB with image splitting.
+        cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
+        compile: compile the layers for training; the first step takes longer, later steps less.
+        max_new_tokens: the largest length of a generated answer, in tokens.
+        strip_period: remove full stops at the end of predictions before scoring, as the authors of Idefics2 do.
 
     Raises:
-        InputError: when the model can't be loaded or doesn't fit its tokeniser, the precision isn't one of 16-mixed,
-            bf16-mixed and 32-true, or a checkpoint belongs to another adapter.
+        InputError: the model can't be loaded or doesn't fit its tokenizer, the precision isn't 16-mixed, bf16-mixed or
+            32-true, an option is out of range, or a checkpoint belongs to another adapter.
     """
 
-    hparams: Any  # the arguments below, by name
+    hparams: Any  # the arguments of __init__, by name
     answers: list[Answer]
     """The answers of this rank's last validation or test."""
     step_loss: Tensor
-    """The last optimizer step's, where it was computed; ``step_lr`` is its learning rate."""
+    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate."""
 
     def __init__(
         self,
@@ -119,40 +123,26 @@ class Idefics2Module(LightningModule):
         strip_period: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (("warmup_steps", warmup_steps, 0), ("max_new_tokens", max_new_tokens, 1)):
-            if value < least:
-                raise InputError(f"model.{name} {value}: give {least} or more")
-        if cuda_graphs and gradient_checkpointing:
-            raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
-        if lr <= 0:
-            raise InputError(f"model.lr {lr}: give a learning rate above 0")
-        if weight_decay < 0:
-            raise InputError(f"model.weight_decay {weight_decay}: give 0 or more")
-        if feature_cache_gb <= 0:
-            raise InputError(f"model.feature_cache_gb {feature_cache_gb}: give more than 0")
-        # A dict, since a checkpoint's hyperparameters are plain types: it loads with weights_only.
+        # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
-        if lora["alpha"] <= 0:  # type: ignore[index]
-            raise InputError(f"model.lora.alpha {lora['alpha']}: give more than 0, the adapter's scale")  # type: ignore[index]
         self.save_hyperparameters()
+        _check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.answers = []
-        self._step: _StepTotals | None = None
-        self._accumulated: dict[str, Any] = {}
-        self._losses, self._overflows = FiniteLossCheck(), OverflowCheck()
-        self._signals: Signals | None = None
-        self._schedule: LambdaLR | None = None  # what `configure_optimizers` made
-        self._groups: list[dict[str, Any]] = []  # the optimizer's, as it made them
-        self._restored = False  # whether a checkpoint's optimizer was loaded
+        self.state_prefix = ""  # of the names in the state dict that is being loaded
+        self._step_totals: StepTotals | None = None
+        self._restored: dict[str, Any] = {}  # totals and gradients of a checkpoint's unfinished optimizer step
+        self._prompt_options: Mapping[str, Any] = {}  # that the checkpoint's adapter was trained with
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def configure_model(self) -> None:
-        """Load processor and model onto this process' device."""
+        """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
         if hasattr(self, "model"):
             return
         options = self.hparams
-        trainer = self._trainer
-        if trainer is not None:
+        if (trainer := self._attached_trainer) is not None:
             device, precision = trainer.strategy.root_device, str(trainer.precision)
         elif torch.cuda.is_available():
             device, precision = torch.device("cuda"), "bf16-mixed"
@@ -183,105 +173,143 @@ class Idefics2Module(LightningModule):
         tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
         if tokens > rows:
             raise InputError(
-                f"model.pretrained {options.pretrained!r}: its tokeniser has {tokens} tokens but the embedding only "
-                f"{rows} rows: take a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
+                f"model.pretrained {options.pretrained!r}: its tokenizer has {tokens} tokens but its embedding only "
+                f"{rows} rows: give a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
             )
-        # Every rank has loaded what is frozen: DDP would send it at the start, and its buffers with every batch.
-        frozen = [name for name, x in chain(self.named_parameters(), self.named_buffers()) if not x.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+        # Every rank loads the frozen weights itself. DDP would broadcast them at the start, and buffers in every batch.
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        exclude_from_ddp(self, [name for name, tensor in tensors if not tensor.requires_grad])
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits (R, T, V) of a batch of `Idefics2Collator`."""
+        """Return the logits (R, T, V) of a batch."""
         return self.backbone.logits(self.backbone.prefill(batch, self.encode_pages(batch)))
 
     def encode_pages(self, batch: Batch) -> list[Tensor]:
-        """Return what the text model reads of each row's page, (image tokens, width)."""
+        """Return the image features (image tokens, width) of each row of a batch."""
         return self.backbone.encode_pages(batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d."""
+        """Return the cross-entropy summed over a batch's supervised tokens, and their number; both 0-d."""
         return self.backbone.loss(batch, self.backbone.prefill(batch, self.encode_pages(batch)))
+
+    # Inference
+
+    def answer(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        questions: str | Sequence[str],
+        *,
+        batch_size: int = 8,
+        **options: Any,  # noqa: ANN401
+    ) -> list[str]:
+        """Answer questions about page images greedily, on the device that the module is on.
+
+        Loads the model if necessary. Gradients and dropout are off, whatever mode the module is in.
+
+        Args:
+            images: a page or several: PIL images, or paths of image files or PDFs with one page.
+            questions: a question or several. One image is combined with every question and one question with every
+                image; several images and several questions are paired in order.
+            batch_size: questions in a batch; those about the same image share its computation.
+            options: further arguments of `collator`.
+
+        Returns:
+            The answers, in order.
+
+        Raises:
+            InputError: there are no images or questions, their numbers differ, or an image can't be read.
+        """
+        pairs = pair_questions(images, questions)
+        self.configure_model()
+        collate = self.collator(train=False, **options)
+        answers: list[str] = []
+        for start in range(0, len(pairs), batch_size):
+            batch = collate(load_examples(pairs[start : start + batch_size]))
+            answers += self.generate(self.transfer_batch_to_device(batch, self.model.device, 0))
+        self.evaluator.free_memory()
+        return answers
+
+    def collator(self, *, train: bool, **options: Any) -> Idefics2Collator:  # noqa: ANN401
+        """Return a collator for this module, to be used as ``collate_fn`` of a DataLoader.
+
+        Args:
+            train: see `Idefics2Collator`.
+            options: further arguments of `Idefics2Collator`, and ``image_splitting`` and ``image_size`` of
+                `load_processor`. The prompt style and the image options default to those that the module was trained
+                with, if it was loaded from a checkpoint or trained with a data module.
+        """
+        data = getattr(self._attached_trainer, "datamodule", None)
+        trained_with = data.hparams if isinstance(data, LightningDataModule) else self._prompt_options
+        options = {**{name: trained_with[name] for name in PROMPT_OPTIONS if name in trained_with}, **options}
+        image_options = {name: options.pop(name) for name in ("image_splitting", "image_size") if name in options}
+        return Idefics2Collator(load_processor(self.hparams.pretrained, **image_options), train=train, **options)
+
+    def generate(self, batch: Batch) -> list[str]:
+        """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
+        return self.evaluator.decode(batch).texts
 
     # Training
 
     def on_fit_start(self) -> None:
-        """Print what is trained and check that mixed precision can scale its gradients."""
+        """Print the number of trained parameters and check that their gradients can be scaled."""
         trainable, total = self.model.get_nb_trainable_parameters()
         rank_zero_info(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
         )
-        wrong = next((name for name, p in self._trainable() if p.dtype != torch.float32), None)
+        wrong = next((name for name, p in self._trainable().items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
-        self._signals = Signals(self.trainer)
 
     def on_train_start(self) -> None:
-        """Take up the gradients that a checkpoint holds, and the learning rate of this run's schedule."""
-        repair_epoch_progress(self.trainer.fit_loop)
-        if self._restored and self._schedule in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
-            schedule = cast(Any, self._schedule)
-            groups = schedule.optimizer.param_groups
-            schedule.base_lrs = [group["initial_lr"] for group in groups]
-            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
-                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
-        if not self._accumulated:
+        """Continue the checkpoint's unfinished optimizer step, if there is one."""
+        if not self._restored:
             return
-        self._step = _StepTotals(*(value.to(self.device) for value in self._accumulated["step"]))
-        gradients = self._accumulated["gradients"]
-        for name, parameter in self._trainable():
+        self._step_totals = StepTotals(*(value.to(self.device) for value in self._restored["step"]))
+        gradients = self._restored["gradients"]
+        for name, parameter in self._trainable().items():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter)
-        self._accumulated = {}
-
-    def on_train_end(self) -> None:
-        """See that the last losses were finite too."""
-        self._losses.check(wait=True)
+        self._restored = {}
 
     def on_fit_end(self) -> None:
-        """Forget what is captured: Lightning moves the weights away."""
+        """Delete the CUDA graphs, since Lightning moves the weights to the CPU."""
         self.backbone.forget_graphs()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # Lightning's rule, for its gradients
-            self._step = None
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # when Lightning starts to accumulate gradients
+            self._step_totals = None
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss over `LOSS_SCALE_TOKENS`.
+        """Return the summed loss divided by `LOSS_SCALE_TOKENS`.
 
-        Lightning averages micro-batches and ranks; `on_before_optimizer_step` turns that into the mean over tokens.
+        Lightning averages over micro-batches and ranks; `on_before_optimizer_step` makes it the mean over tokens.
         """
-        if batch.is_empty:  # other ranks wait for gradients
-            nothing = sum((p.sum() * 0 for _, p in self._trainable()), torch.zeros((), device=self.device))
-            loss, tokens = nothing, torch.zeros((), dtype=torch.int64, device=self.device)
+        if batch.is_empty:  # all examples were skipped, but the other ranks wait for this one's gradients
+            loss = sum((p.sum() * 0 for p in self._trainable().values()), torch.zeros((), device=self.device))
+            tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         else:
             loss, tokens = self.loss(batch)
-            self._losses.add(loss, batch.question_ids)
-        if self._step is None:
-            self._step = _StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
-        self._step = _StepTotals(self._step.tokens + tokens, self._step.loss + loss.detach())
+        totals = self._step_totals or StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
+        self._step_totals = StepTotals(totals.tokens + tokens, totals.loss + loss.detach())
         return loss / LOSS_SCALE_TOKENS
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the answer tokens of the whole step instead of by micro-batches and ranks."""
-        if self._scaler:
-            self._overflows.step(self._scaler.get_scale())
-        assert self._step is not None
-        tokens, loss = summed(self.trainer, torch.stack([self._step.tokens.double(), self._step.loss.double()]))
-        self._step = None
+        """Divide the gradients by the step's answer tokens instead of by micro-batches and ranks."""
+        assert self._step_totals is not None
+        totals = torch.stack([self._step_totals.tokens.double(), self._step_totals.loss.double()])
+        tokens, loss = summed(self.trainer, totals)
+        self._step_totals = None
         tokens = tokens.clamp(min=1)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size * LOSS_SCALE_TOKENS / tokens
-        # At once, and without a walk through all modules: as long as the CPU is at it, it launches nothing.
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+        scale_gradients(
+            optimizer, self.trainer.accumulate_grad_batches * self.trainer.world_size * LOSS_SCALE_TOKENS / tokens
+        )
         self.step_loss, self.step_lr = (loss / tokens).float(), optimizer.param_groups[0]["lr"]
         self.log("train/loss", self.step_loss, prog_bar=True)
-        # A tensor of the CPU's: Lightning would bring a number to the GPU and wait for it.
+        # A CPU tensor: Lightning would copy a number to the GPU and wait for it.
         self.log("lr", torch.tensor(self.step_lr))
-        assert self._signals is not None
-        self._signals.ask()
 
     def configure_gradient_clipping(
         self,
@@ -289,100 +317,51 @@ class Idefics2Module(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, and for a fused optimizer too where no scaler is at work."""
-        if self._scaler or not gradient_clip_val:
+        """Clip as Lightning does, but allow a fused optimizer if there is no gradient scaler."""
+        plugin = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) or not gradient_clip_val:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
-        """Return AdamW and the schedule, stepped with it."""
-        options = self.hparams
-        parameters = [p for _, p in self._trainable()]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=options.lr,
-            # With a scaler it would unscale gradients by itself, behind the clipping.
-            fused=parameters[0].is_cuda and not (self._scaler and self.trainer.gradient_clip_val),
+        """Return AdamW and its learning-rate schedule."""
+        names = ("lr", "weight_decay", "warmup_steps", "schedule")
+        optimizer, scheduler = adamw_with_schedule(
+            [*self._trainable().values()], self.trainer, **{name: self.hparams[name] for name in names}
         )
-        steps = self.trainer.estimated_stepping_batches
-        # It may have opened the loader, before a checkpoint's place in it was known.
-        self.trainer.fit_loop._combined_loader = None
-        schedule = options.schedule
-        if steps == float("inf"):
-            rank_zero_warn(
-                f"model.schedule {schedule}: training has no last step that the learning rate could fall to, so it "
-                f"stays at model.lr after the warm-up: give trainer.max_steps or trainer.max_epochs to have it fall"
-            )
-            schedule = "constant_with_warmup"
-        scheduler = get_scheduler(
-            schedule, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=cast(int, steps)
-        )
-        self._schedule, self._restored = scheduler, False
-        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.register_load_state_dict_pre_hook(self._keep_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _keep_settings(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
-        """Let this run's learning rate and other settings win over a checkpoint's, before its optimizer is loaded.
-
-        Groups that a subclass has added or changed, or that a schedule of its own is at work on, stay the checkpoint's.
-        """
-        self._restored = True
-        if any(config.scheduler is not self._schedule for config in self.trainer.lr_scheduler_configs):
-            return None
-        groups = list(saved["param_groups"])
-        for i, (group, made) in enumerate(zip(optimizer.param_groups, self._groups, strict=False)):
-            if i < len(groups) and all(group.get(name) == value for name, value in made.items()):
-                groups[i] = {**groups[i], **made}
-        return {**saved, "param_groups": groups}
-
-    # Evaluator
+    # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch's loss and generated answers to the validation's, unless a fit is to end."""
-        if self._signals is not None and self._signals.sigterm:
-            self._signals.answer()
+        """Answer the batch's questions and add its loss."""
         self.answers += self.evaluator.evaluate(batch, self.eval_loss)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch's loss and generated answers to the test's."""
-        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
+    test_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation's answers."""
+        """Forget the answers of the last evaluation."""
         self.answers = []
 
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation's answers."""
-        self.answers = []
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the validation comes to."""
-        if self._signals is not None:
-            self._signals.answer()
+        """Log the validation's loss and scores."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log what the test comes to."""
+        """Log the test's loss and scores."""
         self._log_scores("test")
 
     def on_predict_epoch_end(self) -> None:
-        """Give back the memory that answering took."""
+        """Free the memory that decoding took."""
         self.evaluator.free_memory()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Return the answer to each question of the batch."""
         return self.evaluator.evaluate(batch)
-
-    def generate(self, batch: Batch) -> list[str]:
-        """Return the B greedy answers to a batch's prompts, without dropout in whatever mode the module is."""
-        return self.evaluator.decode(batch).texts
 
     def _log_scores(self, stage: str) -> None:
         answers = by_question(self.answers)
@@ -416,52 +395,46 @@ class Idefics2Module(LightningModule):
     # Checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Return the trained weights alone: the 4-bit base is the Hub's and stays out of checkpoints."""
-        trainable = {name for name, _ in self._trainable()}
-        state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name in trainable}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
-        """Load the trained weights, all of them.
-
-        Raises:
-            InputError: with the first names that differ, when they are another adapter's.
-        """
-        self.configure_model()
-        check_weights(state_dict, dict(self._trainable()))
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        """Return the trained weights alone, also as a child of another module; the base model's are on the Hub."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix: str = kwargs.get("prefix", "")
+        trained = {prefix + name for name in self._trainable()}
+        for name in [name for name in state if name.startswith(prefix) and name not in trained]:
+            del state[name]
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the gradients accumulated so far, of all ranks; all of them must call it.
+        """Add the base model's fingerprint and the gradients accumulated so far by all ranks; all must call it.
 
         Raises:
-            InputError: a loss wasn't finite: what would be saved is no good.
+            InputError: a trained weight isn't finite.
         """
-        self._losses.check(wait=True)
-        checkpoint["base"] = self._base
-        if broken := next((name for name, p in self._trainable() if not p.isfinite().all()), None):
+        checkpoint["base"] = self._base_fingerprint
+        trainable = self._trainable()
+        if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
-        if self._step is not None:
+        if self._step_totals is not None:
             ranks = self.trainer.world_size
             checkpoint["accumulated"] = {
-                "step": [summed(self.trainer, value) / ranks for value in self._step],
+                "step": [summed(self.trainer, value) / ranks for value in self._step_totals],
                 "gradients": {
-                    n: summed(self.trainer, p.grad) / ranks for n, p in self._trainable() if p.grad is not None
+                    name: summed(self.trainer, p.grad) / ranks for name, p in trainable.items() if p.grad is not None
                 },
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another base or scale of the adapter, and weights alone to resume from; say what else differs."""
+        """Refuse another base model, another scale of the adapter, and a fit from weights alone; warn of the rest."""
         self.configure_model()
-        trainer = self._trainer
+        trainer = self._attached_trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
             raise InputError(
-                f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't go on: "
-                f"give a checkpoint with the optimizer's state"
+                f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't resume"
+                f": give a checkpoint with the optimizer's state"
             )
-        self._accumulated = checkpoint.get("accumulated", {})
+        self._restored = checkpoint.get("accumulated", {})
+        self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
         own = {"hyper_parameters": self.hparams}
-        data = getattr(self._trainer, "datamodule", None)
+        data = getattr(trainer, "datamodule", None)
         if isinstance(data, LightningDataModule):
             own["datamodule_hyper_parameters"] = data.hparams
         check_hyperparameters(checkpoint, own, getattr(data, "held_out_by", {}))
@@ -469,25 +442,56 @@ class Idefics2Module(LightningModule):
         if isinstance(base, Tensor):
             check_embedding(base, self.model, self.hparams.pretrained)
         elif base is not None:
-            check_base(base, self._base, self.hparams.pretrained)
+            check_base(base, self._base_fingerprint, self.hparams.pretrained)
 
     # Helpers
 
     @cached_property
-    def _base(self) -> dict[str, Any]:
-        """What tells the base that was loaded from others."""
-        config = self.model.get_base_model().config
-        return base_fingerprint(self.hparams.pretrained, getattr(config, "_commit_hash", None))
+    def _base_fingerprint(self) -> dict[str, Any]:
+        return base_fingerprint(self.hparams.pretrained)
 
     @property
-    def _scaler(self) -> Any:  # noqa: ANN401
-        """Float16's, of the losses."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+    def _attached_trainer(self) -> Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # Lightning's: there is none
+            return None
 
-    def _trainable(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _check_options(options: Any) -> None:  # noqa: ANN401
+    for name, minimum in (("warmup_steps", 0), ("max_new_tokens", 1)):
+        if options[name] < minimum:
+            raise InputError(f"model.{name} {options[name]}: give {minimum} or more")
+    if options.cuda_graphs and options.gradient_checkpointing:
+        raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
+    if options.lr <= 0:
+        raise InputError(f"model.lr {options.lr}: give a learning rate above 0")
+    if options.weight_decay < 0:
+        raise InputError(f"model.weight_decay {options.weight_decay}: give 0 or more")
+    if options.feature_cache_gb <= 0:
+        raise InputError(f"model.feature_cache_gb {options.feature_cache_gb}: give more than 0")
+    if options.lora["alpha"] <= 0:
+        raise InputError(f"model.lora.alpha {options.lora['alpha']}: give more than 0, the adapter's scale")
+
+
+def _before_loading(module: Idefics2Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Load the model and check that a state dict holds its trained weights, all of them."""
+    module.configure_model()
+    saved = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    check_weights(saved, trainable)
+    module.state_prefix = prefix
+
+
+def _after_loading(module: Idefics2Module, incompatible_keys: Any) -> None:  # noqa: ANN401
+    """Don't report the frozen weights as missing, neither here nor in a module that this is a child of."""
+    missing: list[str] = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not name.startswith(module.state_prefix)]
 
 
 def _metric_name(question_type: str) -> str:
-    """Return a type of question without what tables and loggers would take for markup: [ and ], line breaks."""
+    """Return a question type without what tables and loggers would take for markup: [ and ], line breaks."""
     return "".join(c if c.isprintable() else " " for c in question_type).translate(str.maketrans("[]", "()"))

@@ -1,14 +1,11 @@
-"""SIGTERM and SLURM's warning, which end a fit or queue it again: all ranks answer behind the same batch.
+"""Callbacks for preemption: all ranks act on SIGTERM and SLURM's requeue signal after the same batch, and save.
 
-What is special here: nothing waits for the GPU. Lightning (2.6) broadcasts before every batch whether rank 0 received
-SIGTERM and reads that from the GPU, which stands still until it is given new work (its issue 21487); and it broadcasts
-and saves in the handlers, wherever each rank happens to be.
+`PreemptionSync` never waits for the GPU, which Lightning does before every batch.
 """
 
-import signal
 from collections import deque
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,83 +14,100 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from idefics_lit.training.lightning_compat import replace_signal_handling, save_and_requeue, set_received_sigterm
 from idefics_lit.training.run_folder import run_folder
 from idefics_lit.utils.distributed import summed
 from idefics_lit.utils.host_copy import HostCopy
 
 
-class Signals:
-    """What the ranks of a fit received, and did together; one process alone does as Lightning does.
+class PreemptionSync(Callback):
+    """Make all ranks of a fit act on a signal after the same batch, whichever of them receive it.
 
-    Args:
-        trainer: before it registers its handlers.
+    On SIGTERM all ranks raise ``SIGTERMException``. On the signal that SLURM sends before it requeues a job, all ranks
+    save, the job is requeued, and training continues. The signal handlers only set a flag. The ranks sum their flags in
+    every optimizer step and read the sum after the next one; during a validation the sum is read at its end, or at the
+    batch in which a rank receives SIGTERM.
+
+    In a fit with one process the callback does nothing, and Lightning's own handling applies.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = cast(Any, trainer)  # much of what follows is private to it
-        self.sigterm = self.warned = self.requeued = False
-        self._answers: deque[HostCopy] = deque()  # how many ranks received each, step by step
-        self._connector = self.trainer._signal_connector
-        self._requeue = partial(type(self._connector)._slurm_sigusr_handler_fn, self._connector)
+    def __init__(self) -> None:
+        self._received_sigterm = self._received_requeue = self._requeued = False
+        self._pending: deque[HostCopy] = deque()  # for each optimizer step, how many ranks have received each signal
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's signal handling."""
+        self._received_sigterm = self._received_requeue = self._requeued = False
+        self._pending.clear()
         if trainer.world_size > 1:
-            self._connector._sigterm_notifier_fn = self._on_sigterm
-            self._connector._slurm_sigusr_handler_fn = self._on_warning
-            self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch
+            replace_signal_handling(
+                trainer,
+                on_sigterm=partial(self._on_sigterm, trainer),
+                on_requeue=self._on_requeue,
+                before_train_batch=partial(self._before_train_batch, trainer),
+            )
 
-    def ask(self) -> None:
-        """Ask all ranks in an optimizer step what they received; they answer behind the next one."""
-        if self.trainer.world_size > 1:
-            self._answers.append(HostCopy(self._counts()))
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Start to sum the flags of all ranks."""
+        if trainer.world_size > 1:
+            self._pending.append(HostCopy(self._sum_flags(trainer)))
 
-    def answer(self) -> None:
-        """Do in a fit's validation what was asked for; all ranks must call it, behind the last batch or before one.
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Stop a validation in which this rank receives SIGTERM; the other ranks stop at its end."""
+        if self._received_sigterm:
+            self._synchronize(trainer)
 
-        Raises:
-            SIGTERMException: on all ranks, when one received SIGTERM.
-        """
-        if self.trainer.world_size > 1 and self.trainer.state.fn == TrainerFn.FITTING:
-            self._do(self._counts())
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act on the signals that any rank received during a validation."""
+        self._synchronize(trainer)
 
-    def _counts(self) -> Tensor:
-        # Filled on the GPU: a number that is brought there waits for it.
-        device = self.trainer.strategy.root_device
-        received = [torch.full((), float(value), device=device) for value in (self.sigterm, self.warned)]
-        return summed(self.trainer, torch.stack(received))
+    def _synchronize(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
+            self._act(trainer, self._sum_flags(trainer))
 
-    def _do(self, counts: Tensor) -> None:
-        sigterm, warned = counts.tolist()
-        if warned and not self.requeued:
-            self.requeued = True
-            self._requeue(signal.SIGUSR1, None)
+    def _sum_flags(self, trainer: Trainer) -> Tensor:
+        # torch.full fills on the GPU; a copy from the CPU would wait for it.
+        device = trainer.strategy.root_device
+        flags = (self._received_sigterm, self._received_requeue)
+        return summed(trainer, torch.stack([torch.full((), float(flag), device=device) for flag in flags]))
+
+    def _act(self, trainer: Trainer, counts: Tensor) -> None:
+        sigterm, requeue = counts.tolist()
+        if requeue and not self._requeued:
+            self._requeued = True
+            save_and_requeue(trainer)
         if sigterm:
-            self._connector.received_sigterm = True
+            set_received_sigterm(trainer, True)
             raise SIGTERMException
 
-    def _before_batch(self) -> None:
-        if len(self._answers) > 1:  # the last step's is still on its way
-            self._do(self._answers.popleft().result())
+    def _before_train_batch(self, trainer: Trainer) -> None:
+        if len(self._pending) > 1:  # the sum of the last step may not be on the CPU yet
+            self._act(trainer, self._pending.popleft().result())
 
-    def _on_sigterm(self, signum: int, _: Any) -> None:  # noqa: ANN401
-        if not self.sigterm and (launcher := self.trainer.strategy.launcher) is not None:
+    def _on_sigterm(self, trainer: Trainer, signum: int, _: Any) -> None:  # noqa: ANN401
+        launcher = trainer.strategy.launcher
+        if not self._received_sigterm and launcher is not None:
             launcher.kill(signum)
-        self.sigterm = True
-        self._connector.received_sigterm = self.trainer.state.fn != TrainerFn.FITTING
+        self._received_sigterm = True
+        set_received_sigterm(trainer, trainer.state.fn != TrainerFn.FITTING)
 
-    def _on_warning(self, *_: Any) -> None:  # noqa: ANN401
-        self.warned = True
+    def _on_requeue(self, *_: object) -> None:
+        self._received_requeue = True
 
 
 class SaveOnSigterm(Callback):
-    """Save ``sigterm.ckpt`` when a scheduler asks a fit to end."""
+    """Save ``sigterm.ckpt`` in the run's checkpoint folder when a fit is stopped by SIGTERM."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, on all ranks, once there is something to save."""
+        """Save on all ranks, unless no optimizer step was made."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and trainer.global_step:
             loop = trainer.fit_loop
             if loop.epoch_progress.total.completed == loop.epoch_progress.total.ready:
-                # Between epochs Lightning has not yet forgotten the last one's batches, and would skip the next one's.
+                # Between epochs Lightning still counts the last epoch's batches, and a resumed run would skip as many.
                 loop.epoch_loop.batch_progress.reset_on_run()
             path = run_folder(trainer) / "checkpoints" / "sigterm.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)  # more than the weights
+            trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
-                print(f"stopped by SIGTERM at step {trainer.global_step}: go on with --ckpt_path {path}, or last")
+                print(f"stopped by SIGTERM at step {trainer.global_step}: resume with --ckpt_path {path}, or last")

@@ -1,28 +1,30 @@
-"""The folder of a run, which it has to itself."""
+"""The folder of a run, which no other run writes to."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from idefics_lit.errors import InputError
+from idefics_lit.training.lightning_compat import forget_version
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of this run, the one that Lightning's checkpoints go to: log folder, name, version."""
+    """Return the run's folder, ``save_dir/name/version``, in which Lightning also creates ``checkpoints``."""
     folder = log_folder(trainer.loggers, trainer.default_root_dir)
     return folder / _folder_name(trainer.loggers[0].version) if trainer.loggers else folder
 
 
 def log_folder(loggers: Sequence[Logger], default_root_dir: str | Path, version: int | str | None = None) -> Path:
-    """Return the folder in which runs have theirs.
+    """Return the folder that holds the folders of all runs.
 
     Args:
-        loggers: a run's, of which the first decides.
-        default_root_dir: the Trainer's, for a run without a logger.
-        version: where it is given there is one run: its folder.
+        loggers: the run's loggers; the first determines the folder.
+        default_root_dir: the Trainer's folder, used without a logger.
+        version: a version chosen by the user; the folder of that run is returned.
     """
     if not loggers:
         return Path(default_root_dir)
@@ -35,60 +37,61 @@ def _folder_name(version: int | str | None) -> str:
 
 
 @contextmanager
-def own_folder(trainer: Trainer, *, version: int | str | None, fit: bool, resumed: str | None) -> Iterator[None]:
-    """Run in a folder that no other run writes to, at once or after it. For rank 0.
+def exclusive_run_folder(
+    trainer: Trainer, *, version: int | str | None, fit: bool, ckpt_path: str | None
+) -> Iterator[None]:
+    """Reserve the run's folder while the context is open. Used on rank 0.
+
+    Without a version, a logger that numbers its versions gets the first free number, and the folder is created at once,
+    so that a run that starts at the same time gets the next number. Other loggers choose a random id.
 
     Args:
-        trainer: the run's.
-        version: the run's, where it is given. Where it isn't, a logger that numbers folders takes a number here, before
-            another run can take it too; others draw an id.
-        fit: it writes checkpoints.
-        resumed: the checkpoint that a fit goes on from.
+        trainer: the run's Trainer.
+        version: the version, if the user chose one.
+        fit: whether the run writes checkpoints.
+        ckpt_path: the checkpoint that a fit resumes from.
 
     Raises:
-        InputError: another run writes there, or a fit's checkpoints are there.
+        InputError: another run writes to the folder, or it holds the checkpoints of a fit that isn't resumed.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is not None and version is None:
-        if not isinstance(logger, CSVLogger | TensorBoardLogger):
+    if logger is None or version is not None:
+        folder = log_folder(trainer.loggers, trainer.default_root_dir, version)
+        with _locked(folder):
+            checkpoints = folder / "checkpoints"
+            resumes = ckpt_path is not None and Path(ckpt_path).resolve().parent == checkpoints.resolve()
+            if fit and any(checkpoints.glob("*.ckpt")) and not resumes:
+                raise InputError(
+                    f"{checkpoints} holds another run's checkpoints: resume it with --ckpt_path last, or give another "
+                    f"--trainer.default_root_dir or logger"
+                )
             yield
-            return
-        while True:
-            try:
-                folder = run_folder(trainer)
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:  # another run has just taken the number
-                logger._version = None
+    elif isinstance(logger, CSVLogger | TensorBoardLogger):
+        folder = _create_next_folder(trainer, logger)
         try:
             yield
         finally:
             with suppress(OSError):
-                folder.rmdir()  # nothing was written
-        return
-    folder = log_folder(trainer.loggers, trainer.default_root_dir, version)
-    with _locked(folder):
-        checkpoints = folder / "checkpoints"
-        goes_on = resumed is not None and Path(resumed).resolve().parent == checkpoints.resolve()
-        if fit and any(checkpoints.glob("*.ckpt")) and not goes_on:
-            raise InputError(
-                f"{checkpoints} holds another run's checkpoints: go on with it, --ckpt_path last, or give another "
-                f"--trainer.default_root_dir or logger"
-            )
+                folder.rmdir()  # only if it is empty
+    else:
         yield
+
+
+def _create_next_folder(trainer: Trainer, logger: CSVLogger | TensorBoardLogger) -> Path:
+    while True:
+        folder = run_folder(trainer)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run has created it since the logger chose the number
+            forget_version(logger)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another run is writing to {folder}: give this one another folder, or wait") from error
-        yield
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"another run is writing to {folder}: give another folder, or wait until it ends") from error
