@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.images import page_digest
+from idefics_lit.data.page_keys import page_digest
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
         pages: the ids of each row's page, up to its last image token.
         asked: the ids of each example's question, behind its page.
         whole: the same with the answer.
-        digests: of each example's images, see `idefics_lit.data.images.page_digest`.
+        digests: of each example's images, see `idefics_lit.data.page_keys.page_digest`.
     """
 
     members: list[list[int]]

@@ -22,9 +22,9 @@ from idefics_lit.data.pages.table import write_table
 from idefics_lit.data.pages.words import Words
 from idefics_lit.errors import InputError
 
-__all__ = ["FAMILIES", "MOST_QUESTIONS", "Family", "Page", "Question", "page_questions", "render_page"]
+__all__ = ["FAMILIES", "MAX_QUESTIONS", "Family", "Page", "Question", "page_questions", "render_page"]
 
-MOST_QUESTIONS = 10
+MAX_QUESTIONS = 10
 """A page keeps at most so many questions, drawn at random: a large table has more than twice as many."""
 
 
@@ -100,5 +100,5 @@ def _write(family: Family, seed: int, words: Share, font: Share) -> Sheet:
     sheet = Sheet(rng, Words(rng, words == "unseen"), pick_style(rng, font, family.smallest, family.largest))
     family.write(sheet)
     rng.shuffle(sheet.questions)
-    del sheet.questions[MOST_QUESTIONS:]
+    del sheet.questions[MAX_QUESTIONS:]
     return sheet
