@@ -22,7 +22,7 @@ def write_scatter(sheet: Sheet) -> None:
             _column(sheet, left, right - 8)
     if len(edges) == 2 and rng.random() < 0.4:
         bottom = max((text.y for text in sheet.texts), default=HEIGHT) + 14
-        sheet.slip(edges[0] - 8, 0, edges[1] + 8, min(bottom, HEIGHT))
+        sheet.paper_slip(edges[0] - 8, 0, edges[1] + 8, min(bottom, HEIGHT))
 
 
 def _column(sheet: Sheet, left: float, right: float) -> None:
@@ -55,7 +55,7 @@ def _line(sheet: Sheet, left: float, right: float, y: float) -> list[str]:
     text = rng.choice(
         (
             Text(left, y, first, font),
-            Text.centre((left + right) / 2, y, first, font),
+            Text.center((left + right) / 2, y, first, font),
             Text.right(right, y, first, font),
         )
     )
