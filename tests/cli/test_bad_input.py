@@ -139,7 +139,7 @@ def test_config_file(fails, tmp_path, text, message):
         (["--data.batch_size", "-2"], "data.batch_size -2: must be 1 or more"),
         (["--data.num_workers", "-1"], "data.num_workers -1: must be 0 or more"),
         (["--data.limit_train", "0"], "data.limit_train 0: must be 1 or more"),
-        (["--data.held_out", "1.5"], "data.held_out 1.5: must be a share between 0 and 1"),
+        (["--data.held_out", "1.5"], "data.held_out 1.5: must be a fraction between 0 and 1"),
         (["--model.lora.target_modules", "nothing"], "model.lora: Target modules nothing not found"),
         (
             ["--model.lora.target_modules", "(q_proj"],
@@ -228,7 +228,7 @@ def test_json(fit_fails, tmp_path, text, message):
     ("change", "args", "message"),
     [
         ({}, ["--data.columns.question", "ask"], "data.columns: data train has no column 'ask' for question; it has"),
-        ({}, ["--data.columns", "{ask: query}"], "data.columns names 'ask', but an example's parts are question_id"),
+        ({}, ["--data.columns", "{ask: query}"], "data.columns names 'ask', but an example's fields are question_id"),
         ({"query": None}, [], "data train, row 1: no question in column 'query'"),
         ({"image": None}, [], "data train, row 1: no image in column 'image'"),
         ({"answers": []}, [], "data train, row 1: no answer: add one or drop the row"),
