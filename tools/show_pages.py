@@ -1,4 +1,4 @@
-"""Draw a page of each family on one sheet: `python tools/show_pages.py` writes docs/pages.png for the README."""
+"""Write docs/pages.png for the README, an overview with a page of each family: `python tools/show_pages.py`."""
 
 from pathlib import Path
 
@@ -7,22 +7,22 @@ from PIL import Image
 from idefics_lit.data.pages import FAMILIES, render_page
 
 SEEDS = dict(zip(FAMILIES, (120, 142, 48, 73, 93, 76), strict=True))
-"""Pages that show what their families can look like."""
-ACROSS, GAP, BACKGROUND = 3, 10, 120
+"""The seed of each family's page."""
+COLUMNS, GAP, BACKGROUND = 3, 10, 120
 OUTPUT = Path(__file__).parents[1] / "docs" / "pages.png"
 
 
 def main() -> None:
-    """Write the sheet."""
+    """Draw the pages and write the overview."""
     pages = [render_page(family, seed).image for family, seed in SEEDS.items()]
     width, height = pages[0].size
-    down = -(-len(pages) // ACROSS)
-    sheet = Image.new("L", (ACROSS * (width + GAP) + GAP, down * (height + GAP) + GAP), BACKGROUND)
+    rows = -(-len(pages) // COLUMNS)
+    overview = Image.new("L", (COLUMNS * (width + GAP) + GAP, rows * (height + GAP) + GAP), BACKGROUND)
     for i, page in enumerate(pages):
-        sheet.paste(page, (GAP + i % ACROSS * (width + GAP), GAP + i // ACROSS * (height + GAP)))
+        overview.paste(page, (GAP + i % COLUMNS * (width + GAP), GAP + i // COLUMNS * (height + GAP)))
     OUTPUT.parent.mkdir(exist_ok=True)
-    # 32 greys are enough to look at and keep the file small.
-    sheet.quantize(32).save(OUTPUT, optimize=True)
+    # 32 grey levels keep the file small.
+    overview.quantize(32).save(OUTPUT, optimize=True)
     print(f"{OUTPUT}: {OUTPUT.stat().st_size // 1024} KiB")
 
 

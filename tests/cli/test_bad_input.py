@@ -140,7 +140,7 @@ def test_config_file(fails, tmp_path, text, message):
         (["--data.num_workers", "-1"], "data.num_workers -1: must be 0 or more"),
         (["--data.limit_train", "0"], "data.limit_train 0: must be 1 or more"),
         (["--data.seed", "1" + "0" * 18], "data.seed 10{18}: must be a number of at most 18 digits"),
-        (["--data.held_out", "1.5"], "data.held_out 1.5: must be a share between 0 and 1"),
+        (["--data.held_out", "1.5"], "data.held_out 1.5: must be a fraction between 0 and 1"),
         (["--model.lora.target_modules", "nothing"], "model.lora: Target modules nothing not found"),
         (
             ["--model.lora.target_modules", "(q_proj"],
@@ -229,7 +229,7 @@ def test_json(fit_fails, tmp_path, text, message):
     ("change", "args", "message"),
     [
         ({}, ["--data.columns.question", "ask"], "data.columns: data train has no column 'ask' for question; it has"),
-        ({}, ["--data.columns", "{ask: query}"], "data.columns names 'ask', but an example's parts are question_id"),
+        ({}, ["--data.columns", "{ask: query}"], "data.columns names 'ask', but an example's fields are question_id"),
         ({"query": None}, [], "data train, row 1: no question in column 'query'"),
         ({"image": None}, [], "data train, row 1: no image in column 'image'"),
         ({"answers": []}, [], "data train, row 1: no answer: add one or drop the row"),
@@ -344,11 +344,11 @@ def test_a_checkpoint_of_another_version(fit_fails, checkpoint, tmp_path):
         ("datamodule_hyper_parameters", {"limit_val": "many"}, "data.limit_val: .*Got value: many"),
     ],
 )
-def test_an_option_of_a_checkpoint_that_cannot_be(fails, checkpoint, tmp_path, part, options, message):
+def test_a_checkpoint_with_an_invalid_option(fails, checkpoint, tmp_path, part, options, message):
     saved = torch.load(checkpoint, weights_only=True)
     torch.save({**saved, part: {**saved[part], **options}}, tmp_path / "my.ckpt")
     line = fails("validate", "--ckpt_path", "my.ckpt", *CPU)
-    match(f"ckpt_path my.ckpt: what it was trained with can't be: {message}: it is damaged", line)
+    match(f"ckpt_path my.ckpt: it was trained with an invalid option: {message}: the file is damaged", line)
 
 
 def test_a_metric_that_is_not_logged(run, tiny, capfd):

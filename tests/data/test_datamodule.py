@@ -1,4 +1,4 @@
-"""Which questions each stage sees, in which order, and when pages are decoded."""
+"""The splits of each stage, the order of training questions, and when pages are decoded."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from idefics_lit.data import datamodule
+from idefics_lit.data import split_roles
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 
 
 @pytest.fixture
 def data(tiny):
-    """Make a data module with the tiny processor, set up for a stage."""
+    """Return a function that sets up a data module with the tiny processor for a stage."""
 
     def make(stage, source="synthetic", **options):
         options = {"num_workers": 0, "limit_train": 12, **options}
@@ -94,8 +94,8 @@ def test_splits_may_be_named(data, official):
 )
 def test_only_a_set_known_for_it_is_validated_on_its_test_split(data, official, monkeypatch, source, options, expected):
     folder = str(official(train=20, test=2))
-    find = datamodule.find_splits
-    monkeypatch.setattr(datamodule, "find_splits", lambda _, *args: find(folder, *args))
+    find = split_roles.find_splits
+    monkeypatch.setattr(split_roles, "find_splits", lambda _, *args: find(folder, *args))
     module = data("fit", source, limit_train=None, **options)
     assert {question.split()[0] for question in questions(module.examples["val"])} == {expected}
     held_out = pages(module.examples["train"]).isdisjoint(pages(module.examples["val"]))
@@ -120,7 +120,7 @@ def test_held_out_pages_are_not_trained_on(data, official):
 
 @pytest.mark.parametrize("held_out", [0, 1, -0.1])
 def test_a_share_outside_0_and_1_is_refused(held_out):
-    with pytest.raises(InputError, match=r"data.held_out .*: must be a share between 0 and 1"):
+    with pytest.raises(InputError, match=r"data.held_out .*: must be a fraction between 0 and 1"):
         DocVQADataModule("synthetic", held_out=held_out)
 
 
@@ -159,13 +159,13 @@ def test_setting_up_decodes_no_page(data, official, monkeypatch):
 
 
 def epochs(module, count=2):
-    """The questions and labels that training visits, by epoch."""
+    """Return the token ids and labels of each epoch's batches."""
     loader = module.train_dataloader()
-    visits = []
+    batches_of_epochs = []
     for epoch in range(count):
         loader.sampler.set_epoch(epoch)
-        visits.append([(batch.input_ids.tolist(), batch.labels.tolist()) for batch in loader])
-    return visits
+        batches_of_epochs.append([(batch.input_ids.tolist(), batch.labels.tolist()) for batch in loader])
+    return batches_of_epochs
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -179,10 +179,11 @@ def test_order_and_answers_depend_on_seed_and_epoch_alone(data, official, num_wo
 
 
 def test_drawn_answers_differ_between_epochs(data, official):
-    module = data("fit", official(train=6, val=1), batch_size=12)
+    module = data("fit", official(train=6, val=1))
+    collate = module.collator("train")
     answers = []
     for epoch in range(2):
-        batch = next(iter(module._loader("train", 12, [(i, epoch, False) for i in range(12)])))
+        batch = collate([module.examples["train"][index, epoch, False] for index in range(12)])
         answers.append((batch.labels >= 0).sum(dim=1).tolist())
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 1

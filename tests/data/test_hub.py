@@ -227,7 +227,7 @@ def test_named_columns_win():
     ("columns", "message"),
     [
         ({"question": "nope"}, "set has no column 'nope' for question; it has"),
-        ({"quesiton": "query"}, "data.columns names 'quesiton', but an example's parts are question_id, question"),
+        ({"quesiton": "query"}, "data.columns names 'quesiton', but an example's fields are question_id, question"),
     ],
 )
 def test_a_wrong_mapping_is_refused(columns, message):

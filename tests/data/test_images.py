@@ -20,13 +20,14 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import AppendingTiffWriter
 from transformers.image_transforms import convert_to_rgb
 
-from idefics_lit.data import images
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.data.images import open_page
+from idefics_lit.data.sources import stored_images
 from idefics_lit.data.sources.hub import HubDocVQA
 from idefics_lit.data.sources.official import OfficialDocVQA
 from idefics_lit.data.sources.splits import find_splits
+from idefics_lit.data.sources.stored_images import open_stored
 from idefics_lit.data.sources.streaming import find_streams
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
@@ -196,6 +197,7 @@ def test_a_preview_or_a_mask_is_no_page(tmp_path, read, subfile):
     for number, content in enumerate((tiff(page, small), tiff(small, page))):
         assert_page(read(tmp_path / f"{number}", content), np.array(COLOUR))
         (tmp_path / "page.tif").write_bytes(content)
+
         assert count_pages(str(tmp_path / "page.tif")) == 1
         assert_page(read_page(str(tmp_path / "page.tif"), 0), np.array(COLOUR))
 
@@ -351,7 +353,7 @@ def test_an_archive_is_not_unpacked_without_a_limit(tmp_path):
             page.write(bytes(2**20))
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"zip://big.png::.*train.zip has more than 256 MiB: scale it down"):
-        images.open_stored({"bytes": None, "path": f"zip://big.png::{folder}/train.zip"}, str(folder))
+        open_stored({"bytes": None, "path": f"zip://big.png::{folder}/train.zip"}, str(folder))
     assert tracemalloc.get_traced_memory()[1] < 560 * 2**20
     tracemalloc.stop()
 
@@ -437,7 +439,7 @@ def test_a_path_elsewhere_is_not_opened(tmp_path, form, monkeypatch):
 
 
 def test_what_datasets_has_in_its_caches_is_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "CACHES", (tmp_path / "cache",))
+    monkeypatch.setattr(stored_images, "CACHES", (tmp_path / "cache",))
     (tmp_path / "cache").mkdir()
     COLOUR.save(tmp_path / "cache" / "p.png")
     assert_page(in_memory("image", str(tmp_path / "cache" / "p.png"), None)[0].images[0], np.array(COLOUR))

@@ -16,7 +16,7 @@ from PIL import Image
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
-from idefics_lit.data.samplers import connected
+from idefics_lit.data.grouping import group_by_shared_pages
 from idefics_lit.data.sources.hub import HubDocVQA
 from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.synthetic import SyntheticPages
@@ -127,8 +127,8 @@ def test_pages_that_hang_together_are_no_validation_set(tmp_path, data):
         data(jsonl(tmp_path, chain))
 
 
-def test_connected():
-    assert connected([("a",), ("b", "c"), ("d",), ("c", "e"), ("a", "a"), ("e",), ("f", "d")]) == [
+def test_group_by_shared_pages():
+    assert group_by_shared_pages([("a",), ("b", "c"), ("d",), ("c", "e"), ("a", "a"), ("e",), ("f", "d")]) == [
         [0, 4],
         [1, 3, 5],
         [2, 6],

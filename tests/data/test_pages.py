@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from idefics_lit.data.pages import FAMILIES, MOST_QUESTIONS, page_questions, render_page
+from idefics_lit.data.pages import FAMILIES, MAX_QUESTIONS, page_questions, render_page
 from idefics_lit.data.pages.page import HEIGHT, WIDTH
 from idefics_lit.data.pages.vocabulary import WORD_LISTS
 from idefics_lit.data.pages.words import KNOWN_LISTS, UNSEEN_LISTS
@@ -61,7 +61,7 @@ def test_scanning_changes_the_image_and_not_the_text():
 def test_questions_are_answered_by_the_page(pages):
     for page in pages:
         text = " ".join(page.lines)
-        assert 1 <= len(page.questions) <= MOST_QUESTIONS
+        assert 1 <= len(page.questions) <= MAX_QUESTIONS
         for question in page.questions:
             assert question.type in KINDS
             assert question.answers and all(answer in text for answer in question.answers), (page.seed, question)

@@ -140,7 +140,7 @@ def test_a_stream_in_another_order_is_refused(tmp_path):
         ({"held_out": ["0-1"]}, r"held-out pages 0 \(\w+\), here 1 \(\w+\)$"),
         ({"folder": "c"}, r"data.source set train, 4 files, here set train, 3 files$"),
     ):
-        with pytest.raises(InputError, match=rf"stream was read otherwise, resume with the same: {differing}"):
+        with pytest.raises(InputError, match=rf"stream had another order, resume with the same: {differing}"):
             part(**options).load_state_dict(state)
 
 
@@ -359,7 +359,7 @@ def test_a_resumed_fit_ends_in_the_same_adapter(run, tiny, tmp_path, capsys):
     assert_same_end(folder)
     with pytest.raises(SystemExit):
         run(*flags(tiny, source, "--ckpt_path", middle, "--data.num_workers", 1))
-    assert "stream was read otherwise, resume with the same: data.num_workers 2, here 1" in capsys.readouterr().err
+    assert "stream had another order, resume with the same: data.num_workers 2, here 1" in capsys.readouterr().err
     source = write(tmp_path / "broken", turns, rows=8, images=[{"bytes": b"no image", "path": None}])
     with pytest.raises(SystemExit):
         run(*flags(tiny, source))

@@ -1,4 +1,4 @@
-"""On which of its pages an answer is found."""
+"""`page_scores` and the answer pages of the evaluator."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def theirs(module, collate, example, answer):
 
 @pytest.mark.parametrize(("shared", "style"), [(True, "recipe"), (False, "idefics")])
 def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, documents, style, shared):
-    """Also where questions share their rows."""
+    """With packed rows and without."""
     examples = documents[:6] if shared else [replace(e, page_id=None) for e in documents[:6]]
     collate = Idefics2Collator(small, train=False, prompt_style=style)
     batch = collate(examples)
@@ -70,7 +70,7 @@ def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, docume
         assert torch.allclose(scores[i], expected, atol=2e-4)
 
 
-def test_pages_split_into_images_are_scored_as_such(module, documents):
+def test_scores_of_split_images(module, documents):
     processor = load_processor("tiny", image_splitting=True, image_size=112)
     batch = Idefics2Collator(processor, train=False, max_length=4000)([documents[0]])
     one_page = replace(documents[0], images=documents[0].images[:1])
@@ -87,7 +87,7 @@ def test_pages_split_into_images_are_scored_as_such(module, documents):
         assert torch.equal(page, answered.page_features[0][number * 320 :][:320])
 
 
-def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
+def test_true_answers_are_found_on_their_pages(module, documents):
     batch = Idefics2Collator(module.processor, train=False)(documents)
     with torch.no_grad():
         end = module.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
@@ -99,8 +99,7 @@ def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
     )
 
 
-def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
-    """Where memory is short."""
+def test_answer_pages_do_not_change_when_a_batch_is_evaluated_in_parts(module, small, documents):
     batch = Idefics2Collator(small, train=False)(documents)
     whole = module.evaluator.evaluate(batch, module.eval_loss)
     assert len({answer.answer_page for answer in whole}) > 1
@@ -109,7 +108,7 @@ def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
     module.evaluator.max_rows = None
 
 
-def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, small, documents, monkeypatch):
+def test_answer_pages_are_computed_only_when_wanted_and_without_the_vision_tower(module, small, documents, monkeypatch):
     collate = Idefics2Collator(small, train=False)
     look, read, calls = module.backbone.encode_images, module.backbone.prefill, []
     monkeypatch.setattr(module.backbone, "encode_images", lambda *some: calls.append("look") or look(*some))

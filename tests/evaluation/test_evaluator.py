@@ -1,4 +1,4 @@
-"""What is answered, counted and written: every question of a set, by its place, whatever mode the model is in."""
+"""Every question is answered, scored and written once, by its index, in every mode of the model."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Where the vision tower believes patches to be, in every dtype and with every version of transformers."""
+"""Position ids of patches, in every dtype and as in every supported version of transformers."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_rounded_coordinates_are_other_positions():
 
 
 @pytest.mark.parametrize("per_side", [2, 8, 14, 16, 32, 70])
-def test_positions_do_not_depend_on_who_asks_first(per_side):
+def test_positions_do_not_depend_on_the_first_caller(per_side):
     vision_position_ids.cache_clear()
     with torch.inference_mode():
         ids = vision_position_ids(50, 27, per_side, torch.device("cpu"))

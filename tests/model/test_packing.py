@@ -1,4 +1,4 @@
-"""Questions that share a row have the logits, the loss and the gradients of questions in rows of their own."""
+"""Packed questions have the logits, loss, gradients and answers of questions in rows of their own."""
 
 from collections import Counter
 from dataclasses import replace
@@ -80,8 +80,8 @@ def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processo
     assert all(torch.allclose(packed_grads[n], plain_grads[n], atol=1e-4) for n in plain_grads)
 
 
-def test_the_loss_is_transformers_own(tiny, processor, examples):
-    """A shared row is a batch that transformers' Idefics2 takes as it is."""
+def test_the_loss_is_that_of_transformers(tiny, processor, examples):
+    """transformers' Idefics2 takes packed rows too."""
     ours = module(tiny, quantization="none")
     for batch in (b := Idefics2Collator(processor, train=True))(examples), b(alone(examples)):
         theirs = ours.model(**batch.model_inputs(), use_cache=False)
@@ -91,7 +91,7 @@ def test_the_loss_is_transformers_own(tiny, processor, examples):
         assert torch.allclose(ours(batch).flatten(0, 1)[answers], theirs.logits.flatten(0, 1)[answers], atol=1e-5)
 
 
-def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny, processor, examples):
+def test_the_sliding_window_is_that_of_transformers(tiny, processor, examples):
     ours = module(tiny, quantization="none")
     config = ours.model.config.text_config
     assert config is ours.model.get_base_model().model.text_model.config
@@ -110,7 +110,7 @@ def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny,
     assert abs(ours.loss(batch)[0] - loss) > 1e-3
 
 
-def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, processor):
+def test_logits_of_pages_of_several_shapes_are_those_of_transformers(tiny, processor):
     """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
     ours = module(tiny, quantization="none")
     shapes = [(448, 336), (336, 448), (448, 400), (420, 448), (448, 336)]
@@ -127,8 +127,8 @@ def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, proces
     assert torch.allclose(ours(batch)[real], ours.model(**batch.model_inputs()).logits[real], atol=1e-5)
 
 
-def test_answers_are_generates(processor, examples, monkeypatch):
-    """Read from the rows' keys and values they are what `generate` gives, token for token, from the pixels."""
+def test_answers_are_those_of_generate(processor, examples, monkeypatch):
+    """Decoded from the prefill's keys and values, they equal those of transformers' `generate` from the pixels."""
     ours = Idefics2Module("tiny", quantization="none", max_new_tokens=12)  # one that says something
     ours.configure_model()
     ours.eval()
@@ -154,7 +154,7 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         collate = Idefics2Collator(processor, train=False)
         assert ours.generate(collate(examples)) == expected
         assert ours.generate(collate(alone(examples))) == expected
-        # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
+        # The tensors with fixed addresses that CUDA graphs use, reused for longer and shorter batches.
         monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS_MULTIPLE", 2)
         ours.evaluator.decoder = GreedyDecoder(ours.backbone, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]

@@ -1,4 +1,4 @@
-"""The reader that comes with the package: as good as its card says, and quick to show which details of a recipe matter.
+"""The trained model "tiny": its score is that of its card, and fine-tuning it shows errors in a recipe.
 
 Each fine-tuning is `configs/quickstart.yaml`, shorter.
 """

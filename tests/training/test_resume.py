@@ -117,14 +117,14 @@ def test_it_goes_on_from_anywhere_and_from_there_again(cut, short_fit, place, ba
 
 
 def test_another_number_of_workers(cut, short_fit, monkeypatch):
-    """Where none is given it is the checkpoint's, whatever this machine's cores; else the epoch is begun anew."""
+    """Where none is given it is the checkpoint's, whatever this machine's cores; else the epoch restarts."""
     args = short_fit("--data.num_workers", 1)
     folder, callback = cut(args)
     whole, middle = load(callback.path), folder / "whole-0-2.ckpt"
     monkeypatch.setattr("idefics_lit.data.datamodule.suggested_max_num_workers", lambda _: 2)
     _, callback = cut([*args[:-1], "null", "--ckpt_path", middle])
     assert_same(whole, load(callback.path))
-    with pytest.warns(UserWarning, match=r"epoch is begun anew.*: data.num_workers 1, here 2\."):
+    with pytest.warns(UserWarning, match=r"epoch restarts.*: data.num_workers 1, here 2\."):
         _, callback = cut([*args[:-1], "2", "--ckpt_path", middle])
     assert not all(map(torch.equal, whole["state_dict"].values(), load(callback.path)["state_dict"].values()))
 
@@ -149,12 +149,12 @@ def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, do
     args += ["--ckpt_path", str((folder / "whole-0-2.ckpt").rename(folder / "middle"))]
     visited = callback.visited
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*begun anew")
+        warnings.filterwarnings("error", message=".*epoch restarts")
         assert cut([*args, "--data.source", "moved"])[1].visited == visited[6:]
     others = ("--data.seed", "1", "--data.questions_per_page", "2", "--data.source", "turned")
     differing = "data.seed 0, here 1, data.questions_per_page 1, here 2, "
     differing += r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"
-    with pytest.warns(UserWarning, match=rf"checkpoint's epoch is begun anew, .* others: {differing}\."):
+    with pytest.warns(UserWarning, match=rf"checkpoint's epoch restarts, .* other settings: {differing}\."):
         _, callback = cut([*args, *others])
     assert len(callback.visited) == len(set(callback.visited)) >= 5
     assert callback.visited != visited

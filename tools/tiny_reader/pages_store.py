@@ -1,7 +1,7 @@
-"""Rendered pages with their tasks: drawn by worker processes while training runs, held on the device, cut into batches.
+"""Rendered pages with their tasks: rendered by worker processes during training, stored on the device, batched.
 
-Workers write into shared memory, a block of pages at a time; `PageStore.grow` copies finished blocks to the device, in
-place of the oldest ones when there is no more room.
+Workers write blocks of pages into shared memory; `PageStore.grow` copies finished blocks to the device, where they
+replace the oldest ones if the store is full.
 """
 
 import math
@@ -24,20 +24,20 @@ from idefics_lit.data.pages import FAMILIES, Page, render_page
 from idefics_lit.model.tiny import LATENTS, PAGE_HEIGHT, PAGE_WIDTH, PATCH
 
 TRAINED_FAMILIES = FAMILIES[:3]
-SHARES = (0.3, 0.32, 0.2, 0.18)  # of the families and of `SCATTER` among the training pages
-FIRST_TRAINING_SEED = 1_000_000_000  # every smaller seed is held out
+SHARES = (0.3, 0.32, 0.2, 0.18)  # sampling weights of the families and of `SCATTER`
+FIRST_TRAINING_SEED = 1_000_000_000  # smaller seeds are held out
 
 GLYPHS = 384  # kept per page
 BLOCK = 256
 BLOCKS = 96  # in shared memory
 
-# Augmentation: at most so many pixels in x and y, down to such a size, at most so many grey levels of noise, strokes
-# at most so much bolder or thinner (1: by a pixel on each side).
+# Augmentation: the largest shift in pixels, the smallest scale, the largest noise in grey levels, the largest change
+# of stroke width (1 is a pixel on each side).
 SHIFT, SHRINK, NOISE, BOLDER, THINNER = 6, 0.87, 8.0, 0.5, 0.35
 
 ROWS, COLUMNS = PAGE_HEIGHT // PATCH, PAGE_WIDTH // PATCH
-SIDE = math.isqrt(LATENTS)  # latents stand for a grid of SIDE x SIDE parts of the page
-CELLS = 3  # cells of a patch, side by side, each with room for one character
+SIDE = math.isqrt(LATENTS)  # latents correspond to a grid of SIDE x SIDE regions of the page
+CELLS = 3  # cells per patch, side by side, one character each
 
 FIELDS = {
     "image": ((PAGE_HEIGHT, PAGE_WIDTH), np.uint8),
@@ -54,15 +54,15 @@ PAGE_BYTES = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in
 
 
 class Batch(NamedTuple):
-    """What a training step needs, for B pages with Q tasks of S tokens each; -100 where there is no target."""
+    """A training batch of B pages with Q tasks of S tokens each; -100 means no target."""
 
     image: Tensor  # B, height, width, in [-1, 1]
     ids: Tensor  # B, Q, S
     target: Tensor  # B, Q, S: the next id, for the answers' characters and the end
     cells: Tensor  # B, patches * CELLS: class of the character in each cell of the page, 0 for none
-    row: Tensor  # B, Q, S: where the next character of the answer stands: row of patches,
-    column: Tensor  # B, Q, S: column of cells,
-    latent: Tensor  # B, Q, S: latent
+    row: Tensor  # B, Q, S: row of patches of the answer's next character,
+    column: Tensor  # B, Q, S: its column of cells,
+    latent: Tensor  # B, Q, S: its latent
 
 
 def fill(arrays: dict[str, np.ndarray], index: int, page: Page) -> None:
@@ -90,7 +90,7 @@ def fill(arrays: dict[str, np.ndarray], index: int, page: Page) -> None:
 
 
 def shared_arrays(pages: int = BLOCKS * BLOCK) -> dict[str, np.ndarray]:
-    """Arrays of `FIELDS` for so many pages in memory that forked processes share."""
+    """Return arrays of `FIELDS`, in memory that is shared with forked processes."""
     arrays = {}
     for name, (shape, dtype) in FIELDS.items():
         size = pages * math.prod(shape) * np.dtype(dtype).itemsize
@@ -99,21 +99,21 @@ def shared_arrays(pages: int = BLOCKS * BLOCK) -> dict[str, np.ndarray]:
     return arrays
 
 
-_arrays: dict[str, np.ndarray] = {}  # in each worker: the store's
+_arrays: dict[str, np.ndarray] = {}  # the shared arrays, in each worker
 
 
 def start_pool(arrays: dict[str, np.ndarray]) -> Pool:
-    """Start a worker for each core; to be called before anything touches the GPU."""
+    """Start a worker per core; call it before CUDA is initialized."""
     return multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _start_worker, (arrays,))
 
 
 def _start_worker(arrays: dict[str, np.ndarray]) -> None:
-    os.nice(10)  # the process that feeds the GPU goes first
+    os.nice(10)  # give priority to the training process
     _arrays.update(arrays)
 
 
 def _fill_block(block: int, number: int) -> None:
-    """Render the training pages ``number`` and on to a block; a page that can't be had is made from another seed."""
+    """Render training pages from ``number`` on into a block; a page that fails is rendered with another seed."""
     for index in range(BLOCK):
         for attempt in range(20):
             seed = FIRST_TRAINING_SEED + number + index + attempt * 100_000_000
@@ -127,11 +127,11 @@ def _fill_block(block: int, number: int) -> None:
 
 
 class PageStore:
-    """Pages on the device, growing while workers render.
+    """Pages on the device, which grow while workers render.
 
     Args:
-        pages: as many as there is to be room for.
-        device: where they are held.
+        pages: the capacity.
+        device: the device.
     """
 
     def __init__(self, pages: int, device: torch.device) -> None:
@@ -145,7 +145,7 @@ class PageStore:
 
     @classmethod
     def of(cls, pages: list[Page], device: torch.device) -> "PageStore":
-        """A store of these pages."""
+        """Return a store of these pages."""
         arrays = {name: np.zeros((len(pages), *shape), dtype) for name, (shape, dtype) in FIELDS.items()}
         for index, page in enumerate(pages):
             fill(arrays, index, page)
@@ -154,38 +154,38 @@ class PageStore:
         return store
 
     def render(self, pool: Pool, arrays: dict[str, np.ndarray]) -> None:
-        """Begin to render, for as long as `grow` is called."""
+        """Start rendering; `grow` requests further blocks."""
         self._pool, self._arrays, self._number = pool, arrays, 0
         for block in range(len(arrays["image"]) // BLOCK):
-            self._order(block)
+            self._request(block)
 
-    def _order(self, block: int) -> None:
+    def _request(self, block: int) -> None:
         self._waiting.append((block, self._pool.apply_async(_fill_block, (block, self._number))))
         self._number += BLOCK
 
-    def grow(self, most: int = 2) -> None:
-        """Take over the blocks that have been finished since, ``most`` at a time, so that no step waits for long."""
-        while most and self._waiting and self._waiting[0][1].ready():
+    def grow(self, max_blocks: int = 2) -> None:
+        """Copy finished blocks to the device, few per call, so that no training step waits long."""
+        while max_blocks and self._waiting and self._waiting[0][1].ready():
             block, result = self._waiting.popleft()
             try:
                 result.get()
-            except Exception as error:  # a page less matters little, a run lost matters much
+            except Exception as error:  # losing a block is better than losing the run
                 print(f"WARNING: a block of pages was not rendered: {error!r}", flush=True)
             else:
                 self._add({name: array[block * BLOCK : (block + 1) * BLOCK] for name, array in self._arrays.items()})
-            self._order(block)
-            most -= 1
+            self._request(block)
+            max_blocks -= 1
 
     def _add(self, arrays: dict[str, np.ndarray]) -> None:
-        room, count = len(self.on_device["image"]), len(arrays["image"])
-        first = self.rendered % (room // count * count)
+        capacity, count = len(self.on_device["image"]), len(arrays["image"])
+        first = self.rendered % (capacity // count * count)
         for name, array in arrays.items():
             self.on_device[name][first : first + count].copy_(torch.from_numpy(array))
         self.rendered += count
         self.size = max(self.size, first + count)
 
     def training_batch(self, pages: int, slots: int, reading: float) -> Batch:
-        """Random pages with random tasks, a share ``reading`` of them reading tasks, augmented."""
+        """Return augmented random pages with random tasks, of which a fraction ``reading`` are reading tasks."""
         rows = torch.randint(self.size, (pages,), device=self.device)
         offset = torch.arange(slots, device=self.device)
 
@@ -198,7 +198,7 @@ class PageStore:
         return self.batch(rows, torch.where(reads, QUESTIONS + readings, questions), augment=True)
 
     def batch(self, rows: Tensor, tasks: Tensor, augment: bool = False) -> Batch:
-        """Pages ``rows`` (B) with their tasks ``tasks`` (B, Q)."""
+        """Return the pages ``rows`` (B) with their tasks ``tasks`` (B, Q)."""
         on_device, device, count = self.on_device, self.device, len(rows)
         image, xy = on_device["image"][rows], on_device["glyph_xy"][rows].long()
         if augment:
@@ -207,34 +207,34 @@ class PageStore:
         row, column = y // PATCH, x * CELLS // PATCH
         inside = (x >= 0) & (x < PAGE_WIDTH) & (y >= 0) & (y < PAGE_HEIGHT)
         classes = on_device["glyph_class"][rows].long()
-        nowhere = ROWS * COLUMNS * CELLS
-        cells = torch.zeros(count, nowhere + 1, dtype=torch.long, device=device)
-        cells.scatter_(1, torch.where(inside & (classes > 0), row * COLUMNS * CELLS + column, nowhere), classes)
+        dummy_cell = ROWS * COLUMNS * CELLS
+        cells = torch.zeros(count, dummy_cell + 1, dtype=torch.long, device=device)
+        cells.scatter_(1, torch.where(inside & (classes > 0), row * COLUMNS * CELLS + column, dummy_cell), classes)
 
         pages = rows[:, None]
         ids = on_device["ids"][pages, tasks].long()
         start, length = (on_device[name][pages, tasks].long()[..., None] for name in ("start", "length"))
-        place = torch.arange(1, SLOT + 1, device=device)
-        target = torch.where((place >= start) & (place < length), _next(ids, 0), -100)
+        position = torch.arange(1, SLOT + 1, device=device)
+        target = torch.where((position >= start) & (position < length), _next(ids, 0), -100)
         glyph = _next(on_device["glyph"][pages, tasks].long(), -1)
 
         def at_glyph(value: Tensor) -> Tensor:
-            found = value.gather(1, glyph.clamp_min(0).flatten(1)).view_as(glyph)
+            values = value.gather(1, glyph.clamp_min(0).flatten(1)).view_as(glyph)
             known = (glyph >= 0) & inside.gather(1, glyph.clamp_min(0).flatten(1)).view_as(glyph)
-            return torch.where(known, found, -100)
+            return torch.where(known, values, -100)
 
         latent = (y // PATCH) * SIDE // ROWS * SIDE + (x // PATCH) * SIDE // COLUMNS
-        places = at_glyph(row), at_glyph(column), at_glyph(latent)
-        return Batch(image.float() / 127.5 - 1, ids, target, cells[:, :-1], *places)
+        positions = at_glyph(row), at_glyph(column), at_glyph(latent)
+        return Batch(image.float() / 127.5 - 1, ids, target, cells[:, :-1], *positions)
 
 
 def _next(values: Tensor, last: int) -> Tensor:
-    """Each place's successor."""
+    """Shift values by one position to the left, and append ``last``."""
     return torch.cat([values[..., 1:], torch.full_like(values[..., :1], last)], dim=-1)
 
 
 def _augment(image: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
-    """Pages moved, half of them shrunk too, in other light, with noise, some with bolder or thinner strokes."""
+    """Shift, scale down (half of the pages), darken, add noise, and embolden or thin the strokes of some pages."""
     count, device = len(image), image.device
 
     def uniform(*shape: int) -> Tensor:
@@ -242,10 +242,10 @@ def _augment(image: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
 
     page = torch.tensor([PAGE_WIDTH - 1, PAGE_HEIGHT - 1], device=device)
     scale = torch.where(uniform(1) < 0.5, 1.0, 1 - (1 - SHRINK) * uniform(2))
-    # A shrunk page may lie anywhere on the sheet; whole pixels, so that what isn't shrunk stays sharp.
+    # A scaled page may be anywhere; shifts are whole pixels, so that unscaled pages stay sharp.
     shift = ((1 - scale) * page * uniform(2) + SHIFT * (2 * uniform(2) - 1)).round()
     theta = torch.zeros(count, 2, 3, device=device)
-    # affine_grid counts from -1 to 1 over the corners: new = scale * old + shift, and it wants the way back.
+    # affine_grid takes the inverse of new = scale * old + shift, in coordinates from -1 to 1.
     theta[:, 0, 0], theta[:, 1, 1] = (1 / scale).unbind(-1)
     theta[:, :, 2] = 1 / scale - 1 - 2 * shift / (scale * page)
     grid = F.affine_grid(theta, [count, 1, PAGE_HEIGHT, PAGE_WIDTH], align_corners=True)

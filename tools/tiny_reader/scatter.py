@@ -1,7 +1,7 @@
-"""Pages for training only: strings set anywhere, as densely as documents can be, and questions on where they stand.
+"""Training pages of densely scattered strings, with questions about their neighbours.
 
-No document looks like this. It is where a reader learns to read every place of a page, small type and strings that are
-no words, and to go from one text to its neighbour: what a layout that it has never seen will ask of it.
+They teach the reader to read every position of a page, small type and random strings, and to find the neighbour of a
+text, which unseen layouts require.
 """
 
 import string
@@ -14,7 +14,7 @@ from idefics_lit.data.pages.sheet import MARGIN, Sheet, Text
 
 
 def write_scatter(sheet: Sheet) -> None:
-    """Fill a sheet with one to three columns of strings and pairs of strings."""
+    """Write one to three columns of strings and pairs of strings on a sheet."""
     rng = sheet.rng
     edges = [MARGIN + 2, *sorted(rng.sample(range(140, 320, 20), rng.choice((0, 0, 0, 1, 1, 2)))), WIDTH - MARGIN - 2]
     for left, right in pairwise(edges):
@@ -22,14 +22,14 @@ def write_scatter(sheet: Sheet) -> None:
             _column(sheet, left, right - 8)
     if len(edges) == 2 and rng.random() < 0.4:
         bottom = max((text.y for text in sheet.texts), default=HEIGHT) + 14
-        sheet.slip(edges[0] - 8, 0, edges[1] + 8, min(bottom, HEIGHT))
+        sheet.paper_slip(edges[0] - 8, 0, edges[1] + 8, min(bottom, HEIGHT))
 
 
 def _column(sheet: Sheet, left: float, right: float) -> None:
     rng, size = sheet.rng, sheet.style.body.size
-    room = right - left
-    if room > 250:  # a narrow slip now and then
-        inset = rng.choice((0, rng.randint(0, int(room) - 220)))
+    width = right - left
+    if width > 250:  # sometimes a narrow column
+        inset = rng.choice((0, rng.randint(0, int(width) - 220)))
         shift = rng.randint(0, inset)
         left, right = left + shift, right - (inset - shift)
     pitch = size + rng.choice((2, 2, 3, 4, 6, 9))
@@ -43,7 +43,7 @@ def _column(sheet: Sheet, left: float, right: float) -> None:
 
 
 def _line(sheet: Sheet, left: float, right: float, y: float) -> list[str]:
-    """Write a string, or one at the left and one at the right. Returns what stands there."""
+    """Write one string, or one at the left and one at the right, and return them."""
     rng, font = sheet.rng, _font(sheet)
     first, second = _string(sheet), _string(sheet)
     if rng.random() < 0.6:
@@ -55,7 +55,7 @@ def _line(sheet: Sheet, left: float, right: float, y: float) -> list[str]:
     text = rng.choice(
         (
             Text(left, y, first, font),
-            Text.centre((left + right) / 2, y, first, font),
+            Text.center((left + right) / 2, y, first, font),
             Text.right(right, y, first, font),
         )
     )
@@ -63,13 +63,13 @@ def _line(sheet: Sheet, left: float, right: float, y: float) -> list[str]:
 
 
 def _font(sheet: Sheet) -> Font:
-    """The body's, now and then the label's or the heading's."""
+    """Return the font of the body or, less often, of the label or the heading."""
     style = sheet.style
     return sheet.rng.choice((style.body, style.body, style.body, style.label, style.heading.at(style.body.size + 2)))
 
 
 def _string(sheet: Sheet) -> str:
-    """A value of any kind, or characters in no order."""
+    """Return a value of any kind, or random characters."""
     rng, words = sheet.rng, sheet.words
     if rng.random() < 0.3:
         letters = rng.choice((string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.digits))
@@ -99,23 +99,23 @@ def _string(sheet: Sheet) -> str:
         words.weight,
     )
     text = rng.choice(kinds)()
-    look = rng.random()
-    if look < 0.1:
+    style = rng.random()
+    if style < 0.1:
         return text.upper()
-    if look < 0.2:
+    if style < 0.2:
         return f"{words.quantity()} {text}"
-    if look < 0.25:
+    if style < 0.25:
         return f"{text}{rng.choice((':', '.', ',', ' -', ' #', '*'))}"
     return text
 
 
 def _ask(sheet: Sheet, lines: list[list[str]]) -> None:
-    """Ask for what stands right, left, below and above of a text that stands there once."""
-    everything = [text.text for text in sheet.texts]
+    """Ask for the neighbours right of, left of, below and above a text that occurs once."""
+    all_texts = [text.text for text in sheet.texts]
 
-    def ask(place: str, text: str, answer: str) -> None:
-        if sum(text in other for other in everything) == 1 and '"' not in text:
-            question = sheet.rng.choice(('What stands {} "{}"?', 'What is {} "{}"?', '{} "{}"?')).format(place, text)
+    def ask(relation: str, text: str, answer: str) -> None:
+        if sum(text in other for other in all_texts) == 1 and '"' not in text:
+            question = sheet.rng.choice(('What stands {} "{}"?', 'What is {} "{}"?', '{} "{}"?')).format(relation, text)
             sheet.questions.append(Question(question[:1].upper() + question[1:], [answer], "layout"))
 
     for line in lines:

@@ -1,7 +1,7 @@
-"""What is asked of the reader on a page, as token ids: the page's questions, and reading its lines aloud.
+"""The reader's tasks on a page as token ids: answer the page's questions, and transcribe its lines.
 
-A task is packed as what follows the image in the prompt: a space (the processor puts it there), the question,
-`<end_of_utterance>`, "Assistant:", the answer, `<end_of_utterance>`. What stands before is packed once a page.
+A task consists of the tokens after the image: a space (which the processor inserts), the question,
+`<end_of_utterance>`, "Assistant:", the answer, `<end_of_utterance>`. The tokens before are shared by a page's tasks.
 """
 
 import random
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from idefics_lit.data.pages import Page
 from idefics_lit.model.tiny import BOS, END_OF_UTTERANCE, FAKE, IMAGE, LATENTS, tiny_processor
 
-QUESTIONS, READINGS = 12, 12  # tasks of each kind kept per page
-SLOT = 80  # tokens of a task, padding included; the few longer ones are left out
+QUESTIONS, READINGS = 12, 12  # the largest number of tasks of each kind per page
+SLOT = 80  # tokens of a task, padding included; longer tasks are dropped
 CHARACTERS = 95  # printable ASCII, 0 for none
 
 
 class Task(NamedTuple):
-    """A task's ids, where its answer begins and the glyph of the page that each answer character is (-1: none)."""
+    """A task's token ids, the start of its answer, and the page's glyph index of each answer character (-1: none)."""
 
     ids: list[int]
     start: int
@@ -32,7 +32,7 @@ ID_OF = _ascii_ids()
 
 
 def encode(text: str) -> list[int]:
-    """The tokenizer's ids of a text, many times as fast; KeyError for anything but ASCII."""
+    """Tokenize a text, faster than the tokenizer; raises KeyError if it isn't ASCII."""
     return [ID_OF[char] for char in text]
 
 
@@ -41,7 +41,7 @@ PREFIX = [BOS, *encode("User: Answer briefly."), FAKE, *[IMAGE] * LATENTS, FAKE]
 
 
 def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
-    """The conversation that the reader is trained on."""
+    """Return the conversation of a question, and of its answer if there is one."""
     user = [{"type": "text", "text": "Answer briefly."}, {"type": "image"}, {"type": "text", "text": question}]
     turns = [{"role": "user", "content": user}]
     if answer is not None:
@@ -50,34 +50,34 @@ def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
 
 
 def question_tasks(page: Page, rng: random.Random) -> list[Task]:
-    """Some of the page's questions."""
+    """Return a random sample of the page's questions."""
     text = " ".join(page.lines)
     glyph_at = _glyph_indices(text)
     tasks = []
     for question in page.questions:
         answer = question.answers[0]
-        at = text.find(answer)
-        known = at >= 0 and text.find(answer, at + 1) < 0
-        tasks.append((question.text, answer, glyph_at[at : at + len(answer)] if known else []))
+        start = text.find(answer)
+        is_unique = start >= 0 and text.find(answer, start + 1) < 0
+        tasks.append((question.text, answer, glyph_at[start : start + len(answer)] if is_unique else []))
     return _pack(tasks, QUESTIONS, rng)
 
 
 def reading_tasks(page: Page, rng: random.Random) -> list[Task]:
-    """Read a line, named by its number or by its beginning: many characters to learn from, little to understand."""
+    """Return tasks to transcribe a line that is given by its number or its first characters."""
     glyph_at = _glyph_indices(" ".join(page.lines))
-    tasks, at = [], 0
+    tasks, start = [], 0
     for number, line in enumerate(page.lines, start=1):
-        where = glyph_at[at : at + len(line)]
-        at += len(line) + 1
-        tasks.append((f"Read line {number}.", line, where))
-        begin = line[: rng.randint(3, 7)]
-        if sum(other.startswith(begin) for other in page.lines) == 1:
-            tasks.append((f'Read "{begin}"', line, where))
+        glyphs = glyph_at[start : start + len(line)]
+        start += len(line) + 1
+        tasks.append((f"Read line {number}.", line, glyphs))
+        prefix = line[: rng.randint(3, 7)]
+        if sum(other.startswith(prefix) for other in page.lines) == 1:
+            tasks.append((f'Read "{prefix}"', line, glyphs))
     return _pack(tasks, READINGS, rng)
 
 
 def _glyph_indices(text: str) -> list[int]:
-    """Number the characters of a page's text that are not spaces."""
+    """Return the glyph index of each character of a page's text; -1 for spaces."""
     indices, count = [], 0
     for char in text:
         indices.append(-1 if char == " " else count)
@@ -85,7 +85,7 @@ def _glyph_indices(text: str) -> list[int]:
     return indices
 
 
-def _pack(tasks: list[tuple[str, str, list[int]]], most: int, rng: random.Random) -> list[Task]:
+def _pack(tasks: list[tuple[str, str, list[int]]], max_tasks: int, rng: random.Random) -> list[Task]:
     packed = []
     for question, answer, glyphs in tasks:
         if not (question + answer).isascii():
@@ -94,4 +94,4 @@ def _pack(tasks: list[tuple[str, str, list[int]]], most: int, rng: random.Random
         ids = [*prompt, *encode(f" {answer}"), END_OF_UTTERANCE]
         if len(ids) <= SLOT:
             packed.append(Task(ids, len(prompt), [-1, *glyphs]))
-    return rng.sample(packed, min(most, len(packed)))
+    return rng.sample(packed, min(max_tasks, len(packed)))

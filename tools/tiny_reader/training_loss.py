@@ -1,8 +1,8 @@
-"""How the reader starts, and losses that show it the way; none of it is in the finished model.
+"""The initial weights of the reader and its auxiliary losses, which aren't part of the trained model.
 
-The answers alone are a faint signal for a model that has never seen a letter. So the patches and the latents are asked
-which characters they hold, each head of the resampler is shown a patch of its latent's part of the page to look at,
-and the decoder's middle layer is asked where the next character stands. All of it fades out during training.
+The answers alone are a weak signal for a model trained from scratch. Auxiliary heads therefore predict the characters
+of each patch and latent and, from the decoder's middle layer, the position of the next character. Another loss guides
+each head of the resampler to one patch of its latent's region. All of them fade out during training.
 """
 
 import torch
@@ -20,7 +20,7 @@ CELL_ROWS, CELL_COLUMNS = ROWS // SIDE, COLUMNS // SIDE  # patches under a laten
 
 
 class TrainingLoss(nn.Module):
-    """The reader with its helpers: everything that has parameters during training."""
+    """The reader with its auxiliary heads."""
 
     def __init__(self, reader: PackedReader) -> None:
         """See the class."""
@@ -33,16 +33,16 @@ class TrainingLoss(nn.Module):
         self.column_head = nn.Linear(text, COLUMNS * CELLS)
         self.register_buffer("guide", _guide(), persistent=False)
 
-    def forward(self, batch: Batch, character: Tensor, look: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and its parts without gradient.
+    def forward(self, batch: Batch, character: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its terms without gradient.
 
         Args:
             batch: pages and tasks.
-            character: weight of the helpers that know the characters (a tensor, so that it may change uncompiled).
-            look: weight of the one that knows where to look.
+            character: the weight of the character and position losses; tensors don't trigger a recompilation.
+            attention: the weight of the attention loss.
 
         Returns:
-            A scalar, and [answer, patch, latent, place, look].
+            A scalar, and [answer, patch, latent, position, attention].
         """
         outputs = self.reader(batch.image, batch.ids)
         parts = torch.stack(
@@ -50,11 +50,11 @@ class TrainingLoss(nn.Module):
                 _mean_loss(outputs.logits, batch.target),
                 self._patch_loss(outputs, batch),
                 self._latent_loss(outputs, batch),
-                self._place_loss(outputs, batch),
-                self._look_loss(outputs),
+                self._position_loss(outputs, batch),
+                self._attention_loss(outputs),
             ]
         )
-        weights = torch.stack([torch.ones_like(character), character, character, 0.5 * character, look])
+        weights = torch.stack([torch.ones_like(character), character, character, 0.5 * character, attention])
         return (weights * parts).sum(), parts.detach()
 
     def _patch_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -64,22 +64,22 @@ class TrainingLoss(nn.Module):
         cells = batch.cells.view(-1, SIDE, CELL_ROWS, SIDE, CELL_COLUMNS * CELLS).transpose(2, 3)
         return _character_loss(self.latent_head(outputs.latents), cells)
 
-    def _place_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+    def _position_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         row, column = self.row_head(outputs.middle), self.column_head(outputs.middle)
-        pointing = batch.latent.flatten(1)[:, None].expand(-1, outputs.points.shape[1], -1)
+        target_latents = batch.latent.flatten(1)[:, None].expand(-1, outputs.latent_attention.shape[1], -1)
         return (
             _mean_loss(row, batch.row.flatten(1))
             + _mean_loss(column, batch.column.flatten(1))
-            + _mean_loss(outputs.points, pointing)
+            + _mean_loss(outputs.latent_attention, target_latents)
         )
 
-    def _look_loss(self, outputs: Outputs) -> Tensor:
-        looks = outputs.looks.log_softmax(-1)[..., : ROWS * COLUMNS]
-        return -(self.guide * looks).sum(-1).mean()
+    def _attention_loss(self, outputs: Outputs) -> Tensor:
+        log_probs = outputs.resampler_attention.log_softmax(-1)[..., : ROWS * COLUMNS]
+        return -(self.guide * log_probs).sum(-1).mean()
 
 
 def _mean_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy over the places that have a target."""
+    """Return the mean cross-entropy over positions with a target."""
     total = F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), ignore_index=-100, reduction="sum")
     return total / (target >= 0).sum().clamp_min(1)
 
@@ -92,30 +92,30 @@ def _character_loss(logits: Tensor, cells: Tensor) -> Tensor:
 
 
 def _guide() -> Tensor:
-    """Heads, latents, patches: a bump on the patch that a head of a latent begins with."""
+    """Return the target attention (heads, latents, patches): a Gaussian around each head's patch of a latent."""
 
-    def bump(patches: int, under: int) -> Tensor:
-        centre = torch.arange(SIDE)[:, None] * under + torch.arange(under)  # SIDE, under
-        return torch.exp(-((torch.arange(patches) - centre[..., None]) ** 2) / (2 * 0.35**2))
+    def gaussian(patches: int, per_latent: int) -> Tensor:
+        center = torch.arange(SIDE)[:, None] * per_latent + torch.arange(per_latent)  # SIDE, per_latent
+        return torch.exp(-((torch.arange(patches) - center[..., None]) ** 2) / (2 * 0.35**2))
 
-    guide = torch.einsum("iay,jbx->abijyx", bump(ROWS, CELL_ROWS), bump(COLUMNS, CELL_COLUMNS))
+    guide = torch.einsum("iay,jbx->abijyx", gaussian(ROWS, CELL_ROWS), gaussian(COLUMNS, CELL_COLUMNS))
     guide = guide.reshape(CELL_ROWS * CELL_COLUMNS, SIDE * SIDE, ROWS * COLUMNS)
     return guide / guide.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def new_reader() -> Idefics2ForConditionalGeneration:
-    """A model with weights to start from: scaled to each layer's width, and positions that are near where pages are."""
+    """Return a model with initial weights scaled by layer width, and sinusoidal position embeddings."""
     model = tiny_model()
     config = model.config
     resampler = config.perceiver_config
-    assert resampler.resampler_n_heads == CELL_ROWS * CELL_COLUMNS, "the guide gives each patch under a latent a head"
+    assert resampler.resampler_n_heads == CELL_ROWS * CELL_COLUMNS, "the guide needs a head for each patch of a latent"
     for name, weight in model.named_parameters():
         if weight.ndim != 2 or any(part in name for part in ("embed", "lm_head", "latents")):
             continue
         std = weight.shape[1] ** -0.5
         if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "mlp.down_proj.weight")):
-            # These add to the residual: the deeper the stack, the less each.
+            # Residual branches are scaled down by depth, as in GPT-2.
             part = config.vision_config if "vision" in name else config.text_config
             depth = resampler.resampler_depth if "resampler" in name else part.num_hidden_layers
             std *= (2 * depth) ** -0.5
@@ -125,13 +125,13 @@ def new_reader() -> Idefics2ForConditionalGeneration:
     embeddings = model.model.vision_model.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=(3 * PATCH**2) ** -0.5)
     embeddings.position_embedding.weight.copy_(
-        0.5 * _waves(config.vision_config.image_size // PATCH, embeddings.embed_dim)
+        0.5 * _sinusoids(config.vision_config.image_size // PATCH, embeddings.embed_dim)
     )
     return model
 
 
-def _waves(side: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, (side * side, width)."""
+def _sinusoids(side: int, width: int) -> Tensor:
+    """Return sines and cosines of row and column, (side * side, width)."""
     quarter = width // 4
     angles = torch.arange(side)[:, None] * 60.0 ** -(torch.arange(quarter) / (quarter - 1))
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)

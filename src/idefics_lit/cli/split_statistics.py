@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.samplers import Subset, TrainSampler
+from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
+from idefics_lit.data.subset import Subset
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import LENGTH_MULTIPLE
 

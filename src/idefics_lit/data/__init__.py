@@ -1,1 +1,1 @@
-"""Where questions and pages come from."""
+"""Datasets of questions about document pages, and the loaders that batch them."""

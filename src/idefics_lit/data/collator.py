@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.images import page_digest
+from idefics_lit.data.page_keys import page_digest
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
@@ -31,7 +31,7 @@ class TokenizedExamples(NamedTuple):
         page_ids: for each row the token ids up to its last image token.
         prompt_ids: for each example the token ids of its prompt after the page.
         full_ids: for each example the token ids of its prompt and answer after the page.
-        digests: for each example the digests of its images, see `idefics_lit.data.images.page_digest`.
+        digests: for each example the digests of its images, see `idefics_lit.data.page_keys.page_digest`.
     """
 
     row_members: list[list[int]]

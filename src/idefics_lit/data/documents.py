@@ -1,4 +1,4 @@
-"""The pages of image files and PDFs."""
+"""Count and decode the pages of image files and PDFs."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from pypdfium2 import PdfDocument, PdfiumError
 from idefics_lit.data.images import FORMATS, open_page, page_frames
 from idefics_lit.errors import InputError, first_line
 
-LONGEST_EDGE = 2200  # of a rendered page in pixels: A4 at 190 dpi, what DocVQA's scans have
+LONGEST_EDGE = 2200  # of a rendered PDF page in pixels: A4 at 190 dpi, as DocVQA's scans
 
 
 def count_pages(file: str) -> int:
-    """Count a file's pages.
+    """Return the number of pages in a file.
 
     Raises:
-        InputError: it isn't one that can be read.
+        InputError: when the file can't be read.
     """
     try:
         if _is_pdf(file):
@@ -35,19 +35,19 @@ def count_pages(file: str) -> int:
 
 
 def read_page(file: str, number: int) -> Image.Image:
-    """Decode a page.
+    """Decode one page of a file.
 
     Args:
         file: an image or a PDF.
-        number: which of its pages, from 0.
+        number: the index of the page.
 
     Raises:
-        InputError: it can't be read.
+        InputError: when the page can't be read.
     """
     try:
         if _is_pdf(file):
             with PdfDocument(file) as pdf:
-                pdf.init_forms()  # else what is filled in isn't drawn
+                pdf.init_forms()  # to draw the values of form fields
                 page = pdf[number]
                 return page.render(scale=LONGEST_EDGE / max(page.get_size())).to_pil().convert("RGB")
         return open_page(file, number)

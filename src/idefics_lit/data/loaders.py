@@ -1,4 +1,8 @@
-"""The loaders of training batches, of a set and of a stream, which a resumed run goes on with where it was."""
+"""Resumable training loaders: one for a split with an index, one for a stream.
+
+Their state is the position in the data and the settings that the position depends on. The keys of the state are those
+of existing checkpoints.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,15 +17,15 @@ from idefics_lit.utils.distributed import gather_objects
 
 
 class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A loader that knows its place in an epoch.
+    """A loader that resumes in the middle of an epoch.
 
-    A place is so many batches: another run finds the same questions behind it when the same sampler, and as many
-    workers and examples a batch, make it. With others its epoch is begun anew, and says so.
+    Its position is a number of batches, so it depends on the sampler's order, the batch size and the number of workers.
+    If one of them differs from the checkpoint's, the epoch restarts, with a warning.
 
     Args:
         dataset: the questions.
-        trainer: whose epoch it is.
-        options: a DataLoader's, the sampler `TrainSampler` among them.
+        trainer: whose epoch progress decides whether the state has a position.
+        options: a DataLoader's; the sampler is a `TrainSampler`.
     """
 
     def __init__(self, dataset: Any, trainer: Trainer | None, **options: Any) -> None:  # noqa: ANN401
@@ -29,28 +33,28 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
-        """Begin when the first batch is asked for: Lightning iterates before it tells the sampler its epoch."""
+        """Iterate lazily: Lightning calls ``iter`` before it calls the sampler's ``set_epoch``."""
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place and what it holds for; no place between epochs."""
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        inside = batches is None or (batches.current.ready > 0 and not batches.is_last_batch)
-        return {"made by": self._made_by(), "place": super().state_dict() if inside else {}}
+        """Return the position and its settings; between epochs there is no position."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        in_epoch = progress is None or (progress.current.ready > 0 and not progress.is_last_batch)
+        return {"made by": self._settings(), "place": super().state_dict() if in_epoch else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there, or begin the epoch anew."""
-        saved, own, place = state_dict["made by"], self._made_by(), state_dict["place"]
-        if place and (differing := _differing(saved, own)):
-            rank_zero_warn(f"The checkpoint's epoch is begun anew, since its batches were others: {differing}.")
+        """Continue at a position, or restart the epoch if its settings differ."""
+        position = state_dict["place"]
+        if position and (differences := _differences(state_dict["made by"], self._settings())):
+            rank_zero_warn(f"The checkpoint's epoch restarts, because its batches had other settings: {differences}.")
             assert self.trainer is not None
             self.trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
-            place = {}
-        super().load_state_dict(place)
+            position = {}
+        super().load_state_dict(position)
 
-    def _made_by(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
-            **self.sampler.decided_by,
+            **self.sampler.order_settings,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "data.batch_size": self.batch_size,
             "data.num_workers": self.num_workers,
@@ -58,58 +62,57 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
-    """The loader of a stream's batches, as many as the whole training takes; its state is every rank's.
+    """A loader of a stream, whose length is the length of training and whose state has the position of every rank.
 
-    Without a length Lightning would fetch a batch ahead, and a checkpoint would leave it out.
+    It has a length, because Lightning prefetches one batch of a loader without one, which a checkpoint would lose.
 
     Args:
-        dataset: this rank's part.
-        trainer: whose steps and ranks count.
+        dataset: this rank's part of the stream.
+        trainer: has the number of steps and the ranks.
         options: a DataLoader's.
 
     Raises:
-        InputError: when a state is of a stream that was read in another order.
+        InputError: when a loaded state is of a stream in another order.
     """
 
     def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, **options)
-        self.trainer, self.begun = trainer, False
+        self.trainer, self.started = trainer, False
 
     def __len__(self) -> int:
-        """Count the batches, on this rank."""
+        """Return the number of batches of the training on this rank."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def __iter__(self) -> Any:  # noqa: ANN401
-        """Begin, or go on behind the last batch: an epoch of Lightning's is none of the stream's."""
-        if self.begun:
+        """Start, or continue after the last batch: an epoch of Lightning's is not an epoch of the stream."""
+        if self.started:
             super().load_state_dict(super().state_dict())
-        self.begun = True
+        self.started = True
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where all ranks are; all of them must call it."""
-        return {"made by": self._made_by(), "ranks": gather_objects(self.trainer, super().state_dict())}
+        """Return the positions of all ranks, and their settings; all ranks must call it."""
+        return {"made by": self._settings(), "ranks": gather_objects(self.trainer, super().state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where this rank was."""
+        """Continue at this rank's position."""
         if "made by" not in state_dict:
             raise InputError(
-                "the checkpoint's stream was read by an earlier version, which didn't save what decides its order: "
+                "the checkpoint's stream was read by an earlier version, which didn't save the settings of its order: "
                 "resume with that version, or train anew"
             )
-        if differing := _differing(state_dict["made by"], self._made_by()):
-            raise InputError(f"the checkpoint's stream was read otherwise, resume with the same: {differing}")
+        if differences := _differences(state_dict["made by"], self._settings()):
+            raise InputError(f"the checkpoint's stream had another order, resume with the same: {differences}")
         super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])
 
-    def _made_by(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
-            **self.dataset.decided_by,
+            **self.dataset.order_settings,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "data.num_workers": self.num_workers,
         }
 
 
-def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Say what decides the order of a checkpoint's batches and of a run's own, where it isn't the same."""
-    names = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
-    return ", ".join(f"{name} {saved.get(name, 'unknown')}, here {own.get(name, 'unknown')}" for name in names)
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    names = [name for name in {**current, **saved} if saved.get(name) != current.get(name)]
+    return ", ".join(f"{name} {saved.get(name, 'unknown')}, here {current.get(name, 'unknown')}" for name in names)

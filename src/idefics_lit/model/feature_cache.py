@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.model.compat import attention_implementation
 from idefics_lit.model.loading import is_vision_trained
 from idefics_lit.utils.files import STALE_AFTER, replacing
 
@@ -215,7 +216,7 @@ def _features_key(model: PeftModel, dtype: torch.dtype, *, is_compiled: bool) ->
     for name, tensor in tower.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.cpu()))
-    attention, device = tower.config._attn_implementation, base.device.type
+    attention, device = attention_implementation(tower.config), base.device.type
     versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
     return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
         f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"

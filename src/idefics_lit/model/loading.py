@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.compat import configure_compile
 from idefics_lit.pretrained import cannot_load, refuse_adapter, resolve
 
 Quantization = Literal["nf4", "none"]
@@ -109,10 +110,7 @@ def load_model(
         # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
         model.disable_input_require_grads()
     if compiled:
-        # With dynamic shapes, floats such as an epsilon become CPU tensors, whose C++ code takes a minute to compile.
-        torch._dynamo.config.specialize_float = True
-        # DDP's buckets would split the graphs of layers with large adapters.
-        torch._dynamo.config.optimize_ddp = False
+        configure_compile()
         resampler = base.model.connector.perceiver_resampler
         for module in (
             *base.model.vision_model.encoder.layers,

@@ -1,7 +1,7 @@
-"""Pages that the package renders itself: documents with questions, each a pure function of its arguments.
+"""Generate synthetic document pages with questions; each page is a pure function of its arguments.
 
-A family's function writes on a `Sheet`, which sees to it that nothing collides and no question is ambiguous; the sheet
-is drawn, then aged as a scanner would.
+A family's function writes on a `Sheet`, which prevents overlapping text and ambiguous questions. The sheet is drawn and
+then degraded like a scan.
 """
 
 import random
@@ -15,21 +15,20 @@ from idefics_lit.data.pages.invoice import write_invoice
 from idefics_lit.data.pages.letter import write_letter
 from idefics_lit.data.pages.page import Page, Question
 from idefics_lit.data.pages.receipt import write_receipt
-from idefics_lit.data.pages.scan import move
-from idefics_lit.data.pages.scan import scan as age
+from idefics_lit.data.pages.scan import degrade, transform_point
 from idefics_lit.data.pages.sheet import Sheet, glyphs
 from idefics_lit.data.pages.table import write_table
 from idefics_lit.data.pages.words import Words
 from idefics_lit.errors import InputError
 
-__all__ = ["FAMILIES", "MOST_QUESTIONS", "Family", "Page", "Question", "page_questions", "render_page"]
+__all__ = ["FAMILIES", "MAX_QUESTIONS", "Family", "Page", "Question", "page_questions", "render_page"]
 
-MOST_QUESTIONS = 10
-"""A page keeps at most so many questions, drawn at random: a large table has more than twice as many."""
+MAX_QUESTIONS = 10
+"""The largest number of questions about a page; of more, which a large table has, a random sample is kept."""
 
 
 class Family(NamedTuple):
-    """A kind of document: its name, what writes it on a sheet, the smallest and the largest body text in pixels."""
+    """A kind of document: its name, the function that writes it, the smallest and largest font size in pixels."""
 
     name: str
     write: Callable[[Sheet], None]
@@ -50,43 +49,43 @@ _FAMILIES = {
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-"""Every family of documents. The shipped reader is trained on the first three; the others are new to it."""
+"""Every family of documents. The shipped reader is trained on the first three only."""
 
-Share = Literal["known", "unseen"]
+Vocabulary = Literal["known", "unseen"]
 
 
 def render_page(
-    family: str | Family, seed: int, *, words: Share = "known", font: Share = "known", scan: bool = True
+    family: str | Family, seed: int, *, words: Vocabulary = "known", font: Vocabulary = "known", scan: bool = True
 ) -> Page:
-    """Render a page; the same arguments give the same page, given the same Pillow and matplotlib.
+    """Render a page; the same arguments give the same page, with the same versions of Pillow and matplotlib.
 
     Args:
-        family: one of `FAMILIES`, or a family of your own.
-        seed: any number; another one gives another page.
-        words: ``unseen`` takes names and things from held-out word lists only.
-        font: ``unseen`` sets the page in a held-out typeface.
-        scan: whether most pages look scanned (a little askew, soft, noisy) or all are clean. The text is the same.
+        family: one of `FAMILIES`, or a `Family`.
+        seed: any number; a different seed gives a different page.
+        words: ``unseen`` draws names and things from held-out word lists only.
+        font: ``unseen`` uses a held-out typeface.
+        scan: degrade most pages like scans (rotated, blurred, noisy); if False, all are clean. The text is the same.
 
     Raises:
-        InputError: there is no such family.
+        InputError: when the family doesn't exist.
     """
-    family = _find(family)
+    family = _get_family(family)
     sheet = _write(family, seed, words, font)
-    image, where = sheet.draw(), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    image, transform = sheet.draw(), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     if scan:
-        image, where = age(image, random.Random(f"scan {family.name} {seed}"), sheet.desk)
+        image, transform = degrade(image, random.Random(f"scan {family.name} {seed}"), sheet.desk)
     rows = sheet.rows()
     lines = [" ".join(text.text for text in row) for row in rows]
-    centres = [(char, *move(where, x, y)) for row in rows for text in row for char, x, y in glyphs(text)]
-    return Page(family.name, seed, image, sheet.questions, lines, centres)
+    centers = [(char, *transform_point(transform, x, y)) for row in rows for text in row for char, x, y in glyphs(text)]
+    return Page(family.name, seed, image, sheet.questions, lines, centers)
 
 
 def page_questions(family: str, seed: int) -> list[Question]:
-    """The questions of `render_page` with the same family and seed, without drawing, several times faster."""
-    return _write(_find(family), seed, "known", "known").questions
+    """Return the questions of `render_page` with this family and seed, several times faster, without drawing."""
+    return _write(_get_family(family), seed, "known", "known").questions
 
 
-def _find(family: str | Family) -> Family:
+def _get_family(family: str | Family) -> Family:
     if isinstance(family, Family):
         return family
     if family not in _FAMILIES:
@@ -94,11 +93,11 @@ def _find(family: str | Family) -> Family:
     return _FAMILIES[family]
 
 
-def _write(family: Family, seed: int, words: Share, font: Share) -> Sheet:
-    # A string seeds through SHA-512: the same on every Python, and no two families share a page.
+def _write(family: Family, seed: int, words: Vocabulary, font: Vocabulary) -> Sheet:
+    # Python hashes a string seed with SHA-512: the same everywhere, and families don't share pages.
     rng = random.Random(f"page {family.name} {seed}")
     sheet = Sheet(rng, Words(rng, words == "unseen"), pick_style(rng, font, family.smallest, family.largest))
     family.write(sheet)
     rng.shuffle(sheet.questions)
-    del sheet.questions[MOST_QUESTIONS:]
+    del sheet.questions[MAX_QUESTIONS:]
     return sheet

@@ -1,4 +1,4 @@
-"""What several families have in common: a heading, a labelled value, a paragraph."""
+"""Blocks that several families use: headings, labelled values, footers, wrapped text."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from idefics_lit.data.pages.fonts import Font
 from idefics_lit.data.pages.page import HEIGHT, WIDTH
 from idefics_lit.data.pages.sheet import MARGIN, Sheet, Text
 
-ABOUT_TITLE = (
+TITLE_QUESTIONS = (
     "What is the title of the document?",
     "What is the title?",
     "What is the heading of the page?",
@@ -28,10 +28,10 @@ FOOTERS = (
 
 
 def heading(sheet: Sheet, titles: Sequence[str]) -> float:
-    """Write a title or a company's name at the top and ask for it.
+    """Write a title or a company's name at the top, with a question about it.
 
     Returns:
-        The y from which on the sheet is free, in pixels.
+        The top of the free space below it, in pixels.
     """
     rng, words, font = sheet.rng, sheet.words, sheet.style.heading
     title = rng.choice(titles)
@@ -43,19 +43,19 @@ def heading(sheet: Sheet, titles: Sequence[str]) -> float:
     font = font.at(size)
     y = rng.randint(10, 20) + size
     left, right = rng.randint(12, 24), rng.randint(14, 30)
-    place = rng.choice(
-        (Text(left, y, text, font), Text.centre(WIDTH / 2, y, text, font), Text.right(WIDTH - right, y, text, font))
+    heading = rng.choice(
+        (Text(left, y, text, font), Text.center(WIDTH / 2, y, text, font), Text.right(WIDTH - right, y, text, font))
     )
-    look = rng.random()
-    if look < 0.1:
-        place = place._replace(ink=sheet.paper)
+    decoration = rng.random()
+    if decoration < 0.1:
+        heading = heading._replace(ink=sheet.paper)
         sheet.box(0, y - size - 5, WIDTH, y + 8, fill=sheet.ink, border=False)
-    elif look < 0.45:
+    elif decoration < 0.45:
         sheet.line(MARGIN, y + 7, WIDTH - MARGIN, y + 7, rng.choice((1, 1, 2)))
-    if not sheet.put(place):
+    if not sheet.put(heading):
         return MARGIN
     sheet.claim("title", "heading")
-    sheet.ask(rng.choice(ABOUT_TITLE), text, "layout")
+    sheet.ask(rng.choice(TITLE_QUESTIONS), text, "layout")
     return y + rng.randint(12, 20)
 
 
@@ -70,20 +70,20 @@ def label_and_value(
     column: float | None = None,
     limit: float | None = None,
 ) -> bool:
-    """Write a label and its value on one line and ask for the value.
+    """Write a label and its value on one line, with a question about the value.
 
     Args:
-        sheet: where to write.
-        field: what to write.
-        x: left end of the label.
-        y: baseline.
-        separator: what stands behind the label.
-        gap: pixels between label and value.
-        column: left end of the value, where values stand in a column; ``gap`` doesn't count then.
-        limit: right end that the value may not pass; None for the page's.
+        sheet: the sheet.
+        field: the field.
+        x: the left end of the label.
+        y: the baseline.
+        separator: the text after the label.
+        gap: the pixels between label and value.
+        column: the left end of the value, instead of ``gap``, if values are aligned in a column.
+        limit: the largest right end of the value; by default the page's.
 
     Returns:
-        Whether there was room.
+        Whether there is room for both.
     """
     body, bold = sheet.style.body, sheet.style.label
     label, value = sheet.rng.choice(field.labels), field.value(sheet.words)
@@ -98,17 +98,21 @@ def label_and_value(
 
 
 def footer(sheet: Sheet) -> None:
-    """Write a line at the foot of the page, where there is room, and ask for it."""
+    """Write a line at the bottom of the page if there is room, with a question about it."""
     rng, font = sheet.rng, sheet.style.body.at(11)
     text, y = rng.choice((*FOOTERS, f"Form {sheet.words.code()}")), HEIGHT - MARGIN - 4
     left, right = rng.randint(10, 20), rng.randint(10, 20)
-    place = (Text(left, y, text, font), Text.centre(WIDTH / 2, y, text, font), Text.right(WIDTH - right, y, text, font))
-    if max(text.y for text in sheet.texts) < y - 16 and sheet.put(rng.choice(place)):
+    positions = (
+        Text(left, y, text, font),
+        Text.center(WIDTH / 2, y, text, font),
+        Text.right(WIDTH - right, y, text, font),
+    )
+    if max(text.y for text in sheet.texts) < y - 16 and sheet.put(rng.choice(positions)):
         sheet.ask(rng.choice(("What is written at the bottom of the page?", "What is the last line?")), text, "layout")
 
 
 def wrap(text: str, font: Font, width: float) -> list[str]:
-    """Break text into lines of at most ``width`` pixels."""
+    """Wrap text into lines of at most ``width`` pixels."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.width(f"{lines[-1]} {word}") <= width:

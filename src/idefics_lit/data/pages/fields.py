@@ -1,4 +1,4 @@
-"""The facts that forms are made of: labels, the nouns to ask for them with, and where their values come from."""
+"""The fields of forms: their labels, the nouns that name them in questions, and their values."""
 
 import random
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from idefics_lit.data.pages.words import Words
 
 
 class Field(NamedTuple):
-    """A labelled fact.
+    """A field with a label and a value.
 
     Attributes:
-        labels: how a document may name it.
-        nouns: how a question may name it.
+        labels: its names in a document.
+        nouns: its names in a question.
         value: draws a value.
-        questions: whole questions that fit it too.
+        questions: complete questions about it.
     """
 
     labels: tuple[str, ...]
@@ -24,7 +24,7 @@ class Field(NamedTuple):
     questions: tuple[str, ...] = ()
 
     def ask(self, sheet: Sheet, label: str, value: str) -> None:
-        """Ask for the value, by a noun, by its label or by a question of its own."""
+        """Add a question about the value: with a noun, with its label, or a complete question."""
         rng = sheet.rng
         if self.questions and rng.random() < 0.3:
             question = rng.choice(self.questions)
@@ -119,7 +119,7 @@ FIELDS = (
 
 
 def draw_fields(rng: random.Random, sheet: Sheet, count: int) -> list[Field]:
-    """Up to ``count`` fields in random order that can stand on one page without one answering for another."""
+    """Return up to ``count`` random fields of which none answers a question about another."""
     chosen: list[Field] = []
     for field in rng.sample(FIELDS, len(FIELDS)):
         if len(chosen) == count:

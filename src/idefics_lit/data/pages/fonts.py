@@ -1,7 +1,7 @@
-"""Typefaces that Python packages ship, so that a page looks the same on every machine.
+"""Fonts shipped with Python packages, so that a page is the same on every machine.
 
-DejaVu and STIX come with matplotlib (only its files are used: it is never imported). Aileron comes with Pillow and is
-held out: no page of ``font="known"`` shows it.
+DejaVu and STIX are files of matplotlib, which isn't imported. Aileron is Pillow's default font and held out: no page
+with ``font="known"`` uses it.
 """
 
 import importlib.util
@@ -26,16 +26,16 @@ class Font(NamedTuple):
     size: int
 
     def width(self, text: str) -> float:
-        """Length of ``text`` in pixels."""
+        """Return the width of a text in pixels."""
         return load(self).getlength(text)
 
     def at(self, size: int) -> "Font":
-        """The same typeface at another size."""
+        """Return the typeface at another size."""
         return Font(self.face, size)
 
 
 class Style(NamedTuple):
-    """The fonts of one page: values and sentences, labels, headings."""
+    """The fonts of one page: of body text, of labels, of headings."""
 
     body: Font
     label: Font
@@ -43,7 +43,7 @@ class Style(NamedTuple):
 
 
 def pick_style(rng: random.Random, font: str, smallest: int, largest: int) -> Style:
-    """Draw the fonts of a page, with the body's size from ``smallest`` to ``largest`` pixels."""
+    """Draw the fonts of a page at random, with body text of ``smallest`` to ``largest`` pixels."""
     size = rng.randint(smallest, largest)
     if font == "unseen":
         body = label = heading = UNSEEN
@@ -56,7 +56,7 @@ def pick_style(rng: random.Random, font: str, smallest: int, largest: int) -> St
 
 @cache
 def load(font: Font) -> ImageFont.FreeTypeFont:
-    """Open a font with the basic layout engine: the other one is not on every machine and sets type differently."""
+    """Load a font with Pillow's basic layout engine; Raqm isn't on every machine and lays text out differently."""
     basic = ImageFont.Layout.BASIC
     if font.face == UNSEEN:
         return ImageFont.load_default(font.size).font_variant(layout_engine=basic)  # type: ignore[union-attr]
@@ -65,7 +65,7 @@ def load(font: Font) -> ImageFont.FreeTypeFont:
 
 @cache
 def advances(font: Font) -> dict[str, float]:
-    """Width in pixels of each printable ASCII character."""
+    """Return the width in pixels of each printable ASCII character."""
     return {chr(code): font.width(chr(code)) for code in range(32, 127)}
 
 
@@ -73,5 +73,5 @@ def advances(font: Font) -> dict[str, float]:
 def _folder() -> Path:
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
-        raise InputError("synthetic pages are set in the fonts that matplotlib ships: pip install matplotlib")
+        raise InputError("synthetic pages use the fonts that matplotlib ships: pip install matplotlib")
     return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"

@@ -1,4 +1,4 @@
-"""Forms: labelled values, one under the other, in two columns, on rules or in boxes."""
+"""Forms: labelled values in a list, in two columns, on rules or in boxes."""
 
 from idefics_lit.data.pages.blocks import footer, heading, label_and_value
 from idefics_lit.data.pages.fields import draw_fields
@@ -8,11 +8,11 @@ from idefics_lit.data.pages.vocabulary import FORM_TITLES
 
 
 def write_form(sheet: Sheet) -> None:
-    """Fill a sheet with a form."""
+    """Write a form on a sheet."""
     rng = sheet.rng
     top = heading(sheet, FORM_TITLES) if rng.random() < 0.75 else rng.randint(10, 24)
     rng.choice((_list, _list, _columns, _boxes))(sheet, top)
-    sheet.lower()
+    sheet.shift_down()
     if rng.random() < 0.3:
         footer(sheet)
     if rng.random() < 0.2:
@@ -20,14 +20,14 @@ def write_form(sheet: Sheet) -> None:
 
 
 def _list(sheet: Sheet, top: float) -> None:
-    """Label and value on each line; values follow their labels or stand in a column, sometimes on a rule."""
+    """Write a label and a value per line; values follow their labels or are aligned, sometimes on a rule."""
     rng, size = sheet.rng, sheet.style.body.size
     pitch, left = size * rng.uniform(1.35, 1.95), rng.randint(10, 40)
     column = left + rng.randint(110, 175) if rng.random() < 0.4 else None
     separator, gap = rng.choice((":", ":", ":", " :", "", " -")), size * rng.choice((0.4, 0.4, 0.8, 1.5))
     ruled = rng.random() < 0.2
     y, count, written = top + size, rng.choice((2, 4, 5, 6, 7, 8, 9, 10)), 0
-    # More fields than needed: some are too long for their place.
+    # More fields than needed, because some don't fit.
     for field in draw_fields(rng, sheet, count + 8):
         if written < count and label_and_value(sheet, field, left, y, separator=separator, gap=gap, column=column):
             if ruled:
@@ -36,7 +36,7 @@ def _list(sheet: Sheet, top: float) -> None:
 
 
 def _columns(sheet: Sheet, top: float) -> None:
-    """Two columns of labelled values."""
+    """Write two columns of labelled values."""
     rng = sheet.rng
     pitch, left, middle = (
         sheet.style.body.size * rng.uniform(1.5, 2.1),
@@ -54,7 +54,7 @@ def _columns(sheet: Sheet, top: float) -> None:
 
 
 def _boxes(sheet: Sheet, top: float) -> None:
-    """A grid of boxes, each with a small label above its value."""
+    """Write a grid of boxes, each with a small label above its value."""
     rng, body = sheet.rng, sheet.style.body
     caption = sheet.style.label.at(11)
     across, height, left = rng.choice((2, 2, 3)), body.size + rng.randint(21, 28), rng.randint(10, 18)

@@ -1,4 +1,4 @@
-"""Identity cards: a card on a desk, with an issuer, a photo and small captions above the facts of a person."""
+"""Identity cards: an issuer, a photo, and a person's data with small captions, on a darker background."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from idefics_lit.data.pages.words import Words
 
 
 class Fact(NamedTuple):
-    """A caption of the card, where its value comes from, and how to ask for it."""
+    """A caption of the card, the function that draws its value, and questions about it."""
 
     caption: str
     value: Callable[[Words], str]
@@ -35,11 +35,11 @@ FACTS = (
 
 
 def write_id_card(sheet: Sheet) -> None:
-    """Fill a sheet with an identity card."""
+    """Write an identity card on a sheet."""
     rng, body = sheet.rng, sheet.style.body
     width, height = rng.randint(370, 410), rng.randint(236, 270)
     left, top = rng.randint(12, WIDTH - 12 - width), rng.randint(12, HEIGHT - 12 - height)
-    sheet.slip(left, top, left + width, top + height)
+    sheet.paper_slip(left, top, left + width, top + height)
     band = _title(sheet, left, top, width)
     photo_right = rng.random() < 0.35
     photo = left + (width - 112 if photo_right else 14)
@@ -57,7 +57,7 @@ def write_id_card(sheet: Sheet) -> None:
 
 
 def _title(sheet: Sheet, left: float, top: float, width: float) -> float:
-    """Issuer and kind of card on a band. Returns the y below it."""
+    """Write issuer and kind of card on a band, and return its bottom."""
     rng, body = sheet.rng, sheet.style.body
     kind, issuer = rng.choice(CARD_KINDS), sheet.words.company()
     if rng.random() < 0.5:
@@ -74,13 +74,13 @@ def _title(sheet: Sheet, left: float, top: float, width: float) -> float:
 
 
 def _photo(sheet: Sheet, x: float, y: float) -> None:
-    """Head and shoulders in a frame, with the card's number below."""
+    """Draw head and shoulders in a frame, with the card's number below."""
     dark = sheet.paper - sheet.rng.randint(90, 150)
     sheet.box(x, y, x + 92, y + 112, fill=sheet.paper - 30)
     sheet.ellipse(x + 10, y + 72, x + 82, y + 150, dark)
     sheet.ellipse(x + 27, y + 20, x + 65, y + 72, dark)
     sheet.box(x - 1, y + 113, x + 93, y + 152, fill=sheet.paper, border=False)
     number = sheet.words.code()
-    if sheet.put(Text.centre(x + 46, y + 132, number, sheet.style.body)):
+    if sheet.put(Text.center(x + 46, y + 132, number, sheet.style.body)):
         question = sheet.rng.choice(("Which number stands below the photo?", "What is written under the picture?"))
         sheet.ask(question, number, "Image/Photo")

@@ -1,14 +1,14 @@
-"""Invoices: who bills whom, when, a table of what, and the sum."""
+"""Invoices: company, customer, dates, a table of items, sums."""
 
 from idefics_lit.data.pages.page import HEIGHT, WIDTH
 from idefics_lit.data.pages.sheet import MARGIN, Sheet, Text
 
 EDGES = (0.46, 0.58, 0.78, 1.0)
-"""Right edges of item, count, price and amount, as shares of the table's width."""
+"""Right edges of item, count, price and amount, as fractions of the table's width."""
 
 
 def write_invoice(sheet: Sheet) -> None:
-    """Fill a sheet with an invoice."""
+    """Write an invoice on a sheet."""
     rng = sheet.rng
     sheet.words.currency = sheet.words.currency.removeprefix("USD ")
     left, pitch = rng.randint(12, 22), sheet.style.body.size + rng.randint(4, 6)
@@ -20,7 +20,7 @@ def write_invoice(sheet: Sheet) -> None:
 
 
 def _head(sheet: Sheet, left: float, pitch: float) -> float:
-    """Who bills, the word "Invoice", its number and dates. Returns the last baseline."""
+    """Write the company, the title, the number and the dates, and return the last baseline."""
     rng, words, body = sheet.rng, sheet.words, sheet.style.body
     company, street = words.company(), words.street()
     large, y = sheet.style.heading.at(body.size + 4), 12.0 + body.size
@@ -45,7 +45,7 @@ def _head(sheet: Sheet, left: float, pitch: float) -> float:
 
 
 def _customer(sheet: Sheet, left: float, y: float, pitch: float) -> float:
-    """Who is billed, beside the dates. Returns the last baseline."""
+    """Write the customer next to the dates, and return the last baseline."""
     rng, words, body = sheet.rng, sheet.words, sheet.style.body
     name, city = words.name(), f"{words.city()} {words.zip_code()}"
     y -= 0.4 * pitch
@@ -58,7 +58,7 @@ def _customer(sheet: Sheet, left: float, y: float, pitch: float) -> float:
 
 
 def _items(sheet: Sheet, left: float, y: float, pitch: float) -> tuple[float, float]:
-    """The table of what is billed. Returns the last baseline and the sum."""
+    """Write the table of items, and return the last baseline and the sum."""
     rng, words, body = sheet.rng, sheet.words, sheet.style.body
     edges = [left + share * (WIDTH - 2 * left) for share in EDGES]
 
@@ -109,7 +109,7 @@ def _sums(sheet: Sheet, left: float, y: float, pitch: float, subtotal: float) ->
 
 
 def _note(sheet: Sheet, left: float) -> None:
-    """How to pay, at the foot of the page."""
+    """Write the terms of payment at the bottom of the page."""
     rng, font = sheet.rng, sheet.style.body.at(11)
     account, fee = sheet.words.number(), sheet.words.percent()
     note = rng.choice((f"Pay to account {account}. Late fee: {fee}.", f"Account {account}, late fee {fee}."))

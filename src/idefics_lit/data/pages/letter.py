@@ -1,4 +1,4 @@
-"""Letters and memos: sender, date, addressee, sentences, a signature."""
+"""Letters and memos: sender, date, addressee, sentences, signature."""
 
 from collections import UserDict
 
@@ -7,7 +7,7 @@ from idefics_lit.data.pages.page import WIDTH
 from idefics_lit.data.pages.sheet import Sheet, Text
 from idefics_lit.data.pages.words import Words
 
-# A sentence whose braces name methods of `Words`, and the questions on it with their answers.
+# Sentences whose braces name methods of `Words`, and the questions about each, with answers.
 SENTENCES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "The meeting will be held in {city} on {date}.",
@@ -82,7 +82,7 @@ MEMO_TITLES = ("Memo", "Memorandum", "Internal Memo", "Office Memo", "Note", "In
 
 
 class _Values(UserDict[str, str]):
-    """Draws a value for each brace that a sentence asks for."""
+    """Values for the braces of a sentence, drawn at first use."""
 
     def __init__(self, words: Words) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Values(UserDict[str, str]):
 
 
 def write_letter(sheet: Sheet) -> None:
-    """Fill a sheet with a letter or a memo."""
+    """Write a letter or a memo on a sheet."""
     rng, size = sheet.rng, sheet.style.body.size
     left, pitch = rng.randint(12, 28), size * rng.uniform(1.3, 1.55)
     sender = sheet.words.name()
@@ -105,11 +105,11 @@ def write_letter(sheet: Sheet) -> None:
         y = _letter_head(sheet, left, pitch)
         y = _body(sheet, left, y, pitch)
         _signature(sheet, left, y + 0.4 * pitch, pitch, sender)
-    sheet.lower()
+    sheet.shift_down()
 
 
 def _memo_head(sheet: Sheet, left: float, pitch: float, sender: str) -> float:
-    """To, from, date and subject. Returns the baseline of the last one."""
+    """Write to, from, date and subject, and return the last baseline."""
     rng, words = sheet.rng, sheet.words
     y = heading(sheet, MEMO_TITLES) if rng.random() < 0.7 else rng.randint(8, 16)
     entries = [
@@ -134,13 +134,13 @@ def _memo_head(sheet: Sheet, left: float, pitch: float, sender: str) -> float:
 
 
 def _letter_head(sheet: Sheet, left: float, pitch: float) -> float:
-    """Sender, date and addressee. Returns the baseline of the last line."""
+    """Write sender, date and addressee, and return the last baseline."""
     rng, words, body = sheet.rng, sheet.words, sheet.style.body
     y = float(rng.randint(8, 14))
     if rng.random() < 0.65:
         company, font = words.company(), sheet.style.heading.at(body.size + 2)
         y += pitch + 2
-        if sheet.put(rng.choice((Text(left, y, company, font), Text.centre(WIDTH / 2, y, company, font)))):
+        if sheet.put(rng.choice((Text(left, y, company, font), Text.center(WIDTH / 2, y, company, font)))):
             sheet.ask(
                 rng.choice(("Which company is the letter from?", "What company is in the letterhead?")),
                 company,
@@ -163,7 +163,7 @@ def _letter_head(sheet: Sheet, left: float, pitch: float) -> float:
 
 
 def _body(sheet: Sheet, left: float, y: float, pitch: float) -> float:
-    """One to five sentences, with fillers. Returns the baseline of the last line."""
+    """Write one to five sentences, sometimes with a filler, and return the last baseline."""
     rng, body = sheet.rng, sheet.style.body
     sentences: list[str] = []
     questions: list[tuple[str, str]] = []

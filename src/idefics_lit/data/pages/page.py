@@ -1,22 +1,21 @@
-"""What a rendered page is: an image, its text and the questions on it."""
+"""The types of a synthetic page: its image, text and questions."""
 
 from dataclasses import dataclass
 
 from PIL.Image import Image
 
 WIDTH, HEIGHT = 448, 336
-"""Size of every page in pixels: multiples of 14, the vision tower's patch."""
+"""The size of every page in pixels: multiples of 14, the vision encoder's patch size."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that the page answers in exactly one place.
+    """A question whose answer is in exactly one place of the page.
 
     Attributes:
         text: the question.
-        answers: the accepted answers; the first one is what stands on the page, letter by letter.
-        type: DocVQA's name for its kind: ``form``, ``table/list``, ``free_text``, ``layout`` or
-            ``Image/Photo``.
+        answers: the accepted answers; the first one is the exact text on the page.
+        type: DocVQA's question type: ``form``, ``table/list``, ``free_text``, ``layout`` or ``Image/Photo``.
     """
 
     text: str
@@ -26,16 +25,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Page:
-    """A page as `render_page` makes it.
+    """A page as returned by `render_page`.
 
     Attributes:
-        family: the family of documents it belongs to, such as ``form``.
-        seed: the number it was made from.
+        family: the name of its family, such as ``form``.
+        seed: its seed.
         image: the page, mode "L", 448 x 336 pixels.
         questions: its questions in random order.
-        lines: its lines of text from top to bottom; parts of one line are joined by a space.
-        glyphs: (character, x, y) of every character that is not a space, in the order of ``lines``; x, y is the
-            character's centre in pixels of ``image``, rotation by the scanner included.
+        lines: its lines of text from top to bottom; the texts of a line are joined by a space.
+        glyphs: (character, x, y) of every character but spaces, in the order of ``lines``; x, y is the character's
+            center in pixels of ``image``, after the scan's rotation.
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""Receipts: a narrow slip with a shop, a list of things bought, sums and how they were paid."""
+"""Receipts: a narrow slip with the shop, the items, the sums and the payment."""
 
 from idefics_lit.data.pages.page import HEIGHT, WIDTH
 from idefics_lit.data.pages.sheet import Sheet, Text
@@ -7,7 +7,7 @@ THANKS = ("Thank you!", "Please come again", "Thanks for shopping", "Have a nice
 
 
 class _Slip:
-    """Writes line after line between the slip's edges."""
+    """Write lines one below the other between the edges of the slip."""
 
     def __init__(self, sheet: Sheet) -> None:
         rng = sheet.rng
@@ -20,7 +20,7 @@ class _Slip:
     def middle(self, text: str, large: bool = False) -> bool:
         font = self.sheet.style.heading if large else self.sheet.style.body
         font = font.at(min(font.size, self.sheet.style.body.size + 3))
-        return self._write(Text.centre((self.left + self.right) / 2, self.y + self.pitch, text, font))
+        return self._write(Text.center((self.left + self.right) / 2, self.y + self.pitch, text, font))
 
     def pair(self, left: str, right: str, bold: bool = False) -> bool:
         font = self.sheet.style.label if bold else self.sheet.style.body
@@ -28,7 +28,7 @@ class _Slip:
         return self._write(Text(self.left, y, left, font), Text.right(self.right, y, right, font))
 
     def rule(self) -> None:
-        """A broken line."""
+        """Draw a dashed line."""
         y = self.y + 0.55 * self.pitch
         for x in range(self.left, self.right, 8):
             self.sheet.line(x, y, min(x + 4, self.right), y)
@@ -44,7 +44,7 @@ class _Slip:
 
 
 def write_receipt(sheet: Sheet) -> None:
-    """Fill a sheet with a receipt."""
+    """Write a receipt on a sheet."""
     slip = _Slip(sheet)
     _shop(sheet, slip)
     _purchase(sheet, slip)
@@ -55,7 +55,7 @@ def write_receipt(sheet: Sheet) -> None:
     if sheet.rng.random() < 0.6:
         slip.y += 4
         slip.middle(sheet.rng.choice(THANKS))
-    sheet.slip(slip.left - 8, 0, slip.right + 8, min(slip.y + 14, HEIGHT))
+    sheet.paper_slip(slip.left - 8, 0, slip.right + 8, min(slip.y + 14, HEIGHT))
 
 
 def _shop(sheet: Sheet, slip: _Slip) -> None:
@@ -70,7 +70,7 @@ def _shop(sheet: Sheet, slip: _Slip) -> None:
 
 
 def _purchase(sheet: Sheet, slip: _Slip) -> None:
-    """When, by whom and under which number it was sold."""
+    """Write the date, the cashier and the number."""
     rng, words = sheet.rng, sheet.words
     date, time, cashier, number = words.date(1990), words.time(), words.first(), words.number()
     if slip.pair(date, time):
@@ -83,7 +83,7 @@ def _purchase(sheet: Sheet, slip: _Slip) -> None:
 
 
 def _items(sheet: Sheet, slip: _Slip) -> float:
-    """Two to five lines of things bought. Returns their sum."""
+    """Write two to five items, and return the sum of their amounts."""
     rng, words = sheet.rng, sheet.words
     counted, total = rng.random() < 0.4, 0.0
     bought: dict[str, str] = {}
@@ -106,7 +106,7 @@ def _items(sheet: Sheet, slip: _Slip) -> float:
 
 
 def _sums(sheet: Sheet, slip: _Slip, subtotal: float) -> None:
-    """Sum, tax and total, then cash and change or the card."""
+    """Write subtotal, tax and total, then cash and change or the means of payment."""
     rng, words = sheet.rng, sheet.words
     rate = rng.choice((4, 5, 6, 7, 8.25, 10))
     tax = round(subtotal * rate / 100, 2)

@@ -1,4 +1,4 @@
-"""The sheet that a family of documents writes on: text that never collides, questions that are never ambiguous."""
+"""The sheet that a family of documents writes on: it refuses overlapping text and ambiguous questions."""
 
 import random
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from idefics_lit.data.pages.vocabulary import HONORIFICS
 from idefics_lit.data.pages.words import Words
 
 MARGIN = 8
-"""Pixels at each edge that stay free of text, so that a page a little askew loses none."""
+"""Pixels at each edge without text, so that a rotated page loses none."""
 
 
 class Text(NamedTuple):
-    """A run of text: its left end and baseline in pixels; ``ink`` replaces the page's grey."""
+    """A string with its left end and baseline in pixels; ``ink`` overrides the page's grey value of text."""
 
     x: float
     y: float
@@ -25,17 +25,17 @@ class Text(NamedTuple):
 
     @classmethod
     def right(cls, x: float, y: float, text: str, font: Font) -> "Text":
-        """A text that ends at ``x``."""
+        """Return a right-aligned text that ends at ``x``."""
         return cls(x - font.width(text), y, text, font)
 
     @classmethod
-    def centre(cls, x: float, y: float, text: str, font: Font) -> "Text":
-        """A text with its middle at ``x``."""
+    def center(cls, x: float, y: float, text: str, font: Font) -> "Text":
+        """Return a text centered at ``x``."""
         return cls(x - font.width(text) / 2, y, text, font)
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom in pixels."""
+        """The bounding box: left, top, right, bottom in pixels."""
         return (
             self.x,
             self.y - 0.78 * self.font.size,
@@ -45,7 +45,7 @@ class Text(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A line, a box or an ellipse from corner to corner."""
+    """A line, rectangle or ellipse between two corners."""
 
     kind: str
     corners: tuple[float, float, float, float]
@@ -55,12 +55,12 @@ class Shape(NamedTuple):
 
 
 class Sheet:
-    """Collects what stands on one page, then draws it.
+    """Collect the texts, shapes and questions of one page, then draw it.
 
     Args:
-        rng: the page's generator.
-        words: the source of its values.
-        style: its fonts.
+        rng: the page's random generator.
+        words: draws the values of the page.
+        style: the page's fonts.
     """
 
     def __init__(self, rng: random.Random, words: Words, style: Style) -> None:
@@ -75,36 +75,37 @@ class Sheet:
         self._boxes: list[tuple[float, float, float, float]] = []
 
     def put(self, *texts: Text) -> bool:
-        """Write texts that belong together. False, and nothing written, if one leaves the page or touches another."""
+        """Write texts together; if one leaves the page or overlaps another, write none and return False."""
         boxes = [text.box for text in texts]
-        if not all(_on_page(box) and not any(_touch(box, other) for other in self._boxes) for box in boxes):
+        if not all(_on_page(box) and not any(_overlap(box, other) for other in self._boxes) for box in boxes):
             return False
         self.texts += texts
         self._boxes += boxes
         return True
 
     def line(self, x0: float, y0: float, x1: float, y1: float, width: int = 1) -> None:
-        """Rule a line."""
+        """Add a line."""
         self.shapes.append(Shape("line", (x0, y0, x1, y1), self.grey, None, width))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: int | None = None, border: bool = True) -> None:
-        """Draw a rectangle, under the text."""
+        """Add a rectangle below the text."""
         self.shapes.append(Shape("rectangle", (x0, y0, x1, y1), fill, self.grey if border else None, 1))
 
     def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: int) -> None:
-        """Draw an ellipse, under the text."""
+        """Add an ellipse below the text."""
         self.shapes.append(Shape("ellipse", (x0, y0, x1, y1), fill, None, 1))
 
-    def slip(self, x0: float, y0: float, x1: float, y1: float) -> None:
-        """Make the paper a slip that lies on a darker desk."""
+    def paper_slip(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Shrink the paper to a slip on a darker background."""
         self.desk = self.paper - self.rng.randint(40, 120)
         self.shapes.insert(0, Shape("rectangle", (x0, y0, x1, y1), self.paper, None, 1))
 
     def claim(self, *nouns: str) -> bool:
-        """Keep nouns for one fact of the page.
+        """Reserve nouns for one fact of the page.
 
-        False if a fact that is there already would answer a question about one of them: "name" and "company name" do
-        not stand on one page, "invoice date" and "due date" may.
+        Returns:
+            False if another fact of the page would answer a question about one of the nouns: "name" and "company name"
+            exclude each other, "invoice date" and "due date" don't.
         """
         new = [frozenset(noun.lower().split()) for noun in nouns]
         if any(a <= b or b <= a for a in new for b in self._claimed):
@@ -113,15 +114,15 @@ class Sheet:
         return True
 
     def ask(self, question: str, value: str, kind: str) -> None:
-        """Ask for ``value``: as it stands on the page, or without its currency, per cent or "Mr."."""
+        """Add a question about ``value``; answers are the value and the value without currency, percent or "Mr."."""
         bare = value.removesuffix("%")
         for prefix in ("USD ", "$", *(f"{title} " for title in HONORIFICS)):
             bare = bare.removeprefix(prefix)
         answers = [value] if bare == value else [value, bare]
         self.questions.append(Question(question[:1].upper() + question[1:], answers, kind))
 
-    def lower(self) -> None:
-        """Now and then move everything down by a part of the space that is free at the bottom."""
+    def shift_down(self) -> None:
+        """Sometimes shift everything down into the free space at the bottom."""
         bottoms = [box[3] for box in self._boxes] + [shape.corners[3] + 1 for shape in self.shapes]
         free = int(HEIGHT - MARGIN - max(bottoms))
         if free < MARGIN or self.rng.random() < 0.4:
@@ -133,7 +134,7 @@ class Sheet:
             self.shapes[i] = shape._replace(corners=(x0, y0 + down, x1, y1 + down))
 
     def rows(self) -> list[list[Text]]:
-        """The texts by line: those whose baselines are within 3 pixels of the first one's, from left to right."""
+        """Group the texts by line, that is by baselines within 3 pixels; each line from left to right."""
         rows: list[list[Text]] = []
         for text in sorted(self.texts, key=lambda text: (text.y, text.x)):
             if rows and text.y - rows[-1][0].y <= 3:
@@ -143,7 +144,7 @@ class Sheet:
         return [sorted(row, key=lambda text: text.x) for row in rows]
 
     def draw(self) -> Image.Image:
-        """The page as a clean image, mode "L"."""
+        """Return the clean page, an image of mode "L"."""
         image = Image.new("L", (WIDTH, HEIGHT), self.desk)
         pen = ImageDraw.Draw(image)
         for shape in self.shapes:
@@ -159,21 +160,21 @@ class Sheet:
 
 
 def glyphs(text: Text) -> list[tuple[str, float, float]]:
-    """(character, x, y) of a text's visible characters: their centres in pixels."""
+    """Return (character, x, y) of a text's visible characters, with their centers in pixels."""
     widths = [advances(text.font)[char] for char in text.text]
-    # Characters side by side are a little closer than their widths say: kerning.
+    # Kerning makes a text narrower than the sum of its characters' widths.
     scale = text.font.width(text.text) / sum(widths)
-    x, y, found = float(round(text.x)), text.y - 0.36 * text.font.size, []
+    x, y, centers = float(round(text.x)), text.y - 0.36 * text.font.size, []
     for char, width in zip(text.text, widths, strict=True):
         if char != " ":
-            found.append((char, x + scale * width / 2, y))
+            centers.append((char, x + scale * width / 2, y))
         x += scale * width
-    return found
+    return centers
 
 
 def _on_page(box: tuple[float, float, float, float]) -> bool:
     return box[0] >= MARGIN and box[1] >= MARGIN and box[2] <= WIDTH - MARGIN and box[3] <= HEIGHT - MARGIN
 
 
-def _touch(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] + 2 and b[0] < a[2] + 2 and a[1] < b[3] and b[1] < a[3]

@@ -1,4 +1,4 @@
-"""Tables: a few labelled values, then rows and columns, with or without rules."""
+"""Tables: rows and columns with or without rules, below a few labelled values."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -16,7 +16,7 @@ PAD = 6
 
 
 class Column(NamedTuple):
-    """A column: its header, the noun to ask for it with, its values, and whether they stand at its right edge."""
+    """A column: its header, its noun in questions, its values, and whether they are right-aligned."""
 
     header: str
     noun: str
@@ -65,12 +65,12 @@ WHICH_ROW = ("Which {noun} has the {other} {value}?", "Which {noun} is listed wi
 
 
 def write_table(sheet: Sheet) -> None:
-    """Fill a sheet with a table."""
+    """Write a table on a sheet."""
     rng, size = sheet.rng, sheet.style.body.size
     kind = rng.choice(tuple(KEYS))
     group = SAME_COLUMNS.get(kind, kind)
     columns = [KEYS[kind], *rng.sample(COLUMNS[group], rng.choice((1, 2, 2, 3)))]
-    # Before the other facts of the page: a city above the table must not answer for one in it.
+    # Before other fields: a city above the table must not answer a question about one in it.
     sheet.claim(*(noun for column in columns for noun in (column.noun, column.header)))
     y = heading(sheet, TABLE_TITLES[group]) if rng.random() < 0.8 else rng.randint(10, 20)
     for field in draw_fields(rng, sheet, rng.choice((0, 0, 1, 2))):
@@ -81,13 +81,13 @@ def write_table(sheet: Sheet) -> None:
     if rng.random() < 0.2:
         headers = [header.upper() for header in headers]
     _ask(sheet, columns, headers, _grid(sheet, columns, headers, rows, y + 4))
-    sheet.lower()
+    sheet.shift_down()
     if rng.random() < 0.3:
         footer(sheet)
 
 
 def _draw_rows(sheet: Sheet, columns: list[Column]) -> list[list[str]]:
-    """Two to nine rows, no two with the same key."""
+    """Return two to nine rows with different keys."""
     rows: dict[str, list[str]] = {}
     for _ in range(sheet.rng.randint(2, 9)):
         row = [column.value(sheet.words) for column in columns]
@@ -98,7 +98,7 @@ def _draw_rows(sheet: Sheet, columns: list[Column]) -> list[list[str]]:
 def _grid(
     sheet: Sheet, columns: list[Column], headers: list[str], rows: list[list[str]], top: float
 ) -> list[list[str]]:
-    """Write the table, without the columns and rows for which there is no room. Returns the rows written."""
+    """Write the rows and columns that there is room for, and return the rows written."""
     rng, body, bold = sheet.rng, sheet.style.body, sheet.style.label
     pitch, left = body.size * rng.uniform(1.4, 1.9), rng.randint(10, 24)
     widths = [
@@ -127,27 +127,27 @@ def _grid(
 
 
 def _rules(sheet: Sheet, edges: list[float], baselines: list[float], pitch: float) -> None:
-    """Rules under the header, between rows, around every cell, or a grey header."""
+    """Draw rules below the header, between rows or around cells, or a grey header."""
     size = sheet.style.body.size
     below = (pitch - 0.7 * size) / 2
     top, bottom = baselines[0] + below - pitch, baselines[-1] + below
-    look = sheet.rng.choice(("none", "header", "rows", "grid", "grey"))
-    if look == "grey":
+    style = sheet.rng.choice(("none", "header", "rows", "grid", "grey"))
+    if style == "grey":
         sheet.box(edges[0], top, edges[-1], baselines[0] + below, fill=sheet.paper - 36, border=False)
     levels = {
         "none": [],
         "rows": [top, *(y + below for y in baselines)],
         "grid": [top, *(y + below for y in baselines)],
     }
-    for y in levels.get(look, [baselines[0] + below, bottom]):
+    for y in levels.get(style, [baselines[0] + below, bottom]):
         sheet.line(edges[0], y, edges[-1], y)
-    if look == "grid":
+    if style == "grid":
         for x in edges:
             sheet.line(x, top, x, bottom)
 
 
 def _ask(sheet: Sheet, columns: list[Column], headers: list[str], rows: list[list[str]]) -> None:
-    """Ask for each cell by its row, now and then for a row by its cell, and for the first and last entry."""
+    """Add questions about each cell by its row, sometimes a row by its cell, and the first or last entry."""
     rng, key = sheet.rng, columns[0]
     for row in rows:
         for column, value in zip(columns[1:], row[1:], strict=False):
@@ -158,8 +158,8 @@ def _ask(sheet: Sheet, columns: list[Column], headers: list[str], rows: list[lis
                 question = rng.choice(WHICH_ROW).format(noun=key.noun, other=column.noun, value=value)
                 sheet.ask(question, row[0], "table/list")
     if len(rows) > 1 and rng.random() < 0.5:
-        place, row = rng.choice((("first", rows[0]), ("last", rows[-1])))
-        sheet.ask(f"What is the {place} {key.noun} in the table?", row[0], "table/list")
+        position, row = rng.choice((("first", rows[0]), ("last", rows[-1])))
+        sheet.ask(f"What is the {position} {key.noun} in the table?", row[0], "table/list")
     if rng.random() < 0.25:
-        place, header = rng.choice((("first", headers[0]), ("second", headers[1])))
-        sheet.ask(f"What is the heading of the {place} column?", header, "table/list")
+        position, header = rng.choice((("first", headers[0]), ("second", headers[1])))
+        sheet.ask(f"What is the heading of the {position} column?", header, "table/list")

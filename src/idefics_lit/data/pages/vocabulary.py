@@ -1,4 +1,4 @@
-"""The word lists that pages draw from; `words` holds about a quarter of each list out."""
+"""The word lists of the pages; `words` holds out about a quarter of each list."""
 
 
 def _split(text: str, separator: str | None = None) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ COMPANY_FORMS = _split("""
 MONTHS = _split("January February March April May June July August September October November December")
 HONORIFICS = _split("Mr. Mrs. Dr. Ms.")
 
-# Syllables of invented words, the frequent parts more than once. Only a word's first syllable may lack an onset.
+# Syllables of invented words, frequent parts several times. Only a word's first syllable may have no onset.
 ONSETS = _split("""
     b c d f g h j k l m n p r s t v w z b c d f g h l m n p r s t w bl br ch cl cr dr fl fr gl gr kn kr ph pl pr qu sc
     sh shr sk sl sm sn sp spr st str sw th thr tr tw wh wr y

@@ -1,6 +1,6 @@
-"""The values that stand on pages: names, places, things, dates, amounts, numbers.
+"""Draw the values on pages: names, places, things, dates, amounts, numbers.
 
-Two thirds of the words are invented from syllables: a model that guesses words instead of reading them fails.
+Two thirds of the words are invented from syllables, so that a model can't guess words instead of reading them.
 """
 
 import random
@@ -18,11 +18,11 @@ from idefics_lit.data.pages.vocabulary import (
 )
 
 INVENTED = 0.65
-"""Share of invented words among the names and things of a page with known words."""
+"""Fraction of invented words among the names and things of a page with known words."""
 
 
 def is_unseen(word: str) -> bool:
-    """Whether a word is held out. By the word alone: one that stands in two lists is on one side in both."""
+    """Return whether a word is held out; it depends on the word alone, not on its list."""
     return zlib.crc32(word.encode()) % 4 == 0
 
 
@@ -31,29 +31,27 @@ UNSEEN_LISTS = {kind: [word for word in words if is_unseen(word)] for kind, word
 
 
 class Words:
-    """A random source of values for one page.
-
-    The way dates and amounts are written is drawn once: a document keeps to one.
+    """Draw the values of one page at random; its dates and amounts have one format.
 
     Args:
-        rng: the page's generator.
+        rng: the page's random generator.
         unseen: draw words from the held-out lists only, and invent none.
     """
 
     def __init__(self, rng: random.Random, unseen: bool) -> None:
         self.rng, self.unseen = rng, unseen
-        self.date_form = rng.randrange(7)
+        self.date_format = rng.randrange(7)
         self.currency = rng.choice(("$", "$", "$", "", "USD "))
         self.cents = rng.random() < 0.75
 
     def word(self, kind: str) -> str:
-        """One word of a list such as ``city``, or an invented one in its place."""
+        """A word of a list such as ``city``, or an invented word."""
         if self.unseen:
             return self.rng.choice(UNSEEN_LISTS[kind])
         return self.invented() if self.rng.random() < INVENTED else self.rng.choice(KNOWN_LISTS[kind])
 
     def invented(self) -> str:
-        """A word that can be spoken but isn't one, at most 11 letters."""
+        """A pronounceable invented word of at most 11 letters."""
         syllables = self.rng.choice((2, 2, 2, 3))
         pick, word = self.rng.choice, ""
         for _ in range(syllables):
@@ -62,13 +60,13 @@ class Words:
             word += syllable if len(word + syllable) <= 11 else ""
         return word.capitalize()
 
-    def digits(self, least: int, most: int | None = None) -> str:
-        """A run of digits that does not begin with 0."""
-        count = self.rng.randint(least, most or least)
+    def digits(self, minimum: int, maximum: int | None = None) -> str:
+        """Digits that don't start with 0."""
+        count = self.rng.randint(minimum, maximum or minimum)
         return self.rng.choice("123456789") + "".join(self.rng.choice("0123456789") for _ in range(count - 1))
 
     def letters(self, count: int) -> str:
-        """A run of capitals without I and O, which look like digits."""
+        """Capital letters without I and O, which resemble digits."""
         return "".join(self.rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(count))
 
     def code(self) -> str:
@@ -93,7 +91,7 @@ class Words:
         return self.digits(5)
 
     def date(self, first: int = 1950, last: int = 2029) -> str:
-        """A date from the year ``first`` to ``last``, in the page's way of writing dates."""
+        """A date from the year ``first`` to ``last``, in the page's date format."""
         year, month, day = self.rng.randint(first, last), self.rng.randint(1, 12), self.rng.randint(1, 28)
         name = MONTHS[month - 1]
         return (
@@ -104,7 +102,7 @@ class Words:
             f"{month}/{day}/{year % 100:02d}",
             f"{name[:3]} {day}, {year}",
             f"{day} {name} {year}",
-        )[self.date_form]
+        )[self.date_format]
 
     def year(self) -> str:
         """A year of four digits."""
@@ -114,18 +112,18 @@ class Words:
         """A time of day such as ``9:05 AM``."""
         return f"{self.rng.randint(1, 12)}:{self.rng.randint(0, 59):02d} {self.rng.choice(('AM', 'PM'))}"
 
-    def money(self, least: float = 1, most: float = 99_999) -> str:
-        """An amount, small ones as often as large ones, in the page's currency."""
-        digits = self.rng.uniform(len(str(int(least))) - 1, len(str(int(most))))
-        amount = min(max(10**digits, least), most)
+    def money(self, minimum: float = 1, maximum: float = 99_999) -> str:
+        """A log-uniform amount in the page's currency."""
+        digits = self.rng.uniform(len(str(int(minimum))) - 1, len(str(int(maximum))))
+        amount = min(max(10**digits, minimum), maximum)
         return self.currency + (f"{amount:,.2f}" if self.cents else f"{amount:,.0f}")
 
     def amount(self, value: float) -> str:
-        """A given amount in the page's currency, with cents."""
+        """Format an amount in the page's currency, with cents."""
         return f"{self.currency}{value:,.2f}"
 
     def percent(self) -> str:
-        """A share such as ``12.5%``."""
+        """A percentage such as ``12.5%``."""
         return f"{self.rng.randint(1, 40)}{self.rng.choice(('', '.5', '.25'))}%"
 
     def quantity(self) -> str:
@@ -150,7 +148,7 @@ class Words:
         return self.rng.choice(("Due now", "COD", "Prepaid", *[f"Net {self.rng.randint(5, 90)}"] * 3))
 
     def page_count(self) -> str:
-        """Such as ``3 of 12``."""
+        """A page number such as ``3 of 12``."""
         total = self.rng.randint(1, 40)
         return f"{self.rng.randint(1, total)} of {total}"
 
@@ -170,7 +168,7 @@ class Words:
         return f"{self.word('first').lower()}@{self.word('company').lower()}.{self.rng.choice(('com', 'org', 'net'))}"
 
     def name(self) -> str:
-        """A person's name, in one of four ways of writing it."""
+        """A person's name in one of four formats."""
         first, last, form = self.word("first"), self.word("last"), self.rng.random()
         if form < 0.6:
             return f"{first} {last}"
@@ -186,11 +184,11 @@ class Words:
         return f"{self.word('company')}{second} {self.rng.choice(COMPANY_FORMS)}"
 
     def street(self) -> str:
-        """House number and street."""
+        """A house number and a street."""
         return f"{self.digits(1, 4)} {self.word('street')} {self.rng.choice(STREET_FORMS)}"
 
     def subject(self) -> str:
-        """What a letter is about, in one or two words."""
+        """The subject of a letter, in one or two words."""
         subject = self.word("subject")
         return f"{subject} {self.word('subject')}" if self.rng.random() < 0.8 else subject
 
@@ -215,7 +213,7 @@ class Words:
         return self.word("country")
 
     def item(self) -> str:
-        """A thing that is sold."""
+        """An article."""
         return self.word("item")
 
     def department(self) -> str:
@@ -231,13 +229,13 @@ class Words:
         return self.word("color")
 
     def payment(self) -> str:
-        """A means of payment."""
+        """A payment method."""
         return self.word("payment")
 
     def shipping(self) -> str:
-        """A means of transport."""
+        """A shipping method."""
         return self.word("shipping")
 
     def status(self) -> str:
-        """A state of a matter."""
+        """A status such as ``Open``."""
         return self.word("status")

@@ -1,1 +1,1 @@
-"""Where questions come from: the official files, the Hub, tables, streams, drawn pages."""
+"""Data sources: the competition's files, Hub data sets, tables, streams, synthetic pages."""

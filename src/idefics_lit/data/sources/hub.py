@@ -1,40 +1,40 @@
-"""Data sets that `datasets` reads, from the Hub or a local folder, with the published column forms of DocVQA."""
+"""Data sets that `datasets` reads, from the Hub or a local folder, with published or named columns."""
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.images import locate, stored_key, tell_files_apart
+from idefics_lit.data.page_keys import file_keys
 from idefics_lit.data.sources.columns import ColumnMapping
+from idefics_lit.data.sources.features import text_conversions, undecoded
+from idefics_lit.data.sources.stored_images import locate_image, stored_key
 from idefics_lit.errors import InputError, first_line
 
 BRACKETED = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 
 
 def is_saved(source: str) -> bool:
-    """Tell whether it is a folder that ``save_to_disk`` wrote."""
+    """Return whether the source is a folder written by ``save_to_disk``."""
     return any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def load_splits(source: str, subset: str | None = None, *, streaming: bool = False) -> dict[str, Any]:
-    """Return the splits of a Hub data set or of a local folder: a saved data set, parquet, images with metadata.
+    """Load the splits of a Hub data set or of a local folder: a saved data set, parquet, images with metadata.
 
     Args:
         source: a Hub id such as ``lmms-lab/DocVQA``, or a folder.
-        subset: the configuration to load where the data set has several.
-        streaming: give an `IterableDataset` a split, of which nothing is read yet, in place of a `Dataset`.
+        subset: the configuration to load if the data set has several.
+        streaming: return an `IterableDataset` for each split, which reads nothing yet, instead of a `Dataset`.
 
     Raises:
-        InputError: when `datasets` can't read it.
+        InputError: when `datasets` can't read the source.
     """
     try:
         if is_saved(source):
@@ -51,18 +51,18 @@ def load_splits(source: str, subset: str | None = None, *, streaming: bool = Fal
 
 
 class HubDocVQA(Examples):
-    """One split of a data set, memory-mapped, its columns recognised or named.
+    """One split of a data set, memory-mapped.
 
     Args:
         dataset: the split.
         name: names the split in error messages.
         columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
-        language: which of the question's languages to take, where the column holds one text a language.
-        folder: the local folder that it is from; its images' paths may lead nowhere else.
+        language: see there.
+        folder: see there.
 
     Raises:
-        InputError: when a column isn't there. A row without question is one of the `faults`; one without an image that
-            can be decoded raises when it is asked for.
+        InputError: when a column doesn't exist. A row without a question is one of the `faults`; a row without an
+            image that can be decoded raises when its example is requested.
     """
 
     def __init__(
@@ -75,168 +75,110 @@ class HubDocVQA(Examples):
     ) -> None:
         self.name = name
         self.mapping = ColumnMapping(dataset.column_names, columns, language, folder, name)
-        self.features, self.typed = undecoded(dataset.features), typed_texts(dataset.features, self.mapping, name)
-        self.dataset = dataset.with_format("arrow")  # as it is stored
-        self.rows: list[tuple[int, int | None]] = []  # where each question is: its row, which of the row's turns
-        published: list[tuple[str, ...]] = []
+        self.features = undecoded(dataset.features)
+        self.conversions = text_conversions(dataset.features, self.mapping, name)
+        self.dataset = dataset.with_format("arrow")  # rows as they are stored
+        self.rows: list[tuple[int, int | None]] = []  # the row of each question, and its turn in the row
         self.answers: list[list[str]] = []
         self.faults: dict[int, str] = {}
         texts = self.dataset.select_columns(self.mapping.text_columns)
-        for row in range(len(dataset)):
-            published.append(self._open(texts, row))
+        published_ids = [self._read_questions(texts, row) for row in range(len(dataset))]
         if bracketed := [i for i, answers in enumerate(self.answers) if any(map(BRACKETED.fullmatch, answers))]:
             rank_zero_warn(
                 f"{name}: {len(bracketed)} questions have an answer in brackets, which is no list but one text. "
                 f"The first: {self.source(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
             )
-        pages = self._tell_pages_apart(self.dataset.select_columns(self.mapping.image_columns), folder)
-        self.page_ids: list[tuple[Hashable, ...]] = [(*pages[row], *published[row]) for row, _ in self.rows]
+        image_keys = self._image_keys(self.dataset.select_columns(self.mapping.image_columns), folder)
+        self.page_ids: list[tuple[Hashable, ...]] = [(*image_keys[row], *published_ids[row]) for row, _ in self.rows]
         self.dataset = self.dataset.select_columns([*self.mapping.text_columns, *self.mapping.image_columns])
 
     def __len__(self) -> int:
-        """Count the questions."""
+        """Return the number of questions."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a question with its pages, decoded."""
+        """Return a question with its decoded pages."""
         if index in self.faults:
             raise InputError(self.faults[index])
         row, turn = self.rows[index]
         return self.mapping.example(self._row(self.dataset, row), turn, self.source(index), row)
 
     def source(self, index: int) -> str:
-        """Name a question's row for error messages."""
-        return self._name(*self.rows[index])
+        """Return the name of a question's row, for error messages."""
+        return self._row_name(*self.rows[index])
 
-    def _name(self, row: int, turn: int | None = None) -> str:
+    def _row_name(self, row: int, turn: int | None = None) -> str:
         return f"{self.name}, row {row}" + ("" if turn is None else f", question {turn}")
 
     def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
         try:
-            stored = self.features.decode_example(dataset[row].to_pylist()[0])
-            return {name: self.typed[name](value) if name in self.typed else value for name, value in stored.items()}
+            values = self.features.decode_example(dataset[row].to_pylist()[0])
+            return {name: self._convert(name, value) for name, value in values.items()}
         except Exception as error:
-            raise InputError(f"{self._name(row)}: the row can't be read: {first_line(error)}") from error
+            raise InputError(f"{self._row_name(row)}: the row can't be read: {first_line(error)}") from error
 
-    def _open(self, texts: datasets.Dataset, row: int) -> tuple[str, ...]:
-        """Find a row's questions and their answers; return the published ids of its pages."""
+    def _convert(self, column: str, value: Any) -> Any:  # noqa: ANN401
+        return self.conversions[column](value) if column in self.conversions else value
+
+    def _read_questions(self, texts: datasets.Dataset, row: int) -> tuple[str, ...]:
+        """Add a row's questions, with their answers; return the published ids of its pages."""
         try:
-            content = self._row(texts, row)
-            pages, turns = self.mapping.page_ids(content), self.mapping.turns(content, self._name(row))
+            values = self._row(texts, row)
+            page_ids, turns = self.mapping.page_ids(values), self.mapping.turns(values, self._row_name(row))
         except InputError as error:
-            self._add(row, None, [], str(error))
+            self._add_question(row, None, [], str(error))
             return ()
         for turn in turns:
             try:
-                answers = self.mapping.read(content, turn, self._name(row, turn), row)["answers"]
+                answers = self.mapping.read(values, turn, self._row_name(row, turn), row)["answers"]
             except InputError as error:
-                self._add(row, turn, [], str(error))
+                self._add_question(row, turn, [], str(error))
             else:
-                self._add(row, turn, answers)
-        return pages
+                self._add_question(row, turn, answers)
+        return page_ids
 
-    def _add(self, row: int, turn: int | None, answers: list[str], fault: str = "") -> None:
+    def _add_question(self, row: int, turn: int | None, answers: list[str], fault: str = "") -> None:
         if fault:
             self.faults[len(self.rows)] = fault
         self.rows.append((row, turn))
         self.answers.append(answers)
 
-    def _tell_pages_apart(self, images: datasets.Dataset, folder: str | None) -> list[tuple[Hashable, ...]]:
-        """Return the keys of each row's images: of their content, or of the file that a path leads to."""
-        stored = self._stored_keys(images)
-        places = {}
-        for path in {key for keys in stored for key in keys}:
-            with suppress(ValueError):  # a path that leads elsewhere is named when it is asked for
-                places[path] = locate(path, folder)
-        files = tell_files_apart(dict.fromkeys(place for place in places.values() if isinstance(place, Path)))
-        known: dict[str, Hashable] = {path: files.get(place, path) for path, place in places.items()}
+    def _image_keys(self, images: datasets.Dataset, folder: str | None) -> list[tuple[Hashable, ...]]:
+        """Return the keys of each row's images: of their content, or of the file of a path."""
+        keys_of_rows = self._stored_keys(images)
+        locations = {}
+        for path in {key for keys in keys_of_rows for key in keys}:
+            with suppress(ValueError):  # a wrong path is reported when its example is requested
+                locations[path] = locate_image(path, folder)
+        files = file_keys(dict.fromkeys(location for location in locations.values() if isinstance(location, Path)))
+        key_of_path: dict[str, Hashable] = {path: files.get(location, path) for path, location in locations.items()}
         return [
-            tuple(known.get(key, key) for key in keys) or (f"row {row}",)  # a row without images is no other's page
-            for row, keys in enumerate(stored)
+            tuple(key_of_path.get(key, key) for key in keys) or (f"row {row}",)  # no other row has this key
+            for row, keys in enumerate(keys_of_rows)
         ]
 
     def _stored_keys(self, images: datasets.Dataset) -> list[list[str]]:
-        """Return a key of each of a row's images as they are stored.
+        """Return the keys of each row's images as they are stored.
 
-        `datasets` reads a set for it once, and keeps what it found beside a set that is on disk.
+        `datasets` reads all images for it once, and caches the keys of a data set that is on disk.
         """
-        options: dict[str, Any] = {"remove_columns": images.column_names, "desc": "Telling pages apart"}
+        options: dict[str, Any] = {"remove_columns": images.column_names, "desc": "Hashing pages"}
         try:
-            keys = images.map(_keys, **options)
-        except OSError:  # a folder that can't be written
-            keys = images.map(_keys, **options, keep_in_memory=True)
+            keys = images.map(_map_keys, **options)
+        except OSError:  # the folder is read-only
+            keys = images.map(_map_keys, **options, keep_in_memory=True)
         return list(keys.with_format(None)["keys"])
 
 
-def typed_texts(features: datasets.Features, form: ColumnMapping, name: str) -> dict[str, Callable[[Any], Any]]:
-    """Return how to read the columns that hold numbers or classes where texts should be.
-
-    A class is its name. Numbers can't be as they were once written: a whole one is, a column with gaps being one of
-    floats, and a float of 16 or 32 bits has as many digits as tell it from others.
-
-    Args:
-        features: the split's.
-        form: which columns hold what.
-        name: names the split in the warning.
-    """
-    for part in ("question", "answers", "question_types"):
-        for column in form.parts.get(part, ()):
-            kind = _value(features.get(column))
-            if isinstance(kind, datasets.Value) and kind.dtype.startswith(("float", "decimal", "date", "time", "bool")):
-                rank_zero_warn(
-                    f"{name}: column {column!r} holds {kind.dtype} and no texts: what 1.0, 0.10 or a date was before "
-                    f"isn't known any more. Store texts, to train on what the page says."
-                )
-    columns = {column: _reader(features.get(column)) for column in form.text_columns}
-    return {column: read for column, read in columns.items() if read}
-
-
-def _value(feature: Any) -> Any:  # noqa: ANN401
-    return _value(feature.feature) if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
-
-
-def _reader(feature: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        inner = _reader(feature.feature)
-        return inner and (lambda values: values if values is None else [inner(value) for value in values])
-    if isinstance(feature, datasets.ClassLabel):
-        return lambda number: None if number is None or number < 0 else feature.int2str(number)
-    if isinstance(feature, datasets.Value) and feature.dtype.startswith("float"):
-        precise = np.dtype(feature.dtype).type
-        return lambda number: number if number is None or number != number else _number(float(number), precise)
-    return None
-
-
-def _number(number: float, precise: type[np.floating[Any]]) -> int | str:
-    return int(number) if number.is_integer() else str(precise(number))
-
-
-def undecoded(features: datasets.Features) -> datasets.Features:
-    """Return the features of a data set whose files stay as they are stored.
-
-    `datasets` would open whatever path or address a row names, and decode ahead of what is asked for.
-    """
-
-    def leave(feature: Any) -> Any:  # noqa: ANN401
-        if isinstance(feature, dict):
-            return {name: leave(inner) for name, inner in feature.items()}
-        if isinstance(feature, (datasets.List, datasets.LargeList)):
-            return replace(feature, feature=leave(feature.feature))
-        decodes = hasattr(feature, "decode") and not isinstance(feature, datasets.Json)
-        return replace(feature, decode=False) if decodes else feature
-
-    return datasets.Features(leave(dict(features)))
-
-
 def stored_keys(columns: Mapping[str, Any]) -> list[str]:
-    """Return a key of each image in a row's image columns; see `idefics_lit.data.images.stored_key`."""
-    images = (image for stored in columns.values() for image in (stored if isinstance(stored, list) else [stored]))
+    """Return a key of each image in a row's image columns, see `stored_key`."""
+    images = (image for value in columns.values() for image in (value if isinstance(value, list) else [value]))
     return [key for key in map(stored_key, images) if key is not None]
 
 
-def _keys(row: pa.Table) -> dict[str, list[str]]:
+def _map_keys(row: pa.Table) -> dict[str, list[str]]:
     try:
         (columns,) = row.to_pylist()
-    except UnicodeDecodeError:  # a path that can't be read later either
+    except UnicodeDecodeError:  # a path that can't be opened later either
         columns = {}
     return {"keys": stored_keys(columns)}

@@ -1,6 +1,6 @@
-"""DocVQA, InfographicVQA and MP-DocVQA as the Robust Reading Competition publishes them, its tasks 1, 3 and 4.
+"""DocVQA, InfographicVQA and MP-DocVQA as published by the Robust Reading Competition (tasks 1, 3 and 4).
 
-One JSON a split, page images in a folder beside it.
+Each split is a JSON file, with a folder of page images next to it.
 """
 
 import os
@@ -11,43 +11,45 @@ from typing import Any
 
 from PIL import Image
 
-from idefics_lit.data.example import Example, Examples, as_id, as_page, as_text, as_texts, read_answers
-from idefics_lit.data.images import open_page, tell_files_apart
+from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.images import open_page
+from idefics_lit.data.page_keys import file_keys
 from idefics_lit.data.sources.columns import INFOGRAPHIC_TYPES
-from idefics_lit.data.sources.text_files import KINDS, read_json
+from idefics_lit.data.sources.text_files import TABLE_SUFFIXES, read_json
+from idefics_lit.data.sources.values import as_id, as_page, as_text, as_texts, convert, read_answers
 from idefics_lit.errors import InputError
 
 SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("spdocvqa_images", "infographicsvqa_images", "images")
-TYPES = ("question_types", *INFOGRAPHIC_TYPES)
-READ: dict[str, Callable[[object], Any]] = {
+TYPE_KEYS = ("question_types", *INFOGRAPHIC_TYPES)
+CONVERSIONS: dict[str, Callable[[object], Any]] = {
     "questionId": as_id,
     "question": as_text,
     "answers": as_texts,
-    **dict.fromkeys(TYPES, as_texts),
+    **dict.fromkeys(TYPE_KEYS, as_texts),
     "answer_page_idx": as_page,
 }
 
 
 def find_official_splits(source: Path) -> dict[str, Path]:
-    """Return the JSON file of each split (``train``, ``val``, ``test``); none when there is no JSON.
+    """Return the JSON file of each split (``train``, ``val``, ``test``); empty if there are none.
 
     Args:
         source: a folder that holds files such as ``train_v1.0_withQT.json`` or ``infographicsVQA_val_v1.0.json``, or
             one such file.
 
     Raises:
-        InputError: when a file is not of the official form or two files hold one split.
+        InputError: when a file doesn't have the official form, or two files hold one split.
     """
     splits: dict[str, Path] = {}
-    if source.suffix.lower() in KINDS:
+    if source.suffix.lower() in TABLE_SUFFIXES:
         return splits
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
-        if file.name == "dataset_infos.json":  # the Hub's, about data of another form
+        if file.name == "dataset_infos.json":  # the Hub's metadata of a data set
             continue
-        # Official archives tell the split by the file's name; a file under another name says it inside.
+        # The names of official files contain the split; other files have it in their content.
         name = next((split for split in SPLITS if file.name.startswith(split) or f"VQA_{split}_" in file.name), None)
-        name = name or _split_inside(file)
+        name = name or _split_of_content(file)
         if name in splits:
             raise InputError(f"{source}: {splits[name].name} and {file.name} both hold split {name!r}: move one away")
         splits[name] = file
@@ -58,51 +60,52 @@ class OfficialDocVQA(Examples):
     """The questions of one official JSON file.
 
     Args:
-        file: the JSON. Its images lie in the same folder: DocVQA's under ``documents/`` or ``spdocvqa_images/``,
+        file: the JSON. Its images are in the same folder: DocVQA's under ``documents/`` or ``spdocvqa_images/``,
             InfographicVQA's under ``infographicsvqa_images/`` or ``images/``, MP-DocVQA's under ``images/``.
 
     Raises:
-        InputError: when the file isn't readable. A row without id, question or image, or whose image file is missing,
-            is one of the `faults`; a page that can't be decoded raises when its example is asked for.
+        InputError: when the file isn't readable. A row without an id, question or image, or whose image file is
+            missing, is one of the `faults`; a page that can't be decoded raises when its example is requested.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.rows = _read(file)["data"]
-        self._found: dict[str, str] = {}
-        self._pages: dict[int, list[str]] = {}  # of each good row
-        self.answers, self.faults = read_answers(self._check, len(self.rows))
-        keys = tell_files_apart(dict.fromkeys(self._found.values()))
+        self.rows = _read_json_file(file)["data"]
+        self._files: dict[str, str] = {}  # the file of each image name
+        self._pages: dict[int, list[str]] = {}  # the files of each good row
+        self.answers, self.faults = read_answers(self._check_row, len(self.rows))
+        keys = file_keys(dict.fromkeys(self._files.values()))
         self.page_ids: list[tuple[Hashable, ...]] = [
             tuple(keys.get(page, page) for page in self._pages.get(index, [f"row {index}"]))
             for index in range(len(self.rows))
         ]
 
     def __len__(self) -> int:
-        """Count the questions."""
+        """Return the number of questions."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a question with its page, decoded."""
+        """Return a question with its decoded pages."""
         if index in self.faults:
             raise InputError(self.faults[index])
-        texts, where = self._texts(index), self.source(index)
+        fields, source = self._fields(index), self.source(index)
         try:
-            images = [_open(path, _version(path)) for path in (self._found[image] for image in self._images(index))]
+            paths = [self._files[image] for image in self._image_names(index)]
+            images = [_open_cached(path, _version(path)) for path in paths]
         except Exception as error:
-            raise InputError(f"{where}: the image can't be read: {error}") from error
+            raise InputError(f"{source}: the image can't be read: {error}") from error
         return Example(
-            question_id=texts["questionId"],
-            question=texts["question"],
+            question_id=fields["questionId"],
+            question=fields["question"],
             images=images,
-            answers=texts["answers"],
-            question_types=[kind for types in TYPES for kind in texts[types]],
-            answer_page=texts["answer_page_idx"],
-            source=where,
+            answers=fields["answers"],
+            question_types=[question_type for key in TYPE_KEYS for question_type in fields[key]],
+            answer_page=fields["answer_page_idx"],
+            source=source,
         )
 
     def source(self, index: int) -> str:
-        """Name a question's row for error messages."""
+        """Return the name of a question's row, for error messages."""
         row = self.rows[index]
         if not isinstance(row, dict):
             return f"{self.file}, row {index}"
@@ -110,86 +113,81 @@ class OfficialDocVQA(Examples):
         name = f"questionId {row.get('questionId')!s:.100}, {key} {row.get(key)!s:.100}"
         return f"{self.file}, row {index} ({name.encode(errors='backslashreplace').decode()})"
 
-    def _check(self, index: int) -> list[str]:
-        """Find the pages of a row, and return its answers."""
-        texts, images, where = self._texts(index), self._images(index), self.source(index)
+    def _check_row(self, index: int) -> list[str]:
+        """Locate the pages of a row, and return its answers."""
+        fields, images, source = self._fields(index), self._image_names(index), self.source(index)
         for image in images:
-            if image not in self._found:
-                self._found[image] = str(self._locate(image, where))
-        self._pages[index] = [self._found[image] for image in images]
-        return texts["answers"]
+            if image not in self._files:
+                self._files[image] = str(self._locate(image, source))
+        self._pages[index] = [self._files[image] for image in images]
+        return fields["answers"]
 
-    def _texts(self, index: int) -> dict[str, Any]:
-        """Return what a row holds, by the official names."""
-        row, where, texts = self.rows[index], self.source(index), {}
+    def _fields(self, index: int) -> dict[str, Any]:
+        """Return the converted values of a row, by the official keys."""
+        row, source, fields = self.rows[index], self.source(index), {}
         if not isinstance(row, dict):
-            raise InputError(f"{where}: not a JSON object: drop the row")
-        for key, read in READ.items():
-            try:
-                texts[key] = read(row.get(key))
-            except ValueError as error:
-                raise InputError(f"{where}: {key!r} {error}: mend it or drop the row") from error
-            if texts[key] == "":
-                raise InputError(f"{where}: no {key!r}: add it or drop the row")
-        return texts
+            raise InputError(f"{source}: not a JSON object: drop the row")
+        for key, function in CONVERSIONS.items():
+            fields[key] = convert(row.get(key), function, f"{source}: {key!r}")
+            if fields[key] == "":
+                raise InputError(f"{source}: no {key!r}: add it or drop the row")
+        return fields
 
-    def _images(self, index: int) -> list[str]:
-        """Return what a row calls its images."""
-        row, where = self.rows[index], self.source(index)
+    def _image_names(self, index: int) -> list[str]:
+        """Return the names of a row's images, as the file has them."""
+        row, source = self.rows[index], self.source(index)
         key = _image_key(row)
-        stored = row.get(key)
-        try:
-            images = list(map(as_text, stored if key == "page_ids" and isinstance(stored, list) else [stored]))
-        except ValueError as error:
-            raise InputError(f"{where}: {key!r} {error}: mend it or drop the row") from error
+        value = row.get(key)
+        values = value if key == "page_ids" and isinstance(value, list) else [value]
+        images = [convert(image, as_text, f"{source}: {key!r}") for image in values]
         if not images or "" in images:
-            raise InputError(f"{where}: no {key!r}: add it or drop the row")
+            raise InputError(f"{source}: no {key!r}: add it or drop the row")
         return [f"images/{image}.jpg" for image in images] if key == "page_ids" else images
 
-    def _locate(self, image: str, where: str) -> Path:
+    def _locate(self, image: str, source: str) -> Path:
         folder = self.file.parent
-        # Newer archives keep under spdocvqa_images/ what the JSON still calls documents/; InfographicVQA's JSON names
-        # no folder. Any other folder is part of the page's name: docA/1.png is not docB/1.png.
-        parts = Path(image).parts  # of "." there are none
+        # The JSON says documents/ for what newer archives have in spdocvqa_images/; InfographicVQA's JSON names no
+        # folder. Any other folder is part of the page's name: docA/1.png isn't docB/1.png.
+        parts = Path(image).parts  # empty for "."
         name = Path(*parts[1:] if len(parts) > 1 and parts[0] in ("documents", *IMAGE_FOLDERS) else parts)
-        paths = [folder / image] if os.path.isfile(folder / image) else [folder / some / name for some in IMAGE_FOLDERS]
-        paths = [path for path in paths if os.path.isfile(path)]
+        is_there = os.path.isfile(folder / image)
+        candidates = [folder / image] if is_there else [folder / subfolder / name for subfolder in IMAGE_FOLDERS]
+        paths = [path for path in candidates if os.path.isfile(path)]
         if not paths:
-            raise InputError(f"{where}: the image file is missing in {folder}")
-        if len(set(tell_files_apart(paths).values())) > 1:
-            raise InputError(f"{where}: {' and '.join(map(str, paths))} are different images: move one away")
-        path = paths[0]
-        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
-            raise InputError(f"{where}: the image lies outside the data's folder {folder}")
-        return path
+            raise InputError(f"{source}: the image file is missing in {folder}")
+        if len(set(file_keys(paths).values())) > 1:
+            raise InputError(f"{source}: {' and '.join(map(str, paths))} are different images: move one away")
+        if not Path(os.path.abspath(paths[0])).is_relative_to(os.path.abspath(folder)):  # links may lead out of it
+            raise InputError(f"{source}: the image lies outside the data's folder {folder}")
+        return paths[0]
 
 
 def _image_key(row: dict[str, Any]) -> str:
-    """Return the name under which a row names its image: task 1's, task 3's or, for all its pages, task 4's."""
+    """Return the key of a row's images: of task 3, of task 4 (all pages), or of task 1."""
     return next((key for key in ("image_local_name", "page_ids") if key in row), "image")
 
 
 @lru_cache(maxsize=4)
-def _open(path: str, version: Hashable) -> Image.Image:
-    """Decode a page, and keep it for a while: the questions of a page often come one after the other."""
+def _open_cached(path: str, version: Hashable) -> Image.Image:
+    """Decode a page, with a cache: the questions about a page often follow one another."""
     return open_page(path)
 
 
 def _version(path: str) -> Hashable:
-    """Return what differs when the file is another one than before."""
-    about = os.stat(path)
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    """Return a value that changes when the file is replaced."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _split_inside(file: Path) -> str:
-    """Return the split that a file says it is of, or its name."""
+def _split_of_content(file: Path) -> str:
+    """Return the split that a file's content names, or else the file's name."""
     try:
-        return as_text(_read(file).get("dataset_split")) or file.stem
+        return as_text(_read_json_file(file).get("dataset_split")) or file.stem
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{file}: 'dataset_split' {error}") from error
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_json_file(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Rendered pages as a data set: nothing to download, as many pages as wanted, different ones for each split."""
+"""A data set of generated pages: any number of pages, different ones for each split."""
 
 import json
 import random
@@ -9,18 +9,18 @@ from pathlib import Path
 from PIL.Image import Image
 
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.pages import MOST_QUESTIONS, Question, page_questions, render_page
+from idefics_lit.data.pages import MAX_QUESTIONS, Question, page_questions, render_page
 
 
 class SyntheticPages(Examples):
-    """Questions on pages that are rendered when they are asked for, in the loader's workers.
+    """Questions about pages that are rendered when an example is requested, in the loader's workers.
 
-    Families take turns. Split and seed decide the pages: no two splits share one.
+    Families alternate. The split and the seed decide the pages: no two splits share one.
 
     Args:
         split: any name, such as ``train``.
-        pages: number of pages.
-        seed: another seed gives other pages.
+        pages: the number of pages.
+        seed: a different seed gives different pages.
         families: see `idefics_lit.data.pages.FAMILIES`.
 
     Attributes:
@@ -28,7 +28,7 @@ class SyntheticPages(Examples):
         answers: the accepted answers of each question.
 
     Raises:
-        InputError: there is no such family.
+        InputError: when a family doesn't exist.
     """
 
     page_ids: list[tuple[tuple[str, int]]]
@@ -48,17 +48,17 @@ class SyntheticPages(Examples):
                 self._items.append((index, number))
 
     def __len__(self) -> int:
-        """Count the questions."""
+        """Return the number of questions."""
         return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a question with its page, mode "L", 448 x 336 pixels."""
+        """Return a question with its page, an image of mode "L" and 448 x 336 pixels."""
         page, number = self._items[index]
         ((family, seed),) = self.page_ids[index]
         image, questions = _render(family, seed)
         question = questions[number]
         return Example(
-            question_id=page * MOST_QUESTIONS + number,
+            question_id=page * MAX_QUESTIONS + number,
             question=question.text,
             images=[image],
             answers=list(question.answers),
@@ -67,14 +67,14 @@ class SyntheticPages(Examples):
         )
 
     def source(self, index: int) -> str:
-        """Name a question's page for error messages."""
+        """Return the name of a question's page, for error messages."""
         page, number = self._items[index]
         return f"synthetic {self.split}, page {page} ({self.page_ids[index][0][0]}), question {number}"
 
 
 @lru_cache(maxsize=16)
 def _render(family: str, seed: int) -> tuple[Image, list[Question]]:
-    """A page, kept for a while: the questions of a page mostly come one after the other."""
+    """Render a page, with a cache: the questions about a page mostly follow one another."""
     page = render_page(family, seed)
     return page.image, page.questions
 
@@ -83,8 +83,8 @@ def write_docvqa(dataset: SyntheticPages, folder: str | Path) -> Path:
     """Write a data set to disk in the official form of DocVQA's Task 1.
 
     Args:
-        dataset: what to write.
-        folder: gets ``<split>_v1.0_withQT.json`` and the pages as ``documents/*.png``; made if it isn't there.
+        dataset: the data set.
+        folder: is created; gets ``<split>_v1.0_withQT.json`` and the pages as ``documents/*.png``.
 
     Returns:
         The JSON file's path.
@@ -92,11 +92,11 @@ def write_docvqa(dataset: SyntheticPages, folder: str | Path) -> Path:
     folder = Path(folder)
     (folder / "documents").mkdir(parents=True, exist_ok=True)
     rows = []
-    for item, ((family, _),) in enumerate(dataset.page_ids):
-        example = dataset[item]
-        page = int(example.question_id) // MOST_QUESTIONS
+    for index, ((family, _),) in enumerate(dataset.page_ids):
+        example = dataset[index]
+        page = int(example.question_id) // MAX_QUESTIONS
         image = f"documents/{dataset.split}_{family}_{page}.png"
-        if item == 0 or dataset.page_ids[item - 1] != dataset.page_ids[item]:
+        if index == 0 or dataset.page_ids[index - 1] != dataset.page_ids[index]:
             example.images[0].save(folder / image)
         rows.append(
             {

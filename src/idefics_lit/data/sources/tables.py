@@ -1,6 +1,6 @@
-"""CSV, TSV and JSON files whose image column holds paths, relative to the file.
+"""Find and open tables, that is CSV, TSV and JSON files whose image column holds paths relative to the file.
 
-What is special here: texts stay as they are written (`idefics_lit.data.sources.text_files`); rows are named by line.
+Texts stay exactly as they are written, see `idefics_lit.data.sources.text_files`; error messages name a row's line.
 """
 
 import json
@@ -13,19 +13,19 @@ import datasets
 from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_warn
 
-from idefics_lit.data.images import locate
 from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.hub import HubDocVQA, stored_keys
-from idefics_lit.data.sources.text_files import DIVIDERS, KINDS, open_cell, read_rows
+from idefics_lit.data.sources.stored_images import locate_image
+from idefics_lit.data.sources.text_files import DELIMITERS, TABLE_SUFFIXES, parse_cell, read_rows
 from idefics_lit.errors import InputError
 
 SPLITS = ("train", "validation", "val", "test")
-PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".lz4")
-LISTS = ("image", "answers", "question_types")  # the parts of which a row may have several
+COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".lz4")
+LIST_FIELDS = ("image", "answers", "question_types")
 
 
 def find_tables(source: Path) -> dict[str, Path]:
-    """Return the file of each split; none where there is no such file.
+    """Return the file of each split; empty if there are no tables.
 
     Args:
         source: a folder that holds files such as ``train.csv`` and ``validation.jsonl``, or one such file.
@@ -33,11 +33,11 @@ def find_tables(source: Path) -> dict[str, Path]:
     Raises:
         InputError: when two files hold one split.
     """
-    if source.suffix.lower() in KINDS and source.is_file():
+    if source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
         return {_split(source) or "train": source}
     tables: dict[str, Path] = {}
     for file in sorted(source.glob("*")):
-        split = _split(file) if file.suffix.lower() in KINDS and file.is_file() else None
+        split = _split(file) if file.suffix.lower() in TABLE_SUFFIXES and file.is_file() else None
         if split in tables:
             raise InputError(f"{source}: {tables[split].name} and {file.name} both hold split {split!r}: join them")
         if split:
@@ -50,14 +50,15 @@ def _split(file: Path) -> str | None:
 
 
 def find_nested_tables(source: str, subset: str | None = None) -> tuple[str, dict[str, list[Path]]]:
-    """Return the folder, and each split's files, where they are such as ``data/train.csv`` or ``train/metadata.jsonl``.
+    """Find tables in subfolders, such as ``data/train.csv``, or next to images, such as ``train/metadata.jsonl``.
 
     Args:
-        source: a folder, or a Hub id, whose folder is downloaded where it holds such files.
-        subset: the configuration where there are several.
+        source: a folder, or the id of a Hub data set, which is downloaded if it consists of tables.
+        subset: the configuration if there are several.
 
     Returns:
-        No files where there is something else, such as parquet, or nothing that can be read.
+        The folder, and the files of each split; no files if the source isn't readable or holds something else, such as
+        parquet.
     """
     files = find_text_files(source, subset)
     folder = source
@@ -69,66 +70,69 @@ def find_nested_tables(source: str, subset: str | None = None) -> tuple[str, dic
                 return source, {}
             raise InputError(f"data.source {source!r} can't be downloaded: {error}") from error
         files = find_text_files(folder, subset)
-    return folder, {split: list(map(Path, some)) for split, some in (files or {}).items()}
+    return folder, {split: list(map(Path, paths)) for split, paths in (files or {}).items()}
 
 
 def find_text_files(source: str, subset: str | None = None) -> dict[str, list[str]] | None:
-    """Return the CSV, TSV and JSON files of each split, which `datasets` tells by the names of files and folders.
+    """Return the CSV, TSV and JSON files of each split; `datasets` finds splits by the names of files and folders.
 
     Returns:
-        None where `datasets` can't read the source, as without a network; no files where it holds something else.
+        None if `datasets` can't read the source, as without a network; no files if the source holds something else.
 
     Raises:
-        InputError: some are packed.
+        InputError: when files are compressed.
     """
     try:
         builder = datasets.load_dataset_builder(source, subset)
         files = _text_files(builder)
-        # One that has more images than tables.
-        if not files and builder.name == "imagefolder" and Path(source).exists() and not _packed(builder):
+        # `datasets` takes a folder with more images than tables for one without tables.
+        if not files and builder.name == "imagefolder" and Path(source).exists() and not _compressed(builder):
             files = _text_files(datasets.load_dataset_builder("csv", data_dir=source))
     except InputError:
         raise
-    except Exception:  # `load_splits` says why
+    except Exception:  # `load_splits` raises with the reason
         return None
     return files
 
 
 def _text_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
     files: Mapping[Any, list[str]] = builder.config.data_files or {}
-    parquet = any(Path(file).name == "metadata.parquet" for some in files.values() for file in some)
+    parquet = any(Path(file).name == "metadata.parquet" for paths in files.values() for file in paths)
     if parquet or builder.name not in ("csv", "json", "imagefolder"):
         return {}
-    if packed := _packed(builder):
+    if compressed := _compressed(builder):
         if builder.name != "imagefolder":
-            raise InputError(f"{packed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
-        rank_zero_warn(f"{packed}: texts in it are read by `datasets`, which may change some, such as 0.10: unpack it")
+            raise InputError(f"{compressed}: `datasets` would unpack it and change texts such as 0.10: unpack it first")
+        rank_zero_warn(
+            f"{compressed}: texts in it are read by `datasets`, which may change some, such as 0.10: unpack it"
+        )
     texts = {
-        str(split): [f for f in some if Path(f).suffix.lower() in (*KINDS, ".json")] for split, some in files.items()
+        str(split): [path for path in paths if Path(path).suffix.lower() in (*TABLE_SUFFIXES, ".json")]
+        for split, paths in files.items()
     }
-    return {split: some for split, some in texts.items() if some}
+    return {split: paths for split, paths in texts.items() if paths}
 
 
-def _packed(builder: datasets.DatasetBuilder) -> str | None:
-    files = (file for some in (builder.config.data_files or {}).values() for file in some)
-    return next((file for file in files if Path(file).suffix.lower() in PACKED), None)
+def _compressed(builder: datasets.DatasetBuilder) -> str | None:
+    files = (file for paths in (builder.config.data_files or {}).values() for file in paths)
+    return next((file for file in files if Path(file).suffix.lower() in COMPRESSED), None)
 
 
 class TableDocVQA(HubDocVQA):
-    """The questions of one file, or of several.
+    """The questions of one table, or of several.
 
     Args:
-        files: a CSV in UTF-8, with commas and a header, or a TSV, where several answers, pages or types are a list in
-            their cell, in JSON's or Python's notation; a JSONL, an object a line; a JSON, a list of objects.
+        files: a CSV in UTF-8, with commas and a header, or a TSV, in which a cell with several answers, pages or types
+            spells a list in JSON's or Python's notation; a JSONL, with an object per line; a JSON list of objects.
         columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
-        language: see `idefics_lit.data.sources.columns.ColumnMapping`.
-        folder: which images' paths may not lead out of; the file's own unless given. A path is relative to its file,
+        language: see there.
+        folder: the folder that image paths may not leave; by default the file's own. A path is relative to its file,
             or else to this folder.
 
     Raises:
-        InputError: when a file or a row of it isn't readable, or a column isn't there. A row without question, or
-            whose image file is missing, is one of the `faults`; a page that can't be decoded raises when it is asked
-            for.
+        InputError: when a file or a row isn't readable, or a column doesn't exist. A row without a question, or whose
+            image file is missing, is one of the `faults`; a page that can't be decoded raises when its example is
+            requested.
     """
 
     def __init__(
@@ -141,35 +145,34 @@ class TableDocVQA(HubDocVQA):
         files = [files] if isinstance(files, Path) else files
         folder = folder or files[0].parent
         name = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-        read = [(file, number, *row) for file in files for number, row in enumerate(read_rows(file))]
-        if not read:
+        rows = [(file, number, *row) for file in files for number, row in enumerate(read_rows(file))]
+        if not rows:
             raise InputError(f"{name}: it has no rows: add some")
-        self.places = [(file, number, line) for file, number, line, _ in read]
-        names = list(dict.fromkeys(column for *_, row in read for column in row))
-        form = ColumnMapping(names, columns, language, str(folder), name)
-        stored = {column: [row.get(column) for *_, row in read] for column in (*form.text_columns, *form.image_columns)}
-        self._open_cells(form, stored, name)
-        for column in form.image_columns:
-            images = zip(self.places, stored[column], strict=True)
-            stored[column] = [_from_folder(value, file.parent, folder) for (file, *_), value in images]
-        pages = list(zip(*(stored[column] for column in form.image_columns), strict=True))
-        super().__init__(_as_dataset(stored, form, name), name, columns, language, str(folder))
-        missing = [_missing([image for some in row for image in some or ()], folder) for row in pages]
+        self.locations = [(file, number, line) for file, number, line, _ in rows]
+        column_names = list(dict.fromkeys(column for *_, row in rows for column in row))
+        mapping = ColumnMapping(column_names, columns, language, str(folder), name)
+        needed = (*mapping.text_columns, *mapping.image_columns)
+        values = {column: [row.get(column) for *_, row in rows] for column in needed}
+        self._parse_cells(mapping, values, name)
+        for column in mapping.image_columns:
+            cells = zip(self.locations, values[column], strict=True)
+            values[column] = [_image_paths(cell, file.parent, folder) for (file, *_), cell in cells]
+        super().__init__(_to_dataset(values, mapping, name), name, columns, language, str(folder))
+        images_of_rows = zip(*(values[column] for column in mapping.image_columns), strict=True)
+        faults = [_image_fault([image for cell in cells for image in cell or ()], folder) for cells in images_of_rows]
         for index, (row, _) in enumerate(self.rows):
-            if missing[row]:
-                self.faults.setdefault(index, f"{self.source(index)}: {missing[row]}")
+            if faults[row]:
+                self.faults.setdefault(index, f"{self.source(index)}: {faults[row]}")
 
-    def _open_cells(self, form: ColumnMapping, stored: dict[str, list[Any]], name: str) -> None:
-        """Put in their place the lists, and the questions in several languages, that cells spell."""
-        kinds = {
-            **dict.fromkeys(form.parts["question"], dict),
-            **{c: list for p in LISTS for c in form.parts.get(p, ())},
-        }
+    def _parse_cells(self, mapping: ColumnMapping, values: dict[str, list[Any]], name: str) -> None:
+        """Replace cells that spell lists, or questions in several languages, by their values."""
+        kinds: dict[str, type] = dict.fromkeys(mapping.fields["question"], dict)
+        kinds |= {column: list for field in LIST_FIELDS for column in mapping.fields.get(field, ())}
         in_python = []
         for column, kind in kinds.items():
-            for row, (file, _, line) in enumerate(self.places):
-                if (cell := stored[column][row]) and file.suffix.lower() in DIVIDERS:
-                    stored[column][row], is_python = open_cell(cell, kind)
+            for row, (file, _, line) in enumerate(self.locations):
+                if (cell := values[column][row]) and file.suffix.lower() in DELIMITERS:
+                    values[column][row], is_python = parse_cell(cell, kind)
                     in_python += [f"line {line}, column {column!r}: {cell:.100}"] if is_python else []
         if in_python:
             rank_zero_warn(
@@ -181,53 +184,51 @@ class TableDocVQA(HubDocVQA):
         texts = self.mapping.text_columns
         return {name: json.loads(v) if name in texts else v for name, v in super()._row(dataset, row).items()}
 
-    def _name(self, row: int, turn: int | None = None) -> str:
-        file, number, line = self.places[row]
-        place = f"{file}, row {number}" + ("" if turn is None else f", question {turn}")
-        return place if line is None else f"{place} (line {line})"
+    def _row_name(self, row: int, turn: int | None = None) -> str:
+        file, number, line = self.locations[row]
+        name = f"{file}, row {number}" + ("" if turn is None else f", question {turn}")
+        return name if line is None else f"{name} (line {line})"
 
     def _stored_keys(self, images: datasets.Dataset) -> list[list[str]]:
-        return list(map(stored_keys, images.with_format(None)))  # nothing to read for it: paths
+        return list(map(stored_keys, images.with_format(None)))  # paths: there is no content to hash
 
 
-def _as_dataset(stored: Mapping[str, list[Any]], form: ColumnMapping, name: str) -> datasets.Dataset:
-    """Store texts as JSON: Arrow has one type a column, and would make 1976 beside 0.5 a 1976.0."""
+def _to_dataset(values: Mapping[str, list[Any]], mapping: ColumnMapping, name: str) -> datasets.Dataset:
+    """Store texts as JSON, because Arrow has one type per column and would turn 1976 next to 0.5 into 1976.0."""
     text = datasets.Value("string")
-    features = {column: datasets.List(text) for column in form.image_columns} | dict.fromkeys(form.text_columns, text)
+    images, texts = mapping.image_columns, mapping.text_columns
+    features = {column: datasets.List(text) for column in images} | dict.fromkeys(texts, text)
     columns: dict[str, list[Any]] = {
-        column: [[i if isinstance(i, str) else None for i in some] if some else None for some in stored[column]]
-        for column in form.image_columns
+        column: [
+            [path if isinstance(path, str) else None for path in cell] if cell else None for cell in values[column]
+        ]
+        for column in images
     }
-    columns |= {column: [json.dumps(value) for value in stored[column]] for column in form.text_columns}
+    columns |= {column: [json.dumps(value) for value in values[column]] for column in texts}
     try:
         return datasets.Dataset.from_dict(columns, datasets.Features(features))
     except Exception as error:
         raise InputError(f"{name}: can't be read: {error}") from error
 
 
-def _from_folder(value: Any, own: Path, folder: Path) -> list[Any] | None:  # noqa: ANN401
-    """Return the images that a row names, their paths relative to the data's folder and no more to the file's own."""
-    images = [image["path"] if isinstance(image, dict) and "path" in image else image for image in _some(value)]
-    if own != folder:
-        nested = [
-            os.path.normpath(os.path.join(os.path.relpath(own, folder), image)) if isinstance(image, str) else None
-            for image in images
-        ]
+def _image_paths(cell: Any, file_folder: Path, folder: Path) -> list[Any] | None:  # noqa: ANN401
+    """Return the image paths of a cell, relative to the data's folder instead of the file's."""
+    images = [] if cell is None or cell == "" else cell if isinstance(cell, list) else [cell]
+    images = [image["path"] if isinstance(image, dict) and "path" in image else image for image in images]
+    if file_folder != folder:
+        relative = os.path.relpath(file_folder, folder)
+        nested = [os.path.normpath(os.path.join(relative, i)) if isinstance(i, str) else None for i in images]
         images = [n if n and os.path.isfile(folder / n) else image for n, image in zip(nested, images, strict=True)]
     return images or None
 
 
-def _some(value: Any) -> list[Any]:  # noqa: ANN401
-    return [] if value is None or value == "" else value if isinstance(value, list) else [value]
-
-
-def _missing(images: list[Any], folder: Path) -> str:
-    """Say what is wrong with the first image whose file isn't there, or nothing."""
+def _image_fault(images: list[Any], folder: Path) -> str:
+    """Return what is wrong with the first image whose file doesn't exist; empty if all exist."""
     for image in images:
         try:
-            place = locate(image, str(folder)) if isinstance(image, str) else None
+            location = locate_image(image, str(folder)) if isinstance(image, str) else None
         except Exception as error:
             return str(error)
-        if isinstance(place, Path) and not os.path.isfile(place):
+        if isinstance(location, Path) and not os.path.isfile(location):
             return f"the image file {image!r:.100} is missing in {folder}"
     return ""
