@@ -134,7 +134,7 @@ def test_config_file(fails, tmp_path, text, message):
         (["--data.source", "synthetic:poem"], "poem"),
         (["--data.val_split", "dev"], "no split 'dev', it has train, val: choose with --data.train_split"),
         (["--data.max_length", "20"], "train.json, row .*: .* tokens are more than 20: shorten the question, or"),
-        (["--data.image_size", "5000"], "data.image_size 5000: choose from 1 to 448"),
+        (["--data.image_size", "5000"], "data.image_size 5000: choose from 14 to 448"),
         (["--data.batch_size", "0"], "data.batch_size 0: must be 1 or more"),
         (["--data.batch_size", "-2"], "data.batch_size -2: must be 1 or more"),
         (["--data.num_workers", "-1"], "data.num_workers -1: must be 0 or more"),
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_version(fit_fails, checkpoint, tmp_path):
     options = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     torch.save(torch.load(checkpoint, weights_only=True) | {"hyper_parameters": {**options, "new": 1}}, "my.ckpt")
     match(
-        "ckpt_path my.ckpt: model.new, which it was trained with, is no option here",
+        "ckpt_path my.ckpt: it was trained with model.new, which is no option here",
         fit_fails("--ckpt_path", "my.ckpt"),
     )
 
