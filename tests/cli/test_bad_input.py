@@ -332,7 +332,7 @@ def test_a_checkpoint_of_another_version(fit_fails, checkpoint, tmp_path):
     options = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     torch.save(torch.load(checkpoint, weights_only=True) | {"hyper_parameters": {**options, "new": 1}}, "my.ckpt")
     match(
-        "ckpt_path my.ckpt: model.new, which it was trained with, is no option here",
+        "ckpt_path my.ckpt: it was trained with model.new, which is no option here",
         fit_fails("--ckpt_path", "my.ckpt"),
     )
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idefics_lit.cli.lightning_cli import DocVQACLI
 from idefics_lit.cli.main import main
 from idefics_lit.cli.parser import COMMANDS, readable_error
+from idefics_lit.cli.progress_bar import ProgressBar
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(__file__).parents[1] / "assets" / "docvqa-public-domain"
@@ -123,8 +125,13 @@ def test_the_saved_config_repeats_the_fit(in_effect, fitted, tiny):
     assert options.trainer.max_steps == 1
 
 
-def test_no_progress_bar_when_it_is_switched_off(in_effect):
-    assert in_effect("fit", "--data.source", "synthetic", *SMALL, "--trainer.enable_progress_bar", "false")
+def test_the_progress_bar_can_be_disabled(in_effect, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(DocVQACLI, "after_instantiate_classes", lambda cli: trainers.append(cli.trainer))
+    for enabled in ("true", "false"):
+        in_effect("fit", "--data.source", "synthetic", *SMALL, "--trainer.enable_progress_bar", enabled)
+    shown, hidden = (trainer.progress_bar_callback for trainer in trainers)
+    assert isinstance(shown, ProgressBar) and hidden is None
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(None, "offline"), ("disabled", "disabled")])

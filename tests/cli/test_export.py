@@ -284,7 +284,7 @@ def test_a_processor_that_is_written_otherwise_is_refused(large, fails, monkeypa
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", forgetful)
     _, checkpoint = large
     line = fails("--output", "out", "--ckpt_path", checkpoint)
-    assert re.search("transformers [0-9.]+ has written reads a prompt otherwise .*: .*input_ids differ", line), line
+    assert re.search("transformers [0-9.]+ has written gives other inputs .*: .*input_ids differ", line), line
     assert not list(tmp_path.iterdir())
 
 
@@ -436,8 +436,8 @@ def test_errors(fails, tmp_path):
     for args, message in (
         ([], "output is missing: give --output FOLDER"),
         (["--output", "out", "--push_to_hub", "reader"], "push_to_hub reader: whose[?] Give OWNER/reader"),
-        (["--output", "full"], "output full is there already: name a new folder"),
-        (["--output", "full/mine.txt"], "output full/mine.txt is there already"),
+        (["--output", "full"], "output full exists already: name a new folder"),
+        (["--output", "full/mine.txt"], "output full/mine.txt exists already"),
         (["--output", "full/mine.txt/out"], "output full/mine.txt/out can't be written: Not a directory"),
         (["--output", "out", "--model.lora.r", "3"], "the checkpoint belongs to another adapter"),
         (["--output", "out", "--model.lora.alpha", "3"], "trained with model.lora.alpha 8, this run has 3"),
@@ -462,7 +462,7 @@ def test_a_full_disk(fails, tmp_path, flags):
         line = fails("--output", "out", *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search("output out can't be written: .*nothing is left of it: make room", line), line
+    assert re.search("output out can't be written: .*the output was deleted: make room", line), line
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,139 @@
+"""The model card of an export, with the code that loads it and answers a question."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import transformers
+import yaml
+from transformers import GenerationConfig
+
+# transformers before 5.21 rounds the coordinates of image patches to the dtype of the pixels; version 4 can't load the
+# processor.
+MIN_TRANSFORMERS = "5.21"
+CODE = """\
+import torch
+from PIL import Image, ImageOps
+{imports}
+from transformers.utils.versions import require_version
+
+require_version("transformers>={transformers}", "{reason}")
+{load}
+    raise RuntimeError(f"weights are missing or have other names: {{wrong}}")
+processor = AutoProcessor.from_pretrained({name})
+
+page = ImageOps.exif_transpose(Image.open("page.png"))  # upright
+if page.mode[0] in "IF":
+    raise ValueError("more than 8 bits of grey: scale the page to 8, white is 255")
+if page.has_transparency_data:  # white paper: the processor would make it black
+    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page.convert("RGBA"))
+content = {content}
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True).strip()
+inputs = processor(text=prompt, images=[page], return_tensors="pt").to(model.device, model.dtype)
+with torch.no_grad():
+    ids = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens={max_new_tokens},
+        eos_token_id={eos_token_id},
+        bad_words_ids={bad_words_ids},
+    )
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+"""
+REASON = (
+    f"transformers 4 can't read this processor, and before {MIN_TRANSFORMERS} image patches are misplaced in 16 bits"
+)
+# Imports, and the code that loads the model. It raises where peft and transformers only warn of missing weights.
+ADAPTER = (
+    "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor",
+    """\
+base, loaded = AutoModelForImageTextToText.from_pretrained(
+    {base}, dtype="auto", device_map="auto", output_loading_info=True
+)
+model = PeftModel.from_pretrained(base, {name}).eval()
+adapter = model.load_adapter({name}, "default")
+if wrong := [*loaded["missing_keys"], *adapter.missing_keys, *adapter.unexpected_keys]:""",
+)
+MERGED = (
+    "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    """\
+model, loaded = AutoModelForImageTextToText.from_pretrained(
+    {name}, dtype="auto", device_map="auto", output_loading_info=True
+)
+model = model.eval()
+if wrong := [*loaded["missing_keys"], *loaded["unexpected_keys"]]:""",
+)
+# The message of a question, by prompt style.
+CONTENT = {
+    "recipe": '[\n    {"type": "text", "text": "Answer briefly."},\n    {"type": "image"},\n'
+    '    {"type": "text", "text": "What is the date?"},\n]',
+    "idefics": '[\n    {"type": "image"},\n'
+    '    {"type": "text", "text": "What is the date?\\nGive a very brief answer."},\n]',
+}
+SPLITTING_OFF = (
+    "the adapter was trained with image splitting off, 64 image tokens a page, and the saved processor has it off; "
+    "servers such as vLLM and TGI may use the Hub's processor, which splits images, 320 tokens"
+)
+
+
+def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig, *, local_base: bool) -> str:
+    """Return the model card (README.md) of an export.
+
+    Args:
+        facts: the content of ``idefics_lit.json``.
+        name: the Hub id or folder of the export.
+        generation: ends answers as in validation.
+        local_base: whether the base model is a local folder.
+    """
+    merged, base, options = facts["merged"], facts["base"], facts["model"]
+    imports, load = MERGED if merged else ADAPTER
+    code = CODE.format(
+        imports=imports,
+        load=load.format(base=json.dumps(base), name=json.dumps(name)),
+        name=json.dumps(name),
+        transformers=MIN_TRANSFORMERS,
+        reason=REASON,
+        content=CONTENT[facts["prompt_style"]],
+        max_new_tokens=generation.max_new_tokens,
+        eos_token_id=generation.eos_token_id,
+        bad_words_ids=generation.bad_words_ids,
+    )
+    metadata: dict[str, Any] = {
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["idefics2", "docvqa", "lora"],
+    }
+    if not local_base:  # the Hub only accepts ids of models
+        metadata["base_model"] = base
+    val_in_fit = facts["data"]["val_in_fit"]
+    subset = "" if val_in_fit is None else f", on {val_in_fit} of the validation questions"
+    scores = "".join(
+        f"- best `{metric}` of its run by then{subset}: {score:.4f}\n" for metric, score in facts["scores"].items()
+    )
+    hint = ", a local folder: others must put its path or Hub id in the code" if local_base and not merged else ""
+    splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
+    bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
+    config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
+    kind = "with a LoRA adapter merged into bfloat16 weights" if merged else "adapter (LoRA, peft)"
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# {Path(name).name}
+
+[Idefics2](https://huggingface.co/HuggingFaceM4/idefics2-8b) {kind} for questions about document pages.
+
+- base model: `{base}`{hint}; the adapter was trained on it in {bits}
+- needs transformers {MIN_TRANSFORMERS} or later: {REASON}
+- {facts["steps"]} optimizer steps
+{scores}{splitting}
+```python
+{code}```
+
+Made with idefics_lit, peft {peft.__version__} and transformers {transformers.__version__}, from this config
+(`idefics_lit.json` has it too):
+
+```yaml
+{config}```
+"""
