@@ -137,15 +137,9 @@ def _readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[st
             continue
     for path in sorted(times, key=lambda path: times[path], reverse=True):
         try:
-            checkpoint = read_checkpoint(path)
+            yield path, read_checkpoint(path)
         except InputError as error:
             rank_zero_warn(f"Skipped: {error}")
-            continue
-        options = checkpoint.get("hyper_parameters")
-        if isinstance(options, Mapping) and {"pretrained", "lora"} <= options.keys():
-            yield path, checkpoint
-        else:
-            rank_zero_warn(f"Skipped: ckpt_path {path}: a checkpoint of another program")
 
 
 def _experiment_of(checkpoint: Mapping[str, Any]) -> Experiment:
