@@ -59,7 +59,7 @@ def main() -> None:
         report["peak_gib"][held] = {}
         for splitting in (False, True):
             collate = Idefics2Collator(
-                load_processor(str(model), image_splitting=splitting), train=True, pixels=torch.float16
+                load_processor(str(model), image_splitting=splitting), train=True, pixel_dtype=torch.float16
             )
             for size, on_a_page in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 4), (16, 4)):
                 batch = collate([Example(i, QUESTION, [page], ["$12.00"], page_id=i // on_a_page) for i in range(size)])

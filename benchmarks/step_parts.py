@@ -23,6 +23,7 @@ from train_throughput import SIZES
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.pretrained import load_processor
 from idefics_lit.training.module import Idefics2Module
@@ -31,7 +32,7 @@ CUDA = torch.cuda.is_available()
 QUESTION = "What is the {} amount that the third column of the table gives for the second quarter of the year?"
 
 
-def batch_of(processor: Any, pages: int, questions: int) -> dict[str, Any]:
+def batch_of(processor: Any, pages: int, questions: int) -> Batch:
     """Make a batch of noise: ``questions`` on each of ``pages`` pages."""
     examples = [
         Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=page)
@@ -41,7 +42,7 @@ def batch_of(processor: Any, pages: int, questions: int) -> dict[str, Any]:
     ]
     batch = Idefics2Collator(processor, train=True)(examples)
     device = "cuda" if CUDA else "cpu"
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return batch.to(device)
 
 
 def timed(run: Callable[[], None], repeats: int) -> dict[str, float]:
@@ -101,8 +102,8 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
         module.backbone = Idefics2Backbone(module.model, graphs=graphs)
         for name, batch in batches.items():
             how = f"{name}, {variant}{', graphs' if graphs else ''}"
-            images = list(batch["pixel_values"].flatten(0, 1))
-            sizes = [size for row in batch["image_sizes"] for size in row]
+            images = list(batch.pixel_values.flatten(0, 1))
+            sizes = [size for row in batch.image_sizes for size in row]
 
             def vision(images: Any = images, sizes: Any = sizes, name: str = name) -> None:
                 with torch.no_grad():
@@ -132,7 +133,7 @@ def measure_parts(module: Idefics2Module, batches: dict[str, Any], variant: str,
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             with sdpa_kernel([backend, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
                 module.backbone = Idefics2Backbone(module.model, graphs=True)
-                images = [batches["16 questions, 16 pages"]["pixel_values"][0, 0]] * 8
+                images = [batches["16 questions, 16 pages"].pixel_values[0, 0]] * 8
 
                 def alike(images: Any = images) -> None:
                     with torch.no_grad():
@@ -155,7 +156,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "versions": versions(),
-        "rows": {name: list(batch["input_ids"].shape) for name, batch in batches.items()},
+        "rows": {name: list(batch.input_ids.shape) for name, batch in batches.items()},
         "parts": {},
     }
 

@@ -177,8 +177,7 @@ def run_agreement(options: argparse.Namespace) -> None:
         for _ in range(3):  # the second is captured, the third replayed
             with trainer.precision_plugin.forward_context():
                 if name == "transformers":
-                    inputs = ("input_ids", "attention_mask", "labels", "pixel_values", "pixel_attention_mask")
-                    found.append(module.model(**{key: batch[key] for key in inputs}).loss.item())
+                    found.append(module.model(**batch.model_inputs()).loss.item())
                 else:
                     loss, tokens = module.loss(batch)
                     found.append((loss / tokens).item())

@@ -35,7 +35,7 @@ class BatchTimes(Callback):
     def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
+        self.steps.append({"at": time.perf_counter(), "questions": len(batch.question_ids)})
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         if trainer.is_global_zero:
@@ -73,10 +73,9 @@ def generate(model: Any, processor: Any, batch: Any) -> torch.Tensor:
     fake, image, end = tokenizer.convert_tokens_to_ids(
         ["<fake_token_around_image>", "<image>", "<end_of_utterance>"],
     )
-    names = {"prompt_input_ids": "input_ids", "prompt_attention_mask": "attention_mask"}
-    names |= {name: name for name in ("pixel_values", "pixel_attention_mask")}
-    inputs = {given: batch[name].to(device, non_blocking=True) for name, given in names.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    batch = batch.to(device)
+    inputs = {"input_ids": batch.prompts.input_ids, "attention_mask": batch.prompts.attention_mask}
+    inputs |= {"pixel_values": batch.pixel_values.to(dtype), "pixel_attention_mask": batch.pixel_attention_mask}
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         ids: torch.Tensor = model.generate(
             **inputs,
@@ -86,7 +85,7 @@ def generate(model: Any, processor: Any, batch: Any) -> torch.Tensor:
             bad_words_ids=[[fake], [image]],
             pad_token_id=tokenizer.pad_token_id,
         )
-    return ids[:, batch["prompt_input_ids"].shape[1] :]
+    return ids[:, batch.prompts.input_ids.shape[1] :]
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -113,7 +112,7 @@ def run_generate(options: argparse.Namespace) -> None:
         generate(model, data.processor, batch)
         if cuda:
             torch.cuda.synchronize()
-        steps.append({"at": time.perf_counter(), "questions": len(batch["question_ids"])})
+        steps.append({"at": time.perf_counter(), "questions": len(batch.question_ids)})
         if len(steps) == options.steps:
             break
     write(steps)
@@ -140,11 +139,11 @@ def run_agreement(_: argparse.Namespace) -> None:
     for batch in alone(data.val_dataloader()):
         ids = generate(module.model, module.processor, batch)
         texts = module.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers["generate"] |= zip(batch["places"], (text.strip() for text in texts), strict=True)
-        references |= zip(batch["places"], batch["references"], strict=True)
+        answers["generate"] |= zip(batch.prompts.indices, (text.strip() for text in texts), strict=True)
+        references |= zip(batch.prompts.indices, batch.prompts.references, strict=True)
     for batch in data.val_dataloader():
         texts = module.generate(module.transfer_batch_to_device(batch, module.model.device, 0))
-        answers["ours"] |= zip(batch["places"], texts, strict=True)
+        answers["ours"] |= zip(batch.prompts.indices, texts, strict=True)
     result = {
         "questions": len(references),
         "differing": sum(answers["generate"][i] != answers["ours"][i] for i in references) / len(references),

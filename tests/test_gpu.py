@@ -1,4 +1,4 @@
-"""What only a GPU can show; `pytest -m gpu` runs it."""
+"""Tests that need a GPU; `pytest -m gpu` runs them."""
 
 import shutil
 import signal
@@ -131,7 +131,7 @@ def test_answers_with_graphs_are_those_without():
     assert len({answer for answers in found[0] for answer in answers}) > 50
 
 
-def test_a_shape_that_finds_no_memory_takes_that_of_the_graphs(tiny):
+def test_graphs_are_freed_when_a_new_shape_runs_out_of_memory(tiny):
     pages = SyntheticPages("train", 2)
     collate = Idefics2Collator(load_processor(tiny), train=True)
     module = Idefics2Module(tiny, lora=LoRA(dropout=0.0), cuda_graphs=True)

@@ -84,7 +84,7 @@ def test_a_batch_that_is_no_list_is_refused(batch):
         given = {"preds": ["a", "b"], "target": [["a"], ["b"]], "question_ids": [1, 2]}
         with pytest.raises(InputError, match=f"{name}: .*give a list"):
             ANLS().update(**{**given, name: batch})
-    with pytest.raises(InputError, match="prediction is int 5: give a text"):
+    with pytest.raises(InputError, match="prediction is int 5: give a string"):
         ANLS().update([5], [["5"]])
 
 

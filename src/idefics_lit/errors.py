@@ -1,19 +1,19 @@
-"""The one exception that a user's mistake ends in."""
+"""The exception for user errors."""
 
 
 class InputError(ValueError):
-    """Bad input: a file, a row or an option is wrong. The message is one line that names it and the cure.
+    """A file, a row or an option is invalid. The message is one line that names it and the cure.
 
-    The command line prints the message alone and exits with code 2.
+    The command line prints only the message and exits with code 2.
     """
 
     def __init__(self, message: str) -> None:
-        # An exception raised in a loader's worker arrives as the text of its whole traceback, which ours ends.
+        # The message of an exception from a DataLoader worker is its traceback, which ends with the original message.
         if message.startswith("Caught InputError in DataLoader worker"):
             message = message.rpartition(f"\n{InputError.__module__}.InputError: ")[2]
         super().__init__(" ".join(message.split()))
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of a library says first, or its name where it says nothing."""
+    """Return the first line of an error's message, or the error's class name if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

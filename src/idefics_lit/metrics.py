@@ -1,7 +1,7 @@
-"""ANLS, the metric of DocVQA: a functional core and a thin torchmetrics ``Metric`` around it.
+"""ANLS, the metric of DocVQA: the function `anls` and the torchmetrics ``Metric`` `ANLS`.
 
-What is special here: lengths and distance are both taken on the normalised strings, a question without references is
-an error and never a score, and every question counts once, however distributed samplers pad.
+Lengths and distances are those of the normalized strings. A question without references is an error. Every question
+counts once, however distributed samplers pad.
 """
 
 import hashlib
@@ -28,26 +28,28 @@ def anls(
     strip_period: bool = False,
     question_id: int | str | None = None,
 ) -> float:
-    """Average Normalised Levenshtein Similarity of one answer: the best of its similarities to the references.
+    """Compute the Average Normalized Levenshtein Similarity of one answer: its highest similarity to a reference.
 
-    The similarity to one reference is ``1 - d / L``, with ``d`` the Levenshtein distance and ``L`` the longer length,
-    both in code points of the lower-cased strings whose runs of white space are one space; below the threshold it is 0.
-    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, as the RRC's evaluation script reads it.
+    The similarity to one reference is ``1 - d / L``, where ``d`` is the Levenshtein distance and ``L`` the length of
+    the longer string, in code points, after lower-casing and replacing runs of white space with one space. Below the
+    threshold it is 0. Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, as implemented by the
+    evaluation script of the Robust Reading Competition (RRC).
 
     Args:
-        prediction: the answer given.
-        references: the accepted answers, at least one; a single text is one reference.
-        threshold: similarities below it score 0.
-        inclusive: whether a similarity equal to the threshold is kept, as the RRC's script does; the paper drops it.
-        strip_period: drop full stops that end the prediction, and the white space before them, as the authors of
-            Idefics2 do before scoring.
-        question_id: named in the error.
+        prediction: the answer.
+        references: the accepted answers, at least one; a single string is one reference.
+        threshold: lower similarities score 0.
+        inclusive: whether a similarity equal to the threshold keeps its value, as in the RRC's script; in the paper it
+            scores 0.
+        strip_period: strip full stops and spaces from the end of the prediction, as the authors of Idefics2 do before
+            scoring.
+        question_id: named in error messages.
 
     Returns:
         A score from 0 to 1.
 
     Raises:
-        InputError: when there are no references, or prediction or references are no texts.
+        InputError: there are no references, or the prediction or a reference is not a string.
 
     >>> anls("Coca cola", ["Coca Cola", "Coca Cola Company"])
     1.0
@@ -56,18 +58,18 @@ def anls(
     """
     if not isinstance(prediction, str):
         kind = type(prediction).__name__
-        raise InputError(f"question {question_id}: the prediction is {kind} {prediction!r:.100}: give a text")
+        raise InputError(f"question {question_id}: the prediction is {kind} {prediction!r:.100}: give a string")
     references = list_of_texts(references, f"question {question_id}: references")
     if not references:
         raise InputError(f"question {question_id}: no reference answers, so it has no ANLS: use a split with answers")
-    answer = _normalise(prediction)
+    answer = _normalize(prediction)
     if strip_period:
         answer = answer.rstrip(". ")
-    best = max(_similarity(answer, _normalise(reference)) for reference in references)
+    best = max(_similarity(answer, _normalize(reference)) for reference in references)
     return best if best > threshold or (inclusive and best == threshold) else 0.0
 
 
-def _normalise(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
@@ -77,16 +79,17 @@ def _similarity(a: str, b: str) -> float:
 
 
 class ANLS(Metric):
-    """Mean ANLS over questions, each counted once, exact in distributed runs.
+    """Mean ANLS over questions, each counted once; exact in distributed runs.
 
-    Scores are gathered and never averaged by rank. Pairs that share one of ``question_ids`` count once, by their first
-    score: where ids may recur, give each question's place in its set. Without ``question_ids`` every pair counts.
+    Scores of all ranks are gathered, not averaged by rank. Pairs with the same entry of ``question_ids`` count once,
+    with their first score. If ids may recur, pass each question's index in its split. Without ``question_ids`` every
+    pair counts.
 
     Args:
         threshold: see `anls`.
         inclusive: see `anls`.
         strip_period: see `anls`.
-        **kwargs: torchmetrics' own, such as ``compute_on_cpu``.
+        **kwargs: those of `torchmetrics.Metric`, such as ``compute_on_cpu``.
 
     >>> metric = ANLS()
     >>> metric.update(["0.28", "paris", "paris"], [["0.28"], ["rome"], ["rome"]], question_ids=[1, 2, 2])
@@ -119,9 +122,9 @@ class ANLS(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all scores."""
+        """Remove all scores."""
         super().reset()
-        # A rank that scores nothing takes part in the gathering all the same, with the right types.
+        # Empty tensors of the right dtypes, so that a rank without scores takes part in gathering.
         self._append([], [])
 
     def update(
@@ -134,17 +137,17 @@ class ANLS(Metric):
 
         Args:
             preds: n answers.
-            target: n lists of references, or texts where there is one reference.
-            question_ids: n ids, of which the number 7 and the text "7" are two; pairs that share an id count once.
+            target: n lists of references; a string is a list of one.
+            question_ids: n ids; pairs with the same id count once. The int 7 and the string "7" are different ids.
 
         Raises:
-            ValueError: when the lengths differ.
-            InputError: when a question has no references, or something else stands where a list or a text should.
+            ValueError: the lengths differ.
+            InputError: a question has no references, or an argument has a wrong type.
         """
         for name, value in (("preds", preds), ("target", target), ("question_ids", question_ids)):
             if isinstance(value, (str, bytes, Mapping)):
                 raise InputError(f"{name}: {type(value).__name__} {value!r:.100}: give a list, one for each question")
-        # A fresh id for each pair that has none, unique over ranks.
+        # Without ids, each pair gets one that is unique over ranks.
         ids: Sequence[int | str] = [uuid.uuid4().hex for _ in preds] if question_ids is None else question_ids
         scores = [
             anls(pred, references, question_id=question_id, **self.options)
@@ -153,11 +156,11 @@ class ANLS(Metric):
         self._append([_hash(question_id) for question_id in ids], scores)
 
     def compute(self) -> Tensor:
-        """Return the mean score as a 0-d tensor; NaN when nothing was scored."""
+        """Return the mean score as a 0-d tensor; NaN without scores."""
         ids, order = dim_zero_cat(self.question_ids).sort(stable=True)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[1:] = ids[1:] != ids[:-1]
-        # Sorted, so that the sum doesn't depend on how questions were spread over ranks.
+        # Sorted, so that rounding doesn't depend on the distribution of questions over ranks.
         return dim_zero_cat(self.scores)[order][first].sort().values.mean()
 
     def _append(self, ids: list[int], scores: list[float]) -> None:
@@ -166,6 +169,6 @@ class ANLS(Metric):
 
 
 def _hash(question_id: int | str) -> int:
-    """64 bits of an id, the same in every process (Python's own hash of a string is not)."""
+    """Return a 64-bit hash of an id that, unlike Python's hash of a string, is the same in every process."""
     key = f"{isinstance(question_id, str)} {question_id}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,4 +1,4 @@
-"""What ``pretrained`` names, the processor that is loaded from there, and the dtypes that models are loaded in."""
+"""Find pretrained models and load their processors."""
 
 import json
 from pathlib import Path
@@ -10,29 +10,29 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
 
-# By the Trainer's precision.
+# The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
 
 
 def resolve(pretrained: str) -> str:
-    """Return what ``from_pretrained`` takes.
+    """Return the argument for ``from_pretrained``.
 
     Args:
-        pretrained: a Hub id; a folder in the Hub's form; or ``tiny``, the small Idefics2 that comes with the package
-            and reads the pages that the package draws.
+        pretrained: a Hub id; a folder in the Hub's form; or "tiny", the small Idefics2 that comes with the package and
+            is trained on the pages that the package draws.
     """
     return str(Path(__file__).parent / "model" / "reader") if pretrained == "tiny" else pretrained
 
 
 def refuse_adapter(pretrained: str) -> None:
-    """Refuse an adapter, such as `export` writes: transformers would load its base, and a new adapter take its place.
+    """Raise if ``pretrained`` is an adapter, of which transformers would load only the base.
 
     Raises:
-        InputError: it is one, or holds one beside a model; names the base.
+        InputError: it is an adapter, or holds an adapter and a model; the message names the adapter's base.
     """
     try:
         file = find_adapter_config_file(resolve(pretrained))
-    except Exception:  # no folder and no Hub id: loading says so
+    except Exception:  # neither a folder nor a Hub id: loading raises an error that says so
         return
     if file is None:
         return
@@ -42,8 +42,8 @@ def refuse_adapter(pretrained: str) -> None:
         base = None
     if Path(file).with_name("config.json").is_file():
         raise InputError(
-            f"model.pretrained {pretrained!r} holds a model and an adapter (adapter_config.json, on {base}), of which "
-            f"one must be meant: move the other one's files away"
+            f"model.pretrained {pretrained!r} holds a model and an adapter (adapter_config.json, on {base}): "
+            f"move the files of one of them away"
         )
     raise InputError(
         f"model.pretrained {pretrained!r} is an adapter (adapter_config.json) on the model {base}: give "
@@ -53,11 +53,11 @@ def refuse_adapter(pretrained: str) -> None:
 
 
 def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
-    """Return the files that a model's weights were loaded from: a folder's, or the Hub's cached ones.
+    """Return the files that a model's weights were loaded from, in a folder or in the Hub's cache.
 
     Args:
         pretrained: see `resolve`.
-        revision: the Hub's commit that was loaded.
+        revision: the commit that was loaded from the Hub.
     """
 
     def find(name: str) -> Path | None:
@@ -65,7 +65,7 @@ def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
         cached = folder / name if folder.is_dir() else try_to_load_from_cache(pretrained, name, revision=revision)
         return Path(cached) if isinstance(cached, str | Path) and Path(cached).exists() else None
 
-    names = ["model.safetensors"]  # where there are both, it comes before the index
+    names = ["model.safetensors"]  # which takes precedence over the index
     if find(names[0]) is None and (index := find("model.safetensors.index.json")):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [file for name in names if (file := find(name))]
@@ -76,12 +76,13 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
 
     Args:
         pretrained: see `resolve`.
-        image_splitting: four quadrants and the page, 320 image tokens in place of 64. The Hub's file turns it on.
-        image_size: scale the longest edge to so many pixels; the processor's own size unless given.
+        image_splitting: pass each page as four quadrants and the page itself, 320 image tokens instead of 64. The
+            Hub's configuration turns it on.
+        image_size: scale the longest edge to this number of pixels; the processor's own size by default.
 
     Raises:
-        InputError: when there is no processor, it is an adapter's, or the size is more than the model was trained for
-            or less than one of its patches.
+        InputError: there is no processor, ``pretrained`` is an adapter, or the size is larger than the processor's own
+            or smaller than a patch.
     """
     refuse_adapter(pretrained)
     try:
@@ -97,13 +98,15 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
         except Exception as error:
             raise cannot_load("configuration", pretrained, error) from error
         if not patch <= image_size <= longest:
-            raise InputError(f"data.image_size {image_size}: choose from {patch} to {longest}, what {pretrained} takes")
+            raise InputError(
+                f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"
+            )
         images.size = type(images.size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
     return processor
 
 
 def cannot_load(what: str, pretrained: str, error: Exception) -> InputError:
-    """Turn what ``from_pretrained`` raises into one line with the cure."""
+    """Return an InputError for an exception of ``from_pretrained``, in one line with the cure."""
     return InputError(
         f"model.pretrained {pretrained!r}: no {what} can be loaded ({first_line(error)}): give a Hub id or a folder in "
         f"the Hub's form, and check the network"

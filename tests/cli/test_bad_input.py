@@ -141,7 +141,10 @@ def test_config_file(fails, tmp_path, text, message):
         (["--data.limit_train", "0"], "data.limit_train 0: must be 1 or more"),
         (["--data.held_out", "1.5"], "data.held_out 1.5: must be a share between 0 and 1"),
         (["--model.lora.target_modules", "nothing"], "model.lora: Target modules nothing not found"),
-        (["--model.lora.target_modules", "(q_proj"], r"model.lora.target_modules '\(q_proj' is no regular expression"),
+        (
+            ["--model.lora.target_modules", "(q_proj"],
+            r"model.lora.target_modules '\(q_proj' is not a regular expression",
+        ),
         (["--model.lora.r", "0"], "model.lora: .*r.* should be a positive integer"),
         (["--trainer.precision", "16-mixed"], "trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-"),
         (["--trainer.precision", "64-true"], "trainer.precision 64-true: choose one of 16-mixed, bf16-mixed, 32-true"),

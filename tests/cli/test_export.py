@@ -263,8 +263,8 @@ def test_idefics2s_processor_reads_whole_prompts_as_training_does(large, run, sp
         for number, question in enumerate(QUESTIONS):
             batch = collate([Example(question_id=number, question=question, images=[image], answers=["x 7"])])
             read = prompt_ids(exported, question, image, style)
-            assert read["input_ids"].tolist() == batch["prompt_input_ids"].tolist(), (style, question)
-            assert torch.equal(read["pixel_values"], batch["pixel_values"])
+            assert read["input_ids"].tolist() == batch.prompts.input_ids.tolist(), (style, question)
+            assert torch.equal(read["pixel_values"], batch.pixel_values)
     # As each of transformers' ways to a tokeniser reads it, those that take tokenizer.json alone too.
     assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
     assert json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]["prepend_scheme"] == "always"

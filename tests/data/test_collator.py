@@ -38,16 +38,16 @@ def test_ids_and_labels_of_a_whole_example(processor):
     ]
     answer = [4398, 28705, 28781, 28725, 28705, 28740, 28774, 28787, 28784, END]  # July 4, 1976<end_of_utterance>
     padding = -len(prompt + answer) % 16
-    assert batch["input_ids"].tolist() == [prompt + answer + [0] * padding]
-    assert batch["attention_mask"].tolist() == [[1] * len(prompt + answer) + [0] * padding]
-    assert batch["labels"].tolist() == [[-100] * len(prompt) + answer + [-100] * padding]
-    assert batch["pixel_values"].shape == (1, 1, 3, 980, 760)
-    assert batch["pixel_attention_mask"].all()
+    assert batch.input_ids.tolist() == [prompt + answer + [0] * padding]
+    assert batch.attention_mask.tolist() == [[1] * len(prompt + answer) + [0] * padding]
+    assert batch.labels.tolist() == [[-100] * len(prompt) + answer + [-100] * padding]
+    assert batch.pixel_values.shape == (1, 1, 3, 980, 760)
+    assert batch.pixel_attention_mask.all()
 
 
 def test_idefics_prompt(processor):
     batch = Idefics2Collator(processor, train=True, prompt_style="idefics")([Example(1, "Why?", [PAGE], ["So"])])
-    text = processor.tokenizer.decode(batch["input_ids"][batch["attention_mask"] == 1])
+    text = processor.tokenizer.decode(batch.input_ids[batch.attention_mask == 1])
     assert text.startswith("<s> User:<fake_token_around_image><image>")
     assert text.endswith(
         "<image><fake_token_around_image> Why?\nGive a very brief answer.<end_of_utterance> \n"
@@ -58,9 +58,9 @@ def test_idefics_prompt(processor):
 def test_image_splitting(hub_files):
     collate = Idefics2Collator(load_processor(str(hub_files), image_splitting=True), train=True)
     batch = collate([Example(1, "What is the date?", [PAGE], ["July 4, 1976"])])
-    assert (batch["input_ids"] == IMAGE).sum() == 320
-    assert (batch["input_ids"] == FAKE).sum() == 6
-    assert batch["pixel_values"].shape == (1, 5, 3, 980, 760)
+    assert (batch.input_ids == IMAGE).sum() == 320
+    assert (batch.input_ids == FAKE).sum() == 6
+    assert batch.pixel_values.shape == (1, 5, 3, 980, 760)
 
 
 def test_labels_token_by_token_in_a_batch(small):
@@ -69,16 +69,16 @@ def test_labels_token_by_token_in_a_batch(small):
     for train in (True, False):
         batch = Idefics2Collator(small, train=train)(examples)
         for ids, mask, labels, answer in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], ("Ann", "$ 3.50"), strict=True
+            batch.input_ids, batch.attention_mask, batch.labels, ("Ann", "$ 3.50"), strict=True
         ):
             kept = labels != -100
             assert tokens.decode(labels[kept]) == f" {answer}<end_of_utterance>"
             assert (ids[kept] == labels[kept]).all()
             assert mask[0] == 1
             assert kept.nonzero().max() == mask.nonzero().max()  # the answer stands last
-        labels = batch["labels"]
-        assert torch.equal(labels.flatten()[batch["supervised_positions"] + 1], labels[labels != -100])
-    prompts = batch["prompt_input_ids"], batch["prompt_attention_mask"]
+        labels = batch.labels
+        assert torch.equal(labels.flatten()[batch.supervised_positions + 1], labels[labels != -100])
+    prompts = batch.prompts.input_ids, batch.prompts.attention_mask
     for ids, mask in zip(*prompts, strict=True):
         assert mask[-1] == 1
         assert tokens.decode(ids[mask.bool()]).endswith("<end_of_utterance>\nAssistant:")
@@ -88,25 +88,25 @@ def test_training_on_the_prompt_leaves_out_padding_and_image_tokens(small):
     batch = Idefics2Collator(small, train=True, train_on_prompt=True)(
         [example("Who?", "Ann"), example("Who is it?", "B")]
     )
-    images = torch.isin(batch["input_ids"], torch.tensor([small.image_token_id, 3]))
-    assert (batch["labels"][images] == -100).all()
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    assert (batch["labels"][~images & (batch["attention_mask"] == 1)] != -100).all()
+    images = torch.isin(batch.input_ids, torch.tensor([small.image_token_id, 3]))
+    assert (batch.labels[images] == -100).all()
+    assert (batch.labels[batch.attention_mask == 0] == -100).all()
+    assert (batch.labels[~images & (batch.attention_mask == 1)] != -100).all()
 
 
 def test_several_pages_a_question(small):
     batch = Idefics2Collator(small, train=True)(
         [example("Who?", "Ann", images=3), example("Who?", "Bob", question_id=2)]
     )
-    assert (batch["input_ids"] == small.image_token_id).sum(dim=1).tolist() == [192, 64]
-    assert batch["pixel_values"].shape[:2] == (2, 3)
+    assert (batch.input_ids == small.image_token_id).sum(dim=1).tolist() == [192, 64]
+    assert batch.pixel_values.shape[:2] == (2, 3)
 
 
 def test_the_answer_drawn_is_a_function_of_seed_epoch_and_question(small):
     def draw(epoch, seed=0):
         collate = Idefics2Collator(small, train=True, seed=seed)
         examples = [example("Who?", "a", "b", "c", question_id=i, epoch=epoch) for i in range(16)]
-        return collate(examples)["labels"].tolist()
+        return collate(examples).labels.tolist()
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
@@ -117,9 +117,9 @@ def test_without_an_epoch_torch_draws(small):
     collate = Idefics2Collator(small, train=True)
     examples = [example("Who?", "a", "b", "c", question_id=i) for i in range(16)]
     torch.manual_seed(0)
-    first, second = collate(examples)["labels"].tolist(), collate(examples)["labels"].tolist()
+    first, second = collate(examples).labels.tolist(), collate(examples).labels.tolist()
     torch.manual_seed(0)
-    assert collate(examples)["labels"].tolist() == first != second
+    assert collate(examples).labels.tolist() == first != second
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["given", "set later"])
@@ -128,22 +128,22 @@ def test_a_text_is_one_answer_and_no_list_of_characters(small, later):
     if later:
         made.answers, made.question_types, made.images = "3 apples", "count", PAGE
     ids = Idefics2Collator(small, train=True)([made])
-    labels = ids["labels"][ids["labels"] >= 0]
+    labels = ids.labels[ids.labels >= 0]
     assert small.tokenizer.decode(labels, skip_special_tokens=True).strip() == "3 apples"
     batch = Idefics2Collator(small, train=False)([Example(1, "How many?", PAGE, "3 apples", "count")])
-    assert (batch["references"], batch["question_types"]) == ([["3 apples"]], [["count"]])
+    assert (batch.prompts.references, batch.prompts.question_types) == ([["3 apples"]], [["count"]])
 
 
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("answers", b"3", r"row 5: answers: bytes b'3' is no list of texts"),
-        ("answers", {"3": 1}, "row 5: answers: dict .*is no list of texts"),
-        ("answers", {"3"}, "row 5: answers: set .*is no list of texts"),
-        ("answers", 3, "row 5: answers: int 3 is no list of texts"),
-        ("answers", None, "row 5: answers: NoneType None is no list of texts"),
-        ("answers", ["3", 3], "row 5: answers: int 3 is no text: give a list of texts"),
-        ("answers", [["3"]], "row 5: answers: list .* is no text"),
+        ("answers", b"3", r"row 5: answers: bytes b'3' is not a list of strings"),
+        ("answers", {"3": 1}, "row 5: answers: dict .*is not a list of strings"),
+        ("answers", {"3"}, "row 5: answers: set .*is not a list of strings"),
+        ("answers", 3, "row 5: answers: int 3 is not a list of strings"),
+        ("answers", None, "row 5: answers: NoneType None is not a list of strings"),
+        ("answers", ["3", 3], "row 5: answers: int 3 is not a string: give a list of strings"),
+        ("answers", [["3"]], "row 5: answers: list .* is not a string"),
         ("question_types", {"form": 1}, "row 5: question_types: dict"),
         ("question", ["Who?"], "row 5: the question is list: give a text"),
         ("question", 5, "row 5: the question is int: give a text"),
@@ -153,7 +153,7 @@ def test_a_text_is_one_answer_and_no_list_of_characters(small, later):
     ],
 )
 def test_what_is_no_text_or_image_is_named(small, part, value, message):
-    good = {"question_id": 1, "question": "Who?", "images": [PAGE], "answers": ["3"], "where": "row 5"}
+    good = {"question_id": 1, "question": "Who?", "images": [PAGE], "answers": ["3"], "source": "row 5"}
     with pytest.raises(InputError, match=message):
         Example(**{**good, part: value})
     made = Example(**good)
@@ -165,21 +165,21 @@ def test_what_is_no_text_or_image_is_named(small, part, value, message):
 
 def test_evaluation_keeps_all_references_and_does_without(small):
     batch = Idefics2Collator(small, train=False)([example("Who?", "a", "b"), example("Who?", question_id="x")])
-    assert batch["references"] == [["a", "b"], []]
-    assert batch["question_ids"] == [1, "x"]
-    assert (batch["labels"][1] == -100).all()
+    assert batch.prompts.references == [["a", "b"], []]
+    assert batch.question_ids == [1, "x"]
+    assert (batch.labels[1] == -100).all()
 
 
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (example("Who?", where="row 3"), "row 3: no answer"),
+        (example("Who?", source="row 3"), "row 3: no answer"),
         (
-            example("Who <image>?", "a", where="row 3"),
+            example("Who <image>?", "a", source="row 3"),
             "row 3: 'Who <image>\\?' holds one of the model's special tokens",
         ),
-        (example("Who?", "a</s>", where="row 3"), "special tokens"),
-        (example("Who? " * 500, "a", where="row 3"), "row 3: .* tokens are more than 2048"),
+        (example("Who?", "a</s>", source="row 3"), "special tokens"),
+        (example("Who? " * 500, "a", source="row 3"), "row 3: .* tokens are more than 2048"),
     ],
 )
 def test_bad_examples_are_named(small, bad, message):
@@ -191,7 +191,7 @@ def test_bad_examples_are_named(small, bad, message):
 def test_every_image_mode(small, mode):
     image = example("Who?", "a")
     image.images = [Image.new(mode, (448, 336))]
-    assert Idefics2Collator(small, train=True)([image])["pixel_values"].shape == (1, 1, 3, 336, 448)
+    assert Idefics2Collator(small, train=True)([image]).pixel_values.shape == (1, 1, 3, 336, 448)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)

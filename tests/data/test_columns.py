@@ -166,7 +166,7 @@ def test_each_turn_of_a_row_is_a_question(tmp_path):
     assert train.answers == [some[2] for some in read] and not train.faults
     assert [len(pages) for pages in train.page_ids] == [1, 1, 1, 3, 3, 1]
     assert [train.page_ids.index(pages) for pages in train.page_ids] == [0, 0, 0, 3, 3, 5]
-    assert train.where(4) == train[4].where == f"{source} train, row 1, question 1"
+    assert train.source(4) == train[4].source == f"{source} train, row 1, question 1"
     assert without_ids(streamed(source, 6)) == without_ids(read)
 
 
@@ -178,7 +178,7 @@ def test_turns_share_a_row_of_the_batch_and_are_held_out_together(tiny, tmp_path
     assert len(set(train.page_ids)) == 2 and len(set(val.page_ids)) == 1 and not {*train.page_ids} & {*val.page_ids}
     assert len(train) + len(val) == 6
     (batch,) = data.train_dataloader()
-    assert len(batch["question_ids"]) == len(train) and len(batch["input_ids"]) == 2
+    assert len(batch.question_ids) == len(train) and len(batch.input_ids) == 2
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_infographicvqa_of_the_rrc(tmp_path, images):
     assert summaries(splits["train"]) == [(*some[:4], [], None) for some in read]
     assert splits["test"].answers == [[], []]
     file = folder / "infographicsVQA_val_v1.0_withQT.json"
-    assert splits["val"].where(0) == f"{file}, row 0 (questionId 65718, image_local_name 20471.jpeg)"
+    assert splits["val"].source(0) == f"{file}, row 0 (questionId 65718, image_local_name 20471.jpeg)"
     (folder / images / "20471.jpeg").unlink()
     assert "image_local_name 20471.jpeg): the image file is missing" in opened(folder)["val"].faults[0]
 
@@ -304,7 +304,7 @@ def test_mp_docvqa_of_the_rrc(tmp_path):
     first, second, third = splits["val"].page_ids
     assert first == second != third
     assert summaries(splits["test"])[1] == (24581, "b?", [], [0, 80, 160], [], None)
-    assert "val.json, row 2 (questionId 16394, page_ids ['snbx0223_p26'])" in splits["val"].where(2)
+    assert "val.json, row 2 (questionId 16394, page_ids ['snbx0223_p26'])" in splits["val"].source(2)
 
 
 @pytest.mark.parametrize(

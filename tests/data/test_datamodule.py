@@ -164,7 +164,7 @@ def epochs(module, count=2):
     visits = []
     for epoch in range(count):
         loader.sampler.set_epoch(epoch)
-        visits.append([(batch["input_ids"].tolist(), batch["labels"].tolist()) for batch in loader])
+        visits.append([(batch.input_ids.tolist(), batch.labels.tolist()) for batch in loader])
     return visits
 
 
@@ -183,7 +183,7 @@ def test_drawn_answers_differ_between_epochs(data, official):
     answers = []
     for epoch in range(2):
         batch = next(iter(module._loader("train", 12, [(i, epoch, False) for i in range(12)])))
-        answers.append((batch["labels"] >= 0).sum(dim=1).tolist())
+        answers.append((batch.labels >= 0).sum(dim=1).tolist())
     assert answers[0] != answers[1]
     assert len(set(answers[0])) > 1
 
@@ -227,7 +227,7 @@ def test_numbers_out_of_range_are_named(option, value):
 
 def test_image_size_reaches_the_pages(data, docvqa):
     sizes = [data("validate", docvqa, image_size=size).val_dataloader() for size in (224, 448)]
-    small, large = (next(iter(loader))["pixel_values"].shape[-2:] for loader in sizes)
+    small, large = (next(iter(loader)).pixel_values.shape[-2:] for loader in sizes)
     assert max(small) == 224
     assert max(large) == 448
     for size in (1, 13, 449, 5000):

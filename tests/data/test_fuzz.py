@@ -67,7 +67,7 @@ def read(examples, collators):
     assert len(set(examples.page_ids)) <= len(examples)
     good = []
     for index in range(len(examples)):
-        where = examples.where(index)
+        where = examples.source(index)
         try:
             example = examples[index]
         except InputError as error:
@@ -87,11 +87,14 @@ def read(examples, collators):
                     continue
                 break
         else:
-            example.page_id, example.place = examples.page_ids[index], index
+            example.page_id, example.index = examples.page_ids[index], index
             good.append(example)
     if len(good) > 1:
         batch = collators[1](good)
-        assert [batch["questions"], batch["references"]] == [[e.question for e in good], [e.answers for e in good]]
+        assert [batch.prompts.questions, batch.prompts.references] == [
+            [e.question for e in good],
+            [e.answers for e in good],
+        ]
     return len(good)
 
 

@@ -74,7 +74,7 @@ def test_published_forms_are_recognised(form, question_id, question_types, page_
     assert example.question_types == question_types
     assert [image.mode for image in example.images] == ["L"]
     assert [ids[1:] for ids in rows.page_ids] == [(page_id,) if page_id else ()]  # after the key of the image
-    assert example.where == "set train, row 0"
+    assert example.source == "set train, row 0"
 
 
 def test_pages_without_an_id_are_told_apart_by_their_images(tmp_path, monkeypatch):

@@ -382,7 +382,7 @@ def test_extreme_shapes_are_collated(tmp_path, tiny, size):
     image = official(tmp_path / "data", encode(Image.new("L", size, 255)))
     example = OfficialDocVQA(tmp_path / "data" / "train.json")[0]
     assert image.size == size
-    assert Idefics2Collator(load_processor(tiny), train=True)([example])["pixel_values"].shape[:3] == (1, 1, 3)
+    assert Idefics2Collator(load_processor(tiny), train=True)([example]).pixel_values.shape[:3] == (1, 1, 3)
 
 
 def test_text_in_a_file_is_left_alone(tmp_path):

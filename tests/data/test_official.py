@@ -31,7 +31,7 @@ def test_reads_a_folder(docvqa):
     assert (example.question_id, example.question) == (60042, "What is the OMB number of the form?")
     assert example.answers == ["4040-0004"]
     assert example.question_types == []
-    assert "train.json, row 0 (questionId 60042, image documents/sf424_p2.png)" in example.where
+    assert "train.json, row 0 (questionId 60042, image documents/sf424_p2.png)" in example.source
     assert len(set(train.page_ids)) < len(train)
     assert not set(train.page_ids) & set(val.page_ids)
 
@@ -108,7 +108,7 @@ def test_a_single_answer_is_not_spelled_out(tmp_path):
 def test_every_kind_of_image_is_collated(tmp_path, tiny, mode):
     file = write(tmp_path, page=Image.new(mode, (40, 30)))
     batch = Idefics2Collator(load_processor(tiny), train=True)([OfficialDocVQA(file)[0]])
-    assert batch["pixel_values"].shape[:3] == (1, 1, 3)
+    assert batch.pixel_values.shape[:3] == (1, 1, 3)
 
 
 def test_opening_decodes_no_page(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_bad_row_leaves_the_others_alone(tmp_path):
     assert rows.faults == {1: f"{file}, row 1: not a JSON object: drop the row"}
     assert rows.page_ids[0] == rows.page_ids[2] != rows.page_ids[1]
     assert [rows[0].question_id, rows[2].question_id] == [7, 9]
-    assert rows.where(1) == f"{file}, row 1"
+    assert rows.source(1) == f"{file}, row 1"
 
 
 @pytest.mark.parametrize(

@@ -194,14 +194,14 @@ def test_a_row_is_shared_by_the_same_images_alone(tiny, train):
         Example(i, "?", [image], ["a"], page_id="p") for i, image in enumerate((page, crop, copy, augmented, page))
     ]
     batch = collate(examples)
-    assert len(batch["pixel_values"]) == 3 and len({key for row in batch["image_keys"] for key in row}) == 3
+    assert len(batch.pixel_values) == 3 and len({key for row in batch.image_keys for key in row}) == 3
     for i, row in enumerate((0, 1, 0, 2, 0)):
         alone = collate([replace(examples[i], page_id=None)])
-        height, width = alone["pixel_values"].shape[-2:]
-        assert (batch["pixel_values"][row, ..., :height, :width] == alone["pixel_values"][0]).all()
-        assert batch["image_sizes"][row] == alone["image_sizes"][0]
+        height, width = alone.pixel_values.shape[-2:]
+        assert (batch.pixel_values[row, ..., :height, :width] == alone.pixel_values[0]).all()
+        assert batch.image_sizes[row] == alone.image_sizes[0]
         if not train:
-            assert batch["prompt_rows"][i] == row
+            assert batch.question_rows[i] == row
 
 
 def test_crops_with_their_pages_ids_are_answered_from_their_own_image(run, tmp_path):

@@ -141,9 +141,9 @@ def test_data_sets_and_streams(tiny, tmp_path, broken, streaming):
     module.trainer = Trainer(max_steps=4, logger=False, accelerator="cpu")
     module.setup("fit")
     batches = list(islice(module.train_dataloader(), 4))
-    assert {line.split(": ")[0].split("/")[-1] for batch in batches for line in batch["skipped"]} == {
+    assert {line.split(": ")[0].split("/")[-1] for batch in batches for line in batch.skipped} == {
         "set train, row 5",
         "set train, row 7",
     }
-    seen = [question for batch in batches for question in batch["question_ids"]]
+    seen = [question for batch in batches for question in batch.question_ids]
     assert set(seen) >= set(range(12)) - {5, 7} - ({0, 1} if streaming else set())

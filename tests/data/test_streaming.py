@@ -220,7 +220,7 @@ def test_the_first_questions_are_validated_on_and_their_pages_left_out(data, tmp
     module = data(source)
     held_out = [module.examples["val"][i] for i in range(5)]
     assert [example.question for example in held_out] == questions(form, range(100))[:5]
-    assert sum(len(batch["references"]) for batch in module.val_dataloader()) == 5
+    assert sum(len(batch.prompts.references) for batch in module.val_dataloader()) == 5
     trained = list(islice(module.train_dataloader().dataset, 300))
     assert data(source, val_in_fit=2).train_dataloader().dataset.held_out == {
         page for e in held_out for page in e.page_id

@@ -28,7 +28,7 @@ def test_examples_are_the_pages_questions():
         assert example.answers == asked[example.question].answers == data.answers[i]
         assert example.question_types == [asked[example.question].type]
         assert example.images[0].mode == "L" and example.images[0].size == (448, 336)
-        assert "receipt" in example.where
+        assert "receipt" in example.source
 
 
 def test_splits_and_seeds_share_no_page():

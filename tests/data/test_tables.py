@@ -62,7 +62,7 @@ def test_a_csv_is_read_as_it_is_written(folder, encoding, ends):
     assert [(a, b.replace("\r\n", "\n"), c, d) for a, b, c, d in read(examples)] == ROWS
     assert examples.answers == [row[2] for row in ROWS]
     assert examples.page_ids[0] == examples.page_ids[2] != examples.page_ids[1]
-    assert [examples.where(i) for i in range(4)] == [f"{file}, row {i} (line {n})" for i, n in enumerate((2, 3, 4, 7))]
+    assert [examples.source(i) for i in range(4)] == [f"{file}, row {i} (line {n})" for i, n in enumerate((2, 3, 4, 7))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -81,7 +81,7 @@ def test_a_jsonl_is_read_as_it_is_written(folder, encoding):
         (9, "¿Quién?", [], [255, 0]),
     ]
     assert examples[1].question_types == ["form", "date"]
-    assert examples.where(2) == f"{file}, row 2 (line 4)"
+    assert examples.source(2) == f"{file}, row 2 (line 4)"
 
 
 WRITTEN = [
@@ -147,7 +147,7 @@ def test_texts_of_json_stay_as_they_are_written(folder, answers, name):
     examples = find_splits(str(folder), None, None, "en", 0)["train"]()
     assert read(examples) == [(i, text, [text, "b"], [9]) for i, text in zip(ids, texts, strict=True)]
     assert [type(example_id) for example_id, *_ in read(examples)] == list(map(type, ids))
-    assert examples.where(1) == f"{folder / name}, row 1" + ("" if is_list else " (line 2)")
+    assert examples.source(1) == f"{folder / name}, row 1" + ("" if is_list else " (line 2)")
 
 
 def test_more_images_than_tables_and_splits_of_several_files(folder):

@@ -1,4 +1,4 @@
-"""On which of its pages an answer is found."""
+"""`page_scores` and the answer pages of the evaluator."""
 
 from dataclasses import replace
 
@@ -44,8 +44,8 @@ def theirs(module, collate, example, answer):
     scores = []
     for page in example.images:
         batch = collate([replace(example, images=[page], page_id=None)])
-        ids = torch.cat([batch["prompt_input_ids"], torch.tensor([answer])], dim=1)
-        pixels = {name: batch[name] for name in ("pixel_values", "pixel_attention_mask")}
+        ids = torch.cat([batch.prompts.input_ids, torch.tensor([answer])], dim=1)
+        pixels = {"pixel_values": batch.pixel_values, "pixel_attention_mask": batch.pixel_attention_mask}
         with torch.no_grad():
             logits = module.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
         tokens = logits[0, -len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
@@ -55,60 +55,60 @@ def theirs(module, collate, example, answer):
 
 @pytest.mark.parametrize(("shared", "style"), [(True, "recipe"), (False, "idefics")])
 def test_scores_are_those_of_a_prompt_with_that_page_alone(module, small, documents, style, shared):
-    """Also where questions share their rows."""
+    """With packed rows and without."""
     examples = documents[:6] if shared else [replace(e, page_id=None) for e in documents[:6]]
     collate = Idefics2Collator(small, train=False, prompt_style=style)
     batch = collate(examples)
-    answered = module.evaluator.read_and_answer(batch)
+    answered = module.evaluator.decode(batch)
     answers = dict(enumerate(answered.ids))
     assert len({len(ids) for ids in answered.ids}) > 1
     with torch.no_grad():
-        scores = page_scores(module.backbone, batch, answered.seen, answers, module.processor.tokenizer)
+        scores = page_scores(module.backbone, batch, answered.page_features, answers, module.processor.tokenizer)
     for i, example in enumerate(examples):
         expected = theirs(module, collate, example, answered.ids[i])
         assert scores[i].shape == expected.shape == (len(example.images),)
         assert torch.allclose(scores[i], expected, atol=2e-4)
 
 
-def test_pages_split_into_images_are_scored_as_such(module, documents):
+def test_scores_of_split_images(module, documents):
     processor = load_processor("tiny", image_splitting=True, image_size=112)
     batch = Idefics2Collator(processor, train=False, max_length=4000)([documents[0]])
-    (alone,) = Idefics2Collator(processor, train=False)([replace(documents[0], images=documents[0].images[:1])])[
-        "prompt_input_ids"
-    ]
-    answered = module.evaluator.read_and_answer(batch)
-    assert answered.seen[0].shape[0] == 3 * 5 * 64
-    read, rows = module.backbone.prefill, []
+    one_page = replace(documents[0], images=documents[0].images[:1])
+    (alone,) = Idefics2Collator(processor, train=False)([one_page]).prompts.input_ids
+    answered = module.evaluator.decode(batch)
+    assert answered.page_features[0].shape[0] == 3 * 5 * 64
+    prefill, calls = module.backbone.prefill, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.backbone, "prefill", lambda row, pages: rows.append((row, pages)) or read(row, pages))
-        module.evaluator._answer_pages(batch, answered, all_of_them=True)
-    assert len(rows) == 3
-    for number, (row, (page,)) in enumerate(rows):
-        assert row["input_ids"][0, : len(alone)].tolist() == alone.tolist()
-        assert torch.equal(page, answered.seen[0][number * 320 :][:320])
+        patch.setattr(module.backbone, "prefill", lambda *args: calls.append(args) or prefill(*args))
+        module.evaluator.evaluate(batch)
+    assert len(calls) == 4  # all pages, then one by one
+    for number, (tokens, (page,)) in enumerate((tokens, pages) for tokens, pages, *_ in calls[1:]):
+        assert tokens.input_ids[0, : len(alone)].tolist() == alone.tolist()
+        assert torch.equal(page, answered.page_features[0][number * 320 :][:320])
 
 
-def test_a_model_that_reads_finds_the_pages_of_true_answers(module, documents):
+def test_true_answers_are_found_on_their_pages(module, documents):
     batch = Idefics2Collator(module.processor, train=False)(documents)
     with torch.no_grad():
         end = module.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
         ids = [module.processor.tokenizer(f" {e.answers[0]}", add_special_tokens=False).input_ids for e in documents]
         answers = {i: [*some, end] for i, some in enumerate(ids)}
         scores = page_scores(module.backbone, batch, module.encode_pages(batch), answers, module.processor.tokenizer)
-    assert [int(scores[i].argmax()) for i in range(10)] == batch["reference_pages"] == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+    assert (
+        [int(scores[i].argmax()) for i in range(10)] == batch.prompts.reference_pages == [0, 0, 0, 0, 1, 1, 2, 2, 1, 1]
+    )
 
 
-def test_pages_are_those_of_a_batch_in_parts(module, small, documents):
-    """Where memory is short."""
+def test_answer_pages_do_not_change_when_a_batch_is_evaluated_in_parts(module, small, documents):
     batch = Idefics2Collator(small, train=False)(documents)
-    whole = module.evaluator.records(batch, module.eval_loss)
-    assert len({record["answer_page"] for record in whole}) > 1
-    module.evaluator.most_rows = 2
-    assert module.evaluator.records(batch, module.eval_loss) == whole
-    module.evaluator.most_rows = None
+    whole = module.evaluator.evaluate(batch, module.eval_loss)
+    assert len({answer.answer_page for answer in whole}) > 1
+    module.evaluator.max_rows = 2
+    assert module.evaluator.evaluate(batch, module.eval_loss) == whole
+    module.evaluator.max_rows = None
 
 
-def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, small, documents, monkeypatch):
+def test_answer_pages_are_computed_only_when_wanted_and_without_the_vision_tower(module, small, documents, monkeypatch):
     collate = Idefics2Collator(small, train=False)
     look, read, calls = module.backbone.encode_images, module.backbone.prefill, []
     monkeypatch.setattr(module.backbone, "encode_images", lambda *some: calls.append("look") or look(*some))
@@ -117,7 +117,7 @@ def test_pages_are_seen_once_and_only_read_again_where_someone_asks(module, smal
 
     def evaluate(examples, loss):
         calls.clear()
-        return [record.get("answer_page") for record in module.evaluator.records(collate(examples), loss)], calls
+        return [answer.answer_page for answer in module.evaluator.evaluate(collate(examples), loss)], calls
 
     assert evaluate(documents, module.eval_loss)[1] == ["look", "read", "read", "read", "read"]
     found, made = evaluate(unknown, None)  # a prediction

@@ -1,4 +1,4 @@
-"""Answers depend on their own batch alone, though the memory that they are read in is another one's too."""
+"""The decoder's reused tensors carry nothing from one batch to the next."""
 
 import torch
 
@@ -8,7 +8,7 @@ from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.training.module import Idefics2Module
 
 
-def test_a_batch_that_overflowed_leaves_nothing_to_the_next_one():
+def test_nan_in_one_batch_does_not_change_the_next():
     module = Idefics2Module("tiny", quantization="none")
     module.configure_model()
     module.eval()

@@ -1,9 +1,8 @@
-"""What is answered, counted and written: every question of a set, by its place, whatever mode the model is in."""
+"""Every question is answered, scored and written once, by its index, in every mode of the model."""
 
 import json
 import re
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +12,8 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.data.sources.synthetic import SyntheticPages, write_docvqa
-from idefics_lit.errors import InputError
-from idefics_lit.evaluation.records import by_place
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
-from idefics_lit.reporting import results
-from idefics_lit.reporting.results import PredictionWriter, Results
 from idefics_lit.training.module import Idefics2Module
 
 READER = ("--model.pretrained", "tiny", "--model.quantization", "none", "--trainer.accelerator", "cpu")
@@ -46,7 +41,7 @@ def lines(file):
 
 
 def test_questions_that_share_an_id_are_all_scored_and_written(run, source, capfd):
-    with pytest.warns(UserWarning, match=r"Several questions have the id a\.pdf: each of them is counted"):
+    with pytest.warns(UserWarning, match=r"Several questions have the id a\.pdf: each of them is scored"):
         folder = run("validate", *READER, *QUIET, "--data.source", source, "--data.eval_batch_size", 4)
     records = lines(folder / "val_predictions.jsonl")
     assert [record["question_id"] for record in records] == IDS
@@ -63,73 +58,6 @@ def test_a_submission_has_an_answer_for_every_question_and_no_two_ids_become_one
     records = lines(folder / "predictions.jsonl")
     assert [record["question_id"] for record in records] == IDS
     assert [row["answer"] for row in submission] == [record["prediction"] for record in records]
-
-
-@pytest.mark.parametrize(
-    ("ids", "written"),
-    [
-        (["12", "3", 0, "-4"], [12, 3, 0, -4]),
-        (["007", "7", "+7", " 7", "7.0", "0x7"], ["007", 7, "+7", " 7", "7.0", "0x7"]),
-        (["²", "٣", "1_0", "-0", ""], ["²", "٣", "1_0", "-0", ""]),
-        ([7, "7", "8"], [7, "7", "8"]),  # two ids that would be one
-        (["7", "7"], [7, 7]),  # one id
-        (["9" * 16, "9" * 5000, 10**20], ["9" * 16, "9" * 5000, 10**20]),  # readers may round numbers so long
-    ],
-)
-def test_ids_are_numbers_where_that_loses_nothing(ids, written, tmp_path):
-    write([record(i, question_id) for i, question_id in enumerate(ids)], tmp_path)
-    found = [row["questionId"] for row in json.loads((tmp_path / "submission.json").read_text())]
-    assert list(map(repr, found)) == list(map(repr, written))
-
-
-def record(place, question_id, score=1.0, **more):
-    written = {"question": "Who?", "prediction": f"{place}", "references": ["Ann"], "question_types": ["form"]}
-    return {"question_id": question_id, **written, "score": score, **more, "place": place}
-
-
-def write(records, folder):
-    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder)
-    PredictionWriter().write_on_epoch_end(trainer, None, [records], [])
-
-
-@pytest.mark.parametrize("name", ["submission.json", "predictions.jsonl"])
-def test_one_file_that_cannot_be_written_takes_no_other_with_it(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=f"{name} can't be written"):
-        write([record(0, "a")], tmp_path)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"submission.json", "predictions.jsonl"} - {
-        name
-    }
-
-
-def test_ranks_files_hold_what_is_scored(monkeypatch):
-    """A question that a sampler repeats on another rank counts once, by the first rank's answer, as the metric does."""
-    ranks = [
-        [record(0, "a", 1.0), record(1, "a", 0.0), record(2, "b", 1.0)],
-        [record(3, "b", 0.5), record(4, "c", 0.0), record(0, "a", 0.5)],
-    ]
-    monkeypatch.setattr(results, "gather_objects", lambda trainer, own: list(map(by_place, ranks)))
-    with pytest.warns(UserWarning, match="Several questions have the id a, b: each"):
-        found = results._unique(None, ranks[0])
-    assert [(one["place"], one["score"]) for one in found] == [(0, 1.0), (1, 0.0), (2, 1.0), (3, 0.5), (4, 0.0)]
-
-
-def test_examples_without_a_place_count_by_id_and_how_often_a_rank_meets_it():
-    first = by_place([record(None, question_id) for question_id in ("a", "a", "b", 1, "1")])
-    assert len(first) == 5
-    padded = by_place([record(None, question_id) for question_id in ("c", "a")])
-    assert len({**first, **padded}) == 6
-
-
-def test_answers_before_and_after_training_are_compared_by_place(capfd):
-    summary = Results()
-    summary.before = [record(0, "a", 0.0), record(1, "a", 1.0)]
-    summary.after = [record(0, "a", 1.0), record(1, "a", 0.5)]
-    assert [one["score"] for one in summary.compared.values()] == [0.0, 1.0]
-    table = results._scores(summary.compared, summary.after)
-    assert [next(iter(column.cells)) for column in table.columns] == ["all", "0.500", "0.750", "2"]
-    summary.after = [record(0, "a"), record(1, "b")]  # others
-    assert summary.compared == {}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +90,7 @@ def test_answers_and_losses_are_the_same_in_every_mode(processor, questions):
     module = with_dropout()
     modes = {name: part.training for name, part in module.named_modules()}
     answers = [module.generate(batch), module.generate(batch)]
-    answers.append([one["prediction"] for one in module.predict_step(batch, 0)])
+    answers.append([answer.prediction for answer in module.predict_step(batch, 0)])
     assert answers == answers[:1] * 3
     losses = []
     for _ in range(2):
@@ -172,7 +100,7 @@ def test_answers_and_losses_are_the_same_in_every_mode(processor, questions):
     assert {name: part.training for name, part in module.named_modules()} == modes
     assert not any(loss.requires_grad for loss in losses)
     module.eval().validation_step(batch, 0)
-    answers.append([one["prediction"] for one in module.records[-len(questions) :]])
+    answers.append([answer.prediction for answer in module.answers[-len(questions) :]])
     assert losses == [module.eval_loss.compute()] * 2
     assert answers[0] == answers[3]
     assert len(set(answers[0])) > 1
@@ -201,6 +129,6 @@ def test_a_data_set_of_ones_own_with_one_id_is_scored_whole(processor, questions
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         score = Trainer(**CPU).validate(module, loader, verbose=False)[0]["val/anls"]
-    assert len(module.records) == 3
-    assert score == pytest.approx(sum(one["score"] for one in module.records) / 3)
+    assert len(module.answers) == 3
+    assert score == pytest.approx(sum(answer.score for answer in module.answers) / 3)
     assert 0.5 < score < 0.7

@@ -1,4 +1,4 @@
-"""What is kept of a page's vision features is what the tower makes of it, and is never wrong."""
+"""Cached features equal those of the vision tower; damaged, stale and foreign files are misses."""
 
 import multiprocessing
 import os
@@ -63,8 +63,8 @@ def test_the_tower_runs_once_a_page_and_the_loss_is_the_same(tiny, examples, pla
         assert module(tiny, feature_cache=place).loss(batch)[0].item() == expected.item()
 
 
-def test_a_memory_that_is_used_again_gives_each_page_its_own(tiny):
-    """A batch of a page that is kept and of new ones, which take its place before it is read."""
+def test_reused_slabs_return_each_page_its_own_features(tiny):
+    """A batch of a cached page and of new ones that evict it."""
     pages = [
         Example(i, "Which?", [Image.frombytes("L", (56, 56), random.Random(i).randbytes(56 * 56))], ["a"])
         for i in range(10)
@@ -72,9 +72,7 @@ def test_a_memory_that_is_used_again_gives_each_page_its_own(tiny):
     collate = Idefics2Collator(load_processor(tiny, image_size=56), train=True)
     kept, mixed = collate(pages[:8]), collate([pages[0], *pages[8:]])
     plain = module(tiny, quantization="none")
-    size = plain.backbone.encode_images(mixed["pixel_values"][0].to(plain.device), mixed["image_sizes"][0], ["0"])[
-        0
-    ].nbytes
+    size = plain.backbone.encode_images(mixed.pixel_values[0].to(plain.device), mixed.image_sizes[0], ["0"])[0].nbytes
     slab = 1 << (size - 1).bit_length()
     assert 2 * size > slab  # each page has one
     cached = module(tiny, quantization="none", feature_cache="memory", feature_cache_gb=8 * slab / 1e9)
@@ -84,7 +82,7 @@ def test_a_memory_that_is_used_again_gives_each_page_its_own(tiny):
         assert cached.loss(batch)[0].item() == plain.loss(batch)[0].item()
 
 
-def test_what_was_given_out_stays_as_it_is(tmp_path):
+def test_returned_features_do_not_change(tmp_path):
     caches = [MemoryCache(8 * features(0).nbytes / 1e9), FolderCache(str(tmp_path), 1, "model")]
     for cache in caches:
         cache.put("a", features(1))
@@ -98,7 +96,7 @@ def test_what_was_given_out_stays_as_it_is(tmp_path):
     assert [cache.get("a") for cache in caches] == [None, None]
 
 
-def test_the_least_recently_used_files_go(tmp_path):
+def test_the_least_recently_used_files_are_evicted(tmp_path):
     size = features(0).nbytes
     cache = FolderCache(str(tmp_path), 10.5 * size / 1e9, "model")
     for page in range(10):
@@ -113,7 +111,7 @@ def test_the_least_recently_used_files_go(tmp_path):
     assert all(torch.equal(cache.get(str(page)), features(page)) for page in kept)
 
 
-def test_the_oldest_in_memory_go():
+def test_the_oldest_in_memory_are_evicted():
     size = features(0).nbytes
     cache = MemoryCache(20 * size / 1e9)
     for page in range(50):
@@ -127,7 +125,7 @@ def test_the_oldest_in_memory_go():
     assert cache.get("large") is None and cache.get("49") is not None
 
 
-def test_what_a_killed_writer_leaves_is_a_miss(tmp_path):
+def test_a_truncated_file_is_a_miss(tmp_path):
     cache = FolderCache(str(tmp_path), 1, "model")
     cache.put("a", features(1))
     (file,) = tmp_path.glob("*.safetensors")
@@ -163,7 +161,7 @@ def test_processes_share_a_folder(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_all_writers_together_keep_to_the_limit(tmp_path):
+def test_all_processes_together_keep_the_limit(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(10**5))  # not the cache's
     size = features(0).nbytes + 200
     caches = [FolderCache(str(tmp_path), 12 * size / 1e9, "model") for _ in range(4)]
@@ -181,7 +179,7 @@ def test_all_writers_together_keep_to_the_limit(tmp_path):
     assert caches[0].get("large") is None and len(list(tmp_path.iterdir())) > 2
 
 
-def test_what_killed_writers_leave_is_counted_and_removed_when_it_is_old(tmp_path):
+def test_unfinished_files_are_counted_and_deleted_when_stale(tmp_path):
     size = features(0).nbytes + 200
     cache = FolderCache(str(tmp_path), 4 * size / 1e9, "model")
     cache.put("a", features(0))
@@ -236,10 +234,10 @@ def test_other_models_and_other_pixels_have_other_features(tiny, examples, tmp_p
     keys = []
     for size in (None, 112):
         batch = Idefics2Collator(load_processor(tiny, image_size=size), train=True)(examples)
-        keys += [key for row in batch["image_keys"] for key in row]
+        keys += [key for row in batch.image_keys for key in row]
     assert len(set(keys)) == 2 * len(examples)
     alone = Idefics2Collator(load_processor(tiny), train=True)(examples[:1])
-    assert alone["image_keys"] == [keys[:1]]  # whatever it lies beside
+    assert alone.image_keys == [keys[:1]]  # whatever it lies beside
 
 
 def test_a_tower_that_is_trained_has_gradients_and_no_cache(tiny, examples):
@@ -252,7 +250,7 @@ def test_a_tower_that_is_trained_has_gradients_and_no_cache(tiny, examples):
     assert gradients and all(gradient is not None and gradient.any() for gradient in gradients)
 
 
-def test_a_folder_that_cant_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"model\.feature_cache .*file.*: can't be written"):
         FolderCache(str(tmp_path / "file" / "features"), 1, "model")

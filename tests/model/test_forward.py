@@ -1,4 +1,4 @@
-"""Where the vision tower believes patches to be, in every dtype and with every version of transformers."""
+"""Position ids of patches, in every dtype and as in every supported version of transformers."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ from torch import nn
 from transformers import Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
-from idefics_lit.model.forward import Idefics2Backbone, vision_position_ids
+from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, add_lora
 from idefics_lit.model.tiny import tiny_config
+from idefics_lit.model.vision import vision_position_ids
 
 PATCH, PER_SIDE = 14, 70  # Idefics2-8b's
 SHAPES = [(70, 54), (54, 70), (1, 3), (2, 77), (26, 27), (25, 50), (35, 69), (49, 1), (55, 13), (70, 70), (70, 38)]
@@ -77,7 +78,7 @@ def test_rounded_coordinates_are_other_positions():
 
 
 @pytest.mark.parametrize("per_side", [2, 8, 14, 16, 32, 70])
-def test_positions_do_not_depend_on_who_asks_first(per_side):
+def test_positions_do_not_depend_on_the_first_caller(per_side):
     vision_position_ids.cache_clear()
     with torch.inference_mode():
         ids = vision_position_ids(50, 27, per_side, torch.device("cpu"))

@@ -96,7 +96,7 @@ def test_a_weight_that_the_model_has_no_place_for_is_named(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "head.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.warns(UserWarning, match=r"has 1 weights that the model has no place for, such as head\.weight; they"):
+    with pytest.warns(UserWarning, match=r"has 1 weights that the model doesn.t use, such as head\.weight; they"):
         load(str(folder), quantization="none")
 
 

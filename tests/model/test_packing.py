@@ -1,4 +1,4 @@
-"""Questions that share a row have the logits, the loss and the gradients of questions in rows of their own."""
+"""Packed questions have the logits, loss, gradients and answers of questions in rows of their own."""
 
 from collections import Counter
 from dataclasses import replace
@@ -51,9 +51,9 @@ def module(tiny, **kwargs):
 
 def test_a_row_holds_the_page_once(processor, examples):
     batch = Idefics2Collator(processor, train=True)(examples)
-    assert len(batch["pixel_values"]) == len({e.page_id for e in examples}) < len(examples)
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [64] * 3
-    assert batch["attention_mask"].shape == (3, 1, *batch["input_ids"].shape[1:] * 2)
+    assert len(batch.pixel_values) == len({e.page_id for e in examples}) < len(examples)
+    assert (batch.input_ids == processor.image_token_id).sum(1).tolist() == [64] * 3
+    assert batch.packed_attention_mask.shape == (3, 1, *batch.input_ids.shape[1:] * 2)
 
 
 @pytest.mark.parametrize("style", ["recipe", "idefics"])
@@ -69,7 +69,7 @@ def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processo
         loss, tokens = ours.loss(batch)
         loss.backward()
         with torch.no_grad():
-            logits = ours(batch)[:, :-1][batch["labels"][:, 1:] != -100]
+            logits = ours(batch)[:, :-1][batch.labels[:, 1:] != -100]
         gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
         results.append((logits, loss.item() / tokens.item(), tokens, gradients))
     (packed, packed_loss, packed_tokens, packed_grads), (plain, plain_loss, plain_tokens, plain_grads) = results
@@ -80,18 +80,18 @@ def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processo
     assert all(torch.allclose(packed_grads[n], plain_grads[n], atol=1e-4) for n in plain_grads)
 
 
-def test_the_loss_is_transformers_own(tiny, processor, examples):
-    """A shared row is a batch that transformers' Idefics2 takes as it is."""
+def test_the_loss_is_that_of_transformers(tiny, processor, examples):
+    """transformers' Idefics2 takes packed rows too."""
     ours = module(tiny, quantization="none")
     for batch in (b := Idefics2Collator(processor, train=True))(examples), b(alone(examples)):
-        theirs = ours.model(**batch, use_cache=False)
+        theirs = ours.model(**batch.model_inputs(), use_cache=False)
         loss, tokens = ours.loss(batch)
         assert (loss / tokens).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
-        answers = batch["supervised_positions"]
+        answers = batch.supervised_positions
         assert torch.allclose(ours(batch).flatten(0, 1)[answers], theirs.logits.flatten(0, 1)[answers], atol=1e-5)
 
 
-def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny, processor, examples):
+def test_the_sliding_window_is_that_of_transformers(tiny, processor, examples):
     ours = module(tiny, quantization="none")
     config = ours.model.config.text_config
     assert config is ours.model.get_base_model().model.text_model.config
@@ -100,15 +100,17 @@ def test_rows_longer_than_the_sliding_window_see_as_far_as_transformers_do(tiny,
         example.answers = example.answers[:1]
     batch = Idefics2Collator(processor, train=True)(alone(examples))
     loss, tokens = ours.loss(batch)
-    assert batch["input_ids"].shape[1] > 80
-    assert (loss / tokens).item() == pytest.approx(ours.model(**batch, use_cache=False).loss.item(), abs=1e-5)
+    assert batch.input_ids.shape[1] > 80
+    assert (loss / tokens).item() == pytest.approx(
+        ours.model(**batch.model_inputs(), use_cache=False).loss.item(), abs=1e-5
+    )
     packed, _ = ours.loss(Idefics2Collator(processor, train=True)(examples))
     assert packed.item() == pytest.approx(loss.item(), abs=1e-4)
     config.sliding_window = None
     assert abs(ours.loss(batch)[0] - loss) > 1e-3
 
 
-def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, processor):
+def test_logits_of_pages_of_several_shapes_are_those_of_transformers(tiny, processor):
     """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
     ours = module(tiny, quantization="none")
     shapes = [(448, 336), (336, 448), (448, 400), (420, 448), (448, 336)]
@@ -120,13 +122,13 @@ def test_pages_of_several_shapes_are_seen_as_transformers_sees_them(tiny, proces
             Example(3, "a", pages[4:], ["b"]),
         ]
     )
-    assert len({size for row in batch["image_sizes"] for size in row}) == 4
-    real = batch["attention_mask"].bool()
-    assert torch.allclose(ours(batch)[real], ours.model(**batch).logits[real], atol=1e-5)
+    assert len({size for row in batch.image_sizes for size in row}) == 4
+    real = batch.attention_mask.bool()
+    assert torch.allclose(ours(batch)[real], ours.model(**batch.model_inputs()).logits[real], atol=1e-5)
 
 
-def test_answers_are_generates(processor, examples, monkeypatch):
-    """Read from the rows' keys and values they are what `generate` gives, token for token, from the pixels."""
+def test_answers_are_those_of_generate(processor, examples, monkeypatch):
+    """Decoded from the prefill's keys and values, they equal those of transformers' `generate` from the pixels."""
     ours = Idefics2Module("tiny", quantization="none", max_new_tokens=12)  # one that says something
     ours.configure_model()
     ours.eval()
@@ -138,55 +140,55 @@ def test_answers_are_generates(processor, examples, monkeypatch):
         for example in alone(examples):
             one = Idefics2Collator(processor, train=False)([example])
             ids = ours.model.generate(
-                input_ids=one["prompt_input_ids"],
-                attention_mask=one["prompt_attention_mask"],
-                pixel_values=one["pixel_values"],
-                pixel_attention_mask=one["pixel_attention_mask"],
+                input_ids=one.prompts.input_ids,
+                attention_mask=one.prompts.attention_mask,
+                pixel_values=one.pixel_values,
+                pixel_attention_mask=one.pixel_attention_mask,
                 generation_config=transformers.GenerationConfig(max_new_tokens=12, eos_token_id=[2, 5], pad_token_id=0),
                 bad_words_ids=[[3], [4]],
             )
-            new = ids[0, one["prompt_input_ids"].shape[1] :]
+            new = ids[0, one.prompts.input_ids.shape[1] :]
             lengths.add(len(new))
             expected.append(processor.decode(new, skip_special_tokens=True).strip())
         assert len(set(expected)) > 3 and len(lengths) > 3
         collate = Idefics2Collator(processor, train=False)
         assert ours.generate(collate(examples)) == expected
         assert ours.generate(collate(alone(examples))) == expected
-        # What CUDA graphs are made of: tensors that stay where they are, for several batches, longer and shorter ones.
-        monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS", 2)
+        # The tensors with fixed addresses that CUDA graphs use, reused for longer and shorter batches.
+        monkeypatch.setattr("idefics_lit.evaluation.decoding.ROWS_MULTIPLE", 2)
         ours.evaluator.decoder = GreedyDecoder(ours.backbone, ours.processor, 12, graphs=True)
         some = [slice(0, 3), slice(None), slice(2, 5), slice(5, None), slice(None)]
         assert [ours.generate(collate(examples[s])) for s in some] == [expected[s] for s in some]
-        ours.evaluator.forget()
+        ours.evaluator.free_memory()
 
 
 def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
     ours = module(tiny, max_new_tokens=4)
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
-        batch["places"][place] = place
-    whole = ours.evaluator.records(batch, ours.eval_loss)
+        batch.prompts.indices[place] = place
+    whole = ours.evaluator.evaluate(batch, ours.eval_loss)
     loss = ours.eval_loss.compute()
     read, sizes = ours.backbone.prefill, []
 
     def too_large_for_two_rows(batch, *more):
-        sizes.append(len(batch["input_ids"]))
+        sizes.append(len(batch.input_ids))
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError
         return read(batch, *more)
 
     monkeypatch.setattr(ours.backbone, "prefill", too_large_for_two_rows)
     ours.eval_loss.reset()
-    assert ours.evaluator.records(batch, ours.eval_loss) == whole
+    assert ours.evaluator.evaluate(batch, ours.eval_loss) == whole
     assert ours.eval_loss.compute() == pytest.approx(loss.item(), abs=1e-6)
     assert sizes == [3, 2, 1, 1, 1]
-    ours.evaluator.records(batch)
+    ours.evaluator.evaluate(batch)
     assert sizes[5:] == [1, 1, 1]
 
 
 def test_prompts_that_are_trained_on_stay_in_rows_of_their_own(processor, examples):
     batch = Idefics2Collator(processor, train=True, train_on_prompt=True)(examples)
-    assert len(batch["input_ids"]) == len(examples)
+    assert len(batch.input_ids) == len(examples)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""The reader that comes with the package: as good as its card says, and quick to show which details of a recipe matter.
+"""The trained model "tiny": its score is that of its card, and fine-tuning it shows errors in a recipe.
 
 Each fine-tuning is `configs/quickstart.yaml`, shorter.
 """
@@ -69,11 +69,11 @@ def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
 # Labels that are not masked as they should be; rows stay shared, for speed.
 
 
-def on_the_prompt_too(self, example, ids, prompt):
+def on_the_prompt_too(self, example, ids, prompt_length):
     return [IGNORED_LABEL if token in self.image_token_ids else token for token in ids]
 
 
-def on_image_tokens(self, example, ids, prompt):
+def on_image_tokens(self, example, ids, prompt_length):
     """What labels come to that are copied from the ids, with padding alone left out."""
     return list(ids)
 
@@ -90,9 +90,9 @@ def test_wrong_labels_are_more_labels(labels, monkeypatch):
     right = pages.collator("train")(examples)
     monkeypatch.setattr(Idefics2Collator, "_labels", labels)
     wrong = pages.collator("train")(examples)
-    assert len(wrong["supervised_positions"]) > len(right["supervised_positions"])
-    image = right["input_ids"] == pages.processor.image_token_id
-    assert image.any() and (wrong["labels"][image] != IGNORED_LABEL).all() == (labels is on_image_tokens)
+    assert len(wrong.supervised_positions) > len(right.supervised_positions)
+    image = right.input_ids == pages.processor.image_token_id
+    assert image.any() and (wrong.labels[image] != IGNORED_LABEL).all() == (labels is on_image_tokens)
 
 
 @pytest.mark.long

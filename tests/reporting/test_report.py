@@ -1,4 +1,4 @@
-"""The report, in a browser without a network; what wandb and TensorBoard get; what goes into checkpoints."""
+"""``report.html`` in an offline browser, the answers in W&B and TensorBoard, and the curves in checkpoints."""
 
 import io
 import json
@@ -17,23 +17,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from idefics_lit.cli.main import main
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.reporting.history import MOST_STEPS, History
-from idefics_lit.reporting.page_gallery import group_by_page, show
-from idefics_lit.reporting.report import MOST_BYTES, _render
+from idefics_lit.evaluation.answer import Answer
+from idefics_lit.reporting.history import MAX_POINTS, History
+from idefics_lit.reporting.page_gallery import add_images, group_by_page
+from idefics_lit.reporting.report_page import MAX_BYTES, render_report
 
 DOCS = Path(__file__).parents[2] / "docs"
-STEPS, EVERY = 4, 2  # steps, and steps between validations
+MAX_STEPS, VAL_CHECK_INTERVAL = 4, 2
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """The folder of a fit of the reader that comes with the package, logged to TensorBoard."""
+    """The folder of a fit of the package's small model, logged to TensorBoard."""
     folder = tmp_path_factory.mktemp("fit")
     flags = ["--model.pretrained", "tiny", "--model.quantization", "none", "--model.lr", "1e-3"]
     flags += ["--model.warmup_steps", 2, "--data.source", "synthetic:form,id_card,table", "--data.limit_train", 64]
     flags += ["--data.limit_val", 24, "--data.eval_batch_size", 24, "--data.batch_size", 4, "--data.num_workers", 0]
     flags += ["--data.questions_per_page", 4, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-    flags += ["--trainer.max_steps", STEPS, "--trainer.val_check_interval", EVERY, "--trainer.log_every_n_steps", 1]
+    flags += ["--trainer.max_steps", MAX_STEPS, "--trainer.log_every_n_steps", 1]
+    flags += ["--trainer.val_check_interval", VAL_CHECK_INTERVAL]
     flags += ["--trainer.num_sanity_val_steps", -1, "--trainer.logger", "TensorBoardLogger"]
     main([str(flag) for flag in ["fit", *flags, "--trainer.logger.save_dir", folder]])
     return folder / "lightning_logs" / "version_0"
@@ -41,32 +43,32 @@ def fitted(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser):
-    """Open a report in a window without a network; nothing may go wrong in it, nor be asked for."""
-    contexts, wrong = [], []
+    """Open a report in an offline browser; fail if it requests anything or logs an error."""
+    contexts, errors = [], []
 
     def opened(path, width=1280, height=1520, scheme="light"):
         size = {"width": width, "height": height}
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme, offline=True))
         page = contexts[-1].new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: wrong.append(r.url) if r.url.partition(":")[0] not in ("file", "data") else None)
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda r: errors.append(r.url) if r.url.partition(":")[0] not in ("file", "data") else None)
         page.goto(path.as_uri())
         return page
 
     yield opened
     for context in contexts:
         context.close()
-    assert not wrong
+    assert not errors
 
 
 def curve(page, chart, style):
-    """The values of a curve, read from where it is drawn."""
+    """Return the (step, value) points of a curve, computed from its coordinates."""
     return page.evaluate(
         """([chart, style]) => {
             const svg = document.querySelector(`svg[aria-label="${chart}"]`);
             const [x, y] = ["x", "y"].map(axis => svg.dataset[axis].split(" ").map(Number));
-            const value = ([low, high, start, stop], at) => low + (at - start) / (stop - start) * (high - low);
+            const value = ([low, high, start, stop], x) => low + (x - start) / (stop - start) * (high - low);
             return [...svg.querySelector(`polyline.${style}`).points].map(p => [value(x, p.x), value(y, p.y)]);
         }""",
         [chart, style],
@@ -79,7 +81,7 @@ def logged(folder, name):
 
 
 def visible(page):
-    """Types, score and text of each question that is shown, by page."""
+    """Return types, score and text of each visible question, by page."""
     return page.evaluate(
         """() => [...document.querySelectorAll("article")].filter(card => card.checkVisibility()).map(card =>
             [...card.querySelectorAll("li")].filter(item => item.checkVisibility()).map(item => ({
@@ -88,29 +90,31 @@ def visible(page):
     )
 
 
-def test_the_curves_are_the_values_logged(fitted, opened):
+def test_curves_show_the_logged_values(fitted, opened):
     page = opened(fitted / "report.html")
     losses = [value for _, value in logged(fitted, "train/loss")]
     drawn = curve(page, "Loss", "faint")
-    assert [x for x, _ in drawn] == pytest.approx(range(1, STEPS + 1), abs=0.01)
+    assert [x for x, _ in drawn] == pytest.approx(range(1, MAX_STEPS + 1), abs=0.01)
     assert [y for _, y in drawn] == pytest.approx(losses, rel=0.01, abs=0.01)
     rates = [value for _, value in logged(fitted, "lr")]
     assert [y for _, y in curve(page, "Learning rate", "c1")] == pytest.approx(rates, abs=1e-6)
     scores = [value for _, value in logged(fitted, "val/anls")]
     drawn = curve(page, "ANLS", "c0")
-    assert [x for x, _ in drawn] == pytest.approx([0, EVERY, STEPS], abs=0.01)  # the first before training
+    assert [x for x, _ in drawn] == pytest.approx(
+        [0, VAL_CHECK_INTERVAL, MAX_STEPS], abs=0.01
+    )  # the first before training
     assert [y for _, y in drawn[1:]] == pytest.approx(scores, abs=0.001)
     types = page.locator('svg[aria-label="ANLS"] polyline').count() - 1
     assert types == page.locator(".table tbody tr").count() - 1 >= 3
 
 
-def test_a_value_is_shown_under_the_pointer(fitted, opened):
+def test_the_values_under_the_pointer_are_shown(fitted, opened):
     page = opened(fitted / "report.html")
     chart = page.locator('svg[aria-label="ANLS"]')
     box = chart.bounding_box()
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
     figure = page.locator("figure", has=chart)
-    assert figure.locator("small").text_content() == f"step {STEPS}"
+    assert figure.locator("small").text_content() == f"step {MAX_STEPS}"
     assert float(figure.locator(".legend .c0 b").text_content()) == pytest.approx(
         logged(fitted, "val/anls")[-1][1], abs=0.002
     )
@@ -119,31 +123,31 @@ def test_a_value_is_shown_under_the_pointer(fitted, opened):
 def test_the_histogram_counts_the_questions(fitted, opened):
     page = opened(fitted / "report.html")
     records = [json.loads(line) for line in (fitted / "val_predictions.jsonl").open()]
-    said = page.locator('svg[aria-label="Questions by score"] rect.c1 title').all_text_contents()
-    counts = {text.split()[-1]: int(text.split()[0]) for text in said}
+    tooltips = page.locator('svg[aria-label="Questions by score"] rect.c1 title').all_text_contents()
+    counts = {text.split()[-1]: int(text.split()[0]) for text in tooltips}
     assert sum(counts.values()) == len(records)
     assert counts["1"] == sum(record["score"] == 1 for record in records)
 
 
-def test_the_gallery_is_the_worst_first_and_filtered(fitted, opened):
+def test_the_gallery_is_sorted_by_score_and_filtered(fitted, opened):
     page = opened(fitted / "report.html")
     records = [json.loads(line) for line in (fitted / "val_predictions.jsonl").open()]
     cards = visible(page)
     assert sum(map(len, cards)) == len(records)
-    worst = [[question["score"] for question in card] for card in cards]
-    assert all(scores == sorted(scores) for scores in worst)
-    assert [scores[0] for scores in worst] == sorted(scores[0] for scores in worst)
-    assert {record["score"] for record in records} > {1.0}  # there is something to sort
+    card_scores = [[question["score"] for question in card] for card in cards]
+    assert all(scores == sorted(scores) for scores in card_scores)
+    assert [scores[0] for scores in card_scores] == sorted(scores[0] for scores in card_scores)
+    assert {record["score"] for record in records} > {1.0}  # otherwise nothing is sorted
 
-    # Each page is there once and can be seen.
+    # Each card has its page, at full size.
     sizes = page.locator("article img").evaluate_all("all => all.map(img => [img.naturalWidth, img.naturalHeight])")
     assert sizes == [[448, 336]] * len(cards)
 
-    for kind in sorted({kind for record in records for kind in record["question_types"]}):
-        page.get_by_label("Type of question").select_option(kind)
+    for question_type in sorted({name for record in records for name in record["question_types"]}):
+        page.get_by_label("Type of question").select_option(question_type)
         shown = [question for card in visible(page) for question in card]
-        assert all(kind in question["types"] for question in shown)
-        assert len(shown) == sum(kind in record["question_types"] for record in records)
+        assert all(question_type in question["types"] for question in shown)
+        assert len(shown) == sum(question_type in record["question_types"] for record in records)
         assert page.locator("output").text_content() == f"{len(shown)} of {len(records)}"
         first = [card[0]["score"] for card in visible(page)]
         assert first == sorted(first)
@@ -156,7 +160,7 @@ def test_the_gallery_is_the_worst_first_and_filtered(fitted, opened):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(fitted, opened, scheme):
+def test_the_page_fits_a_phone(fitted, opened, scheme):
     page = opened(fitted / "report.html", 390, 800, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     page.locator("article button").first.click()
@@ -165,8 +169,8 @@ def test_it_fits_a_phone(fitted, opened, scheme):
     assert page.locator("button.large").count() == 0
 
 
-def test_the_readmes_picture_is_a_screenshot(fitted, opened, tmp_path):
-    """``REPORT=lightning_logs/version_0/report.html pytest tests/test_report.py -k picture`` takes it anew."""
+def test_the_screenshot_in_the_readme_has_the_layout_of_the_page(fitted, opened, tmp_path):
+    """``REPORT=lightning_logs/version_0/report.html pytest tests/reporting -k screenshot`` replaces it."""
     report = Path(os.environ.get("REPORT", fitted / "report.html")).resolve()
     path = DOCS / "report.png" if "REPORT" in os.environ else tmp_path / "report.png"
     page = opened(report)
@@ -174,28 +178,31 @@ def test_the_readmes_picture_is_a_screenshot(fitted, opened, tmp_path):
     page.screenshot(path=path)
     with Image.open(DOCS / "report.png") as shown, Image.open(path) as taken:
         assert shown.size == taken.size
+        # Title, figures and upper half of the charts: which pixels are the page's background.
+        masks = [np.all(np.asarray(image.convert("RGB"))[:450] == (246, 247, 249), axis=2) for image in (shown, taken)]
+        assert np.mean(masks[0] == masks[1]) > 0.99 and 0.2 < masks[0].mean() < 0.6
     assert (DOCS / "report.png").stat().st_size < 500_000
 
 
-def test_tensorboard_has_curves_and_pictures(fitted):
+def test_tensorboard_has_curves_and_images(fitted):
     events = EventAccumulator(str(fitted)).Reload()
     assert {"train/loss", "lr", "val/loss", "val/anls"} <= set(events.Tags()["scalars"])
     tags = [tag for tag in events.Tags()["images"] if tag.startswith("val/worst/")]
     assert len(tags) == (fitted / "report.html").read_text().count("<article>")
     (image,) = events.Images(tags[0])
-    with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
-        assert picture.width == 448 and picture.height > 336  # the page, and the question below
-    assert image.step == STEPS
+    with Image.open(io.BytesIO(image.encoded_image_string)) as page_and_text:
+        assert page_and_text.width == 448 and page_and_text.height > 336
+    assert image.step == MAX_STEPS
 
 
-def test_tensorboard_is_asked_for_by_name(run, short_fit, monkeypatch, capsys):
+def test_a_missing_tensorboard_is_an_error(run, short_fit, monkeypatch, capsys):
     monkeypatch.setattr("idefics_lit.cli.main.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(*short_fit("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."))
     assert capsys.readouterr().err.endswith("with tensorboard: pip install tensorboard\n")
 
 
-def test_what_pages_and_models_say_is_text(run, tiny, docvqa, tmp_path, opened):
+def test_questions_and_answers_are_escaped(run, tiny, docvqa, tmp_path, opened):
     data = tmp_path / "data"
     data.mkdir()
     (data / "documents").symlink_to(docvqa / "documents")
@@ -226,7 +233,7 @@ def test_what_pages_and_models_say_is_text(run, tiny, docvqa, tmp_path, opened):
         ["--trainer.logger", "false"],
     ],
 )
-def test_there_is_a_report_of_any_fit(run, short_fit, opened, flags, capsys, monkeypatch):
+def test_every_fit_writes_a_report(run, short_fit, opened, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     folder = run(*short_fit(*flags, "--trainer.max_steps", 2, "--trainer.val_check_interval", 1))
     (path,) = folder.rglob("report.html")
@@ -237,59 +244,65 @@ def test_there_is_a_report_of_any_fit(run, short_fit, opened, flags, capsys, mon
     assert bool(visible(page)) == ("--trainer.limit_val_batches" not in flags)
 
 
-def test_a_report_that_fails_ends_no_fit(run, short_fit, monkeypatch):
+def test_a_failed_report_does_not_end_the_fit(run, short_fit, monkeypatch):
     def broken(*args):
         raise OSError("no page\nat all")
 
-    monkeypatch.setattr("idefics_lit.reporting.report.show", broken)
+    monkeypatch.setattr("idefics_lit.reporting.report.add_images", broken)
     with pytest.warns(UserWarning, match=r"No pages in the report: no page$"):
         folder = run(*short_fit("--trainer.max_steps", 2))
     assert "<article>" not in next(folder.rglob("report.html")).read_text()
-    monkeypatch.setattr("idefics_lit.reporting.report._render", broken)
+    monkeypatch.setattr("idefics_lit.reporting.report.render_report", broken)
     with pytest.warns(UserWarning, match=r"No report: no page$"):
         run(*short_fit("--trainer.max_steps", 2))
     assert len(list(folder.rglob("val_predictions.jsonl"))) == 2
 
 
-def test_a_resumed_fits_curves_are_whole(run, short_fit, opened):
+def test_the_curves_of_a_resumed_fit_are_complete(run, short_fit, opened):
     callback = "--trainer.callbacks"
-    every = [f"{callback}+=ModelCheckpoint", f"{callback}.save_top_k", "-1", f"{callback}.every_n_train_steps", "2"]
-    folder = run(*short_fit(*every, "--trainer.max_steps", 4))
-    run(*short_fit(*every, "--trainer.max_steps", 4), "--ckpt_path", next(folder.rglob("*step=2.ckpt")))
+    checkpoints = [
+        f"{callback}+=ModelCheckpoint",
+        f"{callback}.save_top_k",
+        "-1",
+        f"{callback}.every_n_train_steps",
+        "2",
+    ]
+    folder = run(*short_fit(*checkpoints, "--trainer.max_steps", 4))
+    run(*short_fit(*checkpoints, "--trainer.max_steps", 4), "--ckpt_path", next(folder.rglob("*step=2.ckpt")))
     first, second = (
         torch.load(next(folder.glob(f"lightning_logs/version_{i}/checkpoints/*step=4.ckpt")), weights_only=True)
         for i in range(2)
     )
-    kept = first["callbacks"]["Report"]
-    assert second["callbacks"]["Report"] == kept
-    assert [step for step, *_ in kept["steps"]] == [1, 2, 3, 4] and kept["validations"]
+    curves = first["callbacks"]["Report"]
+    assert second["callbacks"]["Report"] == curves
+    assert [step for step, *_ in curves["steps"]] == [1, 2, 3, 4] and curves["validations"]
     page = opened(folder / "lightning_logs/version_1/report.html")
     assert [x for x, _ in curve(page, "Learning rate", "c1")] == pytest.approx([1, 2, 3, 4], abs=0.01)
-    # A checkpoint's own evaluation shows how it came about.
-    best = next(folder.glob("lightning_logs/version_1/checkpoints/*step=4.ckpt"))
-    run("validate", "--ckpt_path", best, "--trainer.accelerator", "cpu")
+    # The report of an evaluation has the curves of the checkpoint.
+    checkpoint = next(folder.glob("lightning_logs/version_1/checkpoints/*step=4.ckpt"))
+    run("validate", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
     page = opened(folder / "lightning_logs/version_2/report.html")
     assert len(curve(page, "Learning rate", "c1")) == 4 and visible(page)
 
 
-def test_a_long_fits_curves_stay_small():
+def test_the_curves_of_a_long_fit_stay_small():
     history = History()
     for step in range(1, 100_001):
         history.add_step(step, torch.tensor(1 / step), 1e-4)
     state = history.state_dict()
     torch.save(state, file := io.BytesIO())
     assert file.tell() < 60_000
-    assert MOST_STEPS / 2 <= len(history.steps) <= MOST_STEPS and history.last_step == 100_000
-    assert sum(some.number for some in history.steps) == 100_000
-    mean = sum(some.loss * some.number for some in history.steps) / 100_000
-    assert mean == pytest.approx(np.mean(1 / np.arange(1, 100_001)), rel=1e-5)
+    assert MAX_POINTS / 2 <= len(history.steps) <= MAX_POINTS and history.last_step == 100_000
+    assert sum(mean.num_steps for mean in history.steps) == 100_000
+    mean_loss = sum(mean.loss * mean.num_steps for mean in history.steps) / 100_000
+    assert mean_loss == pytest.approx(np.mean(1 / np.arange(1, 100_001)), rel=1e-5)
     resumed = History()
     resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert resumed.state_dict() == state
 
 
 class Noise(Examples):
-    """Documents of one page and of eleven that JPEG can't make small; every fifth is broken."""
+    """Documents of one and of eleven pages of noise, which JPEG can't compress; every fifth can't be opened."""
 
     def __init__(self, pages):
         self.page_ids = list(range(pages))
@@ -303,29 +316,20 @@ class Noise(Examples):
 
 
 @pytest.mark.parametrize("pages", [3, 30])
-def test_it_is_never_larger_than_5_mb(pages, opened, tmp_path):
+def test_the_page_has_at_most_5_mb(pages, opened, tmp_path):
     text = "<long> " * 10_000
-    records = [
-        {
-            "question_id": i,
-            "place": i % pages,
-            "question": f"{i} {text}",
-            "prediction": text,
-            "references": [text] * 20,
-            "score": i / 2000,
-            "question_types": [f"{i} {text}"],
-        }
-        for i in range(2000)
+    answers = [
+        Answer(i, f"{i} {text}", text, [text] * 20, i / 2000, [f"{i} {text}"], index=i % pages) for i in range(2000)
     ]
-    cards = group_by_page(records, examples := Noise(pages))
-    content = _render({"title": "noise"}, cards, show(cards, examples))
-    assert len(content) <= MOST_BYTES
+    cards = group_by_page(answers, examples := Noise(pages))
+    content = render_report({"title": "noise"}, cards, add_images(cards, examples))
+    assert len(content) <= MAX_BYTES
     (tmp_path / "report.html").write_bytes(content)
     page = opened(tmp_path / "report.html")
     shown = visible(page)
-    asked = sum(map(len, shown))
+    num_questions = sum(map(len, shown))
     assert 3 <= len(shown) <= pages
-    assert page.get_by_text(f"{asked} of 2000 questions, on {len(shown)} of {pages} pages.").is_visible()
+    assert page.get_by_text(f"{num_questions} of 2000 questions, on {len(shown)} of {pages} pages.").is_visible()
     assert [card[0]["score"] for card in shown] == [i / 2000 for i in range(len(shown))]
     assert page.get_by_text("is <broken>").count() == len(shown) // 5
     for i, card in enumerate(page.locator("article").all()):
@@ -334,12 +338,11 @@ def test_it_is_never_larger_than_5_mb(pages, opened, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_question_has_its_own_pages(tmp_path, tiny, streaming):
-    """Also where rows are skipped."""
+def test_questions_have_their_pages_when_rows_are_skipped(tmp_path, tiny, streaming):
     shades = [10, 60, 110, 160, 210]
     rows = [
         {
-            "question": str(shade) if shade != 110 else "",  # a row that is skipped
+            "question": str(shade) if shade != 110 else "",  # is skipped
             "images": [{"bytes": png(shade), "path": None}, {"bytes": png(shade + 20), "path": None}],
             "answers": ["a"],
         }
@@ -353,12 +356,11 @@ def test_a_question_has_its_own_pages(tmp_path, tiny, streaming):
     data = DocVQADataModule(str(tmp_path / "set"), tiny, **options)
     data.setup("validate")
     examples = data.examples["val"]
-    made = {"prediction": "", "references": ["a"], "score": 0.5, "question_types": []}
-    records = [{**made, "question": examples[i].question, "question_id": i, "place": i} for i in range(len(examples))]
-    cards = show(group_by_page(records, examples), examples)
-    assert [card.records[0]["question"] for card in cards] == ["10", "60", "160", "210"]
+    answers = [Answer(i, examples[i].question, "", ["a"], 0.5, [], index=i) for i in range(len(examples))]
+    cards = add_images(group_by_page(answers, examples), examples)
+    assert [card.answers[0].question for card in cards] == ["10", "60", "160", "210"]
     for card in cards:
-        shade = int(card.records[0]["question"])
+        shade = int(card.answers[0].question)
         assert [np.asarray(image).mean() for image in card.images] == pytest.approx([shade, shade + 20], abs=2)
 
 
@@ -367,10 +369,9 @@ def png(shade):
     return file.getvalue()
 
 
-def test_wandb_has_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, capfd, end_wandb):
-    """Read back by wandb's own reader."""
+def test_wandb_gets_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, capfd, end_wandb):
     for name in ("WANDB_DATA_DIR", "WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = [
@@ -405,7 +406,6 @@ def test_wandb_has_a_table_and_the_adapter_offline(run, short_fit, monkeypatch, 
         assert row["references"] == " | ".join(record["references"])
         with Image.open(artifacts["run_table"][row["page"]["path"]]) as page:
             assert min(page.size) > 200
-        # All of it lies with the run.
         assert artifacts["run_table"][row["page"]["path"]].is_relative_to(folder / "logs" / "wandb")
     checkpoint = torch.load(artifacts["model"]["model.ckpt"], weights_only=True)
     assert all("lora" in name for name in checkpoint["state_dict"])

@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(run, short_fit, small_disk,
         capfd.readouterr()
         .err.splitlines()[-1]
         .endswith(
-            "step=3.ckpt can't be written: No space left on device; nothing is left of it: make room, then resume with "
+            "step=3.ckpt can't be written: No space left on device; no file is left: free disk space, then resume with "
             "--ckpt_path last"
         )
     )
@@ -103,7 +103,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         _ = 1 / 0
     assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
     (tmp_path / "folder").mkdir()
-    refused = pytest.raises(InputError, match=r"folder can't be written: Is a directory; what was there is as it was")
+    refused = pytest.raises(InputError, match=r"folder can't be written: Is a directory; the old file is unchanged")
     with refused, replacing(tmp_path / "folder") as file:
         file.write(b"third")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "deep", tmp_path / "folder"]

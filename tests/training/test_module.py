@@ -87,7 +87,9 @@ def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path
         label_names=["labels"],
         disable_tqdm=True,
     )
-    reference = InOrder(theirs.model, arguments, train_dataset=data, data_collator=collator)
+    reference = InOrder(
+        theirs.model, arguments, train_dataset=data, data_collator=lambda batch: collator(batch).model_inputs()
+    )
     reference.train()
     expected = [entry["loss"] for entry in reference.state.log_history if "loss" in entry]
     assert len(losses.values) == len(expected) == steps
@@ -140,7 +142,7 @@ def test_predictions_depend_on_neither_batch_size_nor_neighbours(tiny, processor
 
     def predict(size, examples):
         batches = Trainer(**CPU).predict(ours, DataLoader(examples, batch_size=size, collate_fn=collator))
-        return {record["question_id"]: record["prediction"] for batch in batches for record in batch}
+        return {answer.question_id: answer.prediction for batch in batches for answer in batch}
 
     one_by_one = predict(1, mixed)
     assert len(set(one_by_one.values())) > 1

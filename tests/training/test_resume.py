@@ -35,7 +35,7 @@ class CutOff(Callback):
         trainer.save_checkpoint(self.path)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.visited += batch["question_ids"]
+        self.visited += batch.question_ids
         self.left -= 1
         self.save(trainer, f"{trainer.current_epoch}-{batch_idx}")
         if self.left == 0 and self.place == "batch":

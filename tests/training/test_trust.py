@@ -148,7 +148,7 @@ def test_a_base_that_lacks_a_weight_is_refused(run, short_fit, checkpoint, model
     error = fails(run, capfd, *(short_fit() if command == "fit" else args), "--model.pretrained", model)
     assert error == (
         f"error: model.pretrained '{model}' lacks 1 of the model's weights, such as {name}, and has 1 weights that the "
-        f"model has no place for, such as vision.old: fetch or convert it again"
+        f"model doesn't use, such as vision.old: fetch or convert it again"
     )
 
 

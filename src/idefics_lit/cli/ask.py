@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,6 +17,7 @@ from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.data.example import Example
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation.answer import Answer
 from idefics_lit.pretrained import load_processor
 from idefics_lit.utils.texts import list_of_texts
 
@@ -61,9 +62,9 @@ class Asked(Dataset[Example]):
             question_id=index,
             question=self.questions[number],
             images=[self._decoded[1]],
-            where=f"question {self.questions[number]!r} about {self.name(page)}",
+            source=f"question {self.questions[number]!r} about {self.name(page)}",
             page_id=page,
-            place=index,
+            index=index,
         )
 
     def loader(self, options: Mapping[str, Any], pixels: torch.dtype) -> DataLoader[Example]:
@@ -95,7 +96,7 @@ def collator(options: Mapping[str, Any], pixels: torch.dtype) -> Idefics2Collato
         train=False,
         prompt_style=options["prompt_style"],
         max_length=options["max_length"],
-        pixels=pixels,
+        pixel_dtype=pixels,
     )
 
 
@@ -111,11 +112,11 @@ class AnswerPrinter(Callback):
         self.asked, self.as_json = asked, as_json
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict[str, Any]], *_: object
+        self, trainer: Trainer, pl_module: LightningModule, outputs: list[Answer], *_: object
     ) -> None:
         """Print a page's."""
-        page = outputs[0]["place"] // len(self.asked.questions)
-        answers = [(record["question"], record["prediction"]) for record in outputs]
+        page = cast(int, outputs[0].index) // len(self.asked.questions)
+        answers = [(answer.question, answer.prediction) for answer in outputs]
         if self.as_json:
             file, number = self.asked.pages[page]
             for question, answer in answers:

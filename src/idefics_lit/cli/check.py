@@ -87,7 +87,7 @@ def _show_texts(console: Console, title: str, split: Split, collator: Idefics2Co
             "prompt": repr(collator.prompt(example)),
             "answers": ", ".join(map(repr, example.answers)),
         }
-        console.print(escape(split.examples.where(row)), soft_wrap=True)
+        console.print(escape(split.examples.source(row)), soft_wrap=True)
         for name, text in texts.items():
             console.print(f"  {name:<9}{escape(text)}", soft_wrap=True)
     console.print("")
@@ -158,7 +158,7 @@ def _notes(splits: Mapping[str, Split], max_new_tokens: int) -> Iterator[str]:
             yield f"{NAMES[name]} ids that occur twice: {_some(split.repeated)}\n"
     trained_on = splits["train"].pages if "train" in splits else {}
     if shared := sorted(row for page, row in splits["val"].pages.items() if page in trained_on):
-        lines = "\n  ".join(map(splits["val"].examples.where, list(dict.fromkeys(shared))[:SHOWN]))
+        lines = "\n  ".join(map(splits["val"].examples.source, list(dict.fromkeys(shared))[:SHOWN]))
         yield f"validation pages that are trained on too, by their pixels: {len(shared)}, such as that of\n  {lines}\n"
 
 

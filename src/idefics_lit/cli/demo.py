@@ -117,7 +117,7 @@ class Answers:
         for adapter in self.models.values():
             with adapter():
                 answers += self.module.generate(batch)
-            self.module.evaluator.forget()  # CUDA graphs were captured with the adapter, or without
+            self.module.evaluator.free_memory()  # CUDA graphs were captured with the adapter, or without
         return answers
 
 

@@ -34,8 +34,11 @@ from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.cli.trainer import OPTIONS, DocVQATrainer
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.reporting.prediction_writers import EvaluationWriter, PredictionWriter
 from idefics_lit.reporting.report import Report
-from idefics_lit.reporting.results import PredictionWriter, Results, SaveConfig, SkippedExamples
+from idefics_lit.reporting.save_config import SaveConfig
+from idefics_lit.reporting.skipped_examples import SkippedExamples
+from idefics_lit.reporting.summary import Summary
 from idefics_lit.training.checkpoint import AtomicCheckpointIO, EpochProgressRepair, read_checkpoint
 from idefics_lit.training.experiment import (
     describe,
@@ -434,7 +437,9 @@ def main(args: Sequence[str] | None = None) -> None:
     _hide_noise(training="fit" in args, quiet=not WITHOUT_DATA.isdisjoint(args))
     from idefics_lit.training.module import Idefics2Module  # bitsandbytes talks when it is imported
 
-    results = Results()
+    writer = EvaluationWriter()
+    report = Report(writer)
+    summary = Summary(writer, report)
     training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnSigterm()]
     try:
         DocVQACLI(
@@ -445,7 +450,7 @@ def main(args: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [*training, PredictionWriter(), results, SkippedExamples(), Report(results)],
+                "callbacks": [*training, PredictionWriter(), writer, summary, SkippedExamples(), report],
                 "enable_model_summary": False,
                 "logger": LOGGER,
             },

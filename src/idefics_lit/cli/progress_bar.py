@@ -6,6 +6,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from idefics_lit.evaluation.answer import mean_anls
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's bar counting batches where it counts steps, without the run's number or endless epochs.
@@ -58,11 +60,10 @@ class ProgressBar(RichProgressBar):
         self._describe(self.test_progress_bar_id, pl_module)
 
     def _describe(self, bar: Any, module: Any) -> None:  # noqa: ANN401
-        scores = [record["score"] for record in module.records]
-        if self.progress is None or bar is None or not scores:
+        if self.progress is None or bar is None or not module.answers:
             return
-        rate = len(scores) / (time.perf_counter() - self.started)
-        self.progress.update(bar, description=f"ANLS {sum(scores) / len(scores):.3f}, {rate:.0f}/s")
+        rate = len(module.answers) / (time.perf_counter() - self.started)
+        self.progress.update(bar, description=f"ANLS {mean_anls(module.answers):.3f}, {rate:.0f}/s")
 
     def _get_train_description(self, current_epoch: int) -> str:
         description = super()._get_train_description(current_epoch)

@@ -19,7 +19,7 @@ from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.samplers import Subset, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.errors import InputError
-from idefics_lit.model.packing import MULTIPLE
+from idefics_lit.model.packing import LENGTH_MULTIPLE
 
 
 @dataclass
@@ -90,15 +90,15 @@ class Reader:
     def _measure(self, asked: Sequence[tuple[Question, Example]]) -> None:
         if not asked:
             return
-        tokens = self.collator.tokens([example for _, example in asked])
+        tokens = self.collator.tokenize([example for _, example in asked])
         seen = tokens.images["pixel_attention_mask"].flatten(1).sum(1).tolist()
-        for row, members in enumerate(tokens.members):
+        for row, members in enumerate(tokens.row_members):
             for i in members:
                 question, _ = asked[i]
-                question.page, question.seen, question.pixels = len(tokens.pages[row]), seen[row], tokens.digests[i]
-                question.lengths.append(len(tokens.whole[i]))
+                question.page, question.seen, question.pixels = len(tokens.page_ids[row]), seen[row], tokens.digests[i]
+                question.lengths.append(len(tokens.full_ids[i]))
                 # Without the token that ends it.
-                question.answers.append(len(tokens.whole[i]) - len(tokens.asked[i]) - 1)
+                question.answers.append(len(tokens.full_ids[i]) - len(tokens.prompt_ids[i]) - 1)
 
 
 class Split(NamedTuple):
@@ -132,7 +132,7 @@ class Split(NamedTuple):
     @property
     def kinds(self) -> Counter[str]:
         """Count what is wrong with broken rows, whatever their names and numbers."""
-        return Counter(_kind(line, self.examples.where(row)) for row, line in self.broken.items())
+        return Counter(_kind(line, self.examples.source(row)) for row, line in self.broken.items())
 
     @property
     def repeated(self) -> list[int | str]:
@@ -211,7 +211,7 @@ def first_epoch(split: Split, options: Any, world_size: int, patch: int = 14) ->
         batch = order[start : start + options.batch_size]
         rows = [[i] for i in batch] if options.train_on_prompt else _by_page(left.page_ids, batch)
         lengths = [questions[row[0]].page + sum(max(questions[i].lengths) for i in row) for row in rows]
-        longest = -(-max(lengths) // MULTIPLE) * MULTIPLE
+        longest = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         patches = sum(questions[row[0]].seen for row in rows) // patch**2
         batches.append(Batch(len(batch), len(rows), longest * len(rows), sum(lengths), patches))
     return batches

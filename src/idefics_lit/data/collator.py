@@ -1,15 +1,12 @@
-"""From examples to a batch of Idefics2: chat template, processor, labels.
+"""Collate examples into a batch of Idefics2: chat template, processor, labels.
 
-What is special here: only the answer and its closing ``<end_of_utterance>`` are trained on, the prompt's length is
-taken from the tokeniser and not guessed, padding is masked by the attention mask, nothing is ever truncated, and
-questions on one page share a row, see `idefics_lit.model.packing`.
-
-Shapes: B questions, R rows, T tokens, N images a row, C channels, H and W pixels.
+Only the answer and its closing ``<end_of_utterance>`` are supervised. The prompt's length is computed with the
+tokenizer. Nothing is ever truncated. Questions on one page are packed into one row, see `idefics_lit.model.packing`.
 """
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,45 +16,46 @@ from transformers import BatchFeature, ProcessorMixin
 from idefics_lit.data.example import Example
 from idefics_lit.data.images import page_digest
 from idefics_lit.errors import InputError
+from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 PromptStyle = Literal["recipe", "idefics"]
 
 
-class Tokens(NamedTuple):
-    """Examples tokenised and their pages processed, not yet in rows.
+class TokenizedExamples(NamedTuple):
+    """Examples as token ids and their pages as pixels, before they are packed into rows.
 
     Attributes:
-        members: the examples' numbers, by row.
-        images: the processor's, a row each.
-        pages: the ids of each row's page, up to its last image token.
-        asked: the ids of each example's question, behind its page.
-        whole: the same with the answer.
-        digests: of each example's images, see `idefics_lit.data.images.page_digest`.
+        row_members: for each row the indices of its examples.
+        images: the image processor's output, one entry a row.
+        page_ids: for each row the token ids up to its last image token.
+        prompt_ids: for each example the token ids of its prompt after the page.
+        full_ids: for each example the token ids of its prompt and answer after the page.
+        digests: for each example the digests of its images, see `idefics_lit.data.images.page_digest`.
     """
 
-    members: list[list[int]]
+    row_members: list[list[int]]
     images: BatchFeature
-    pages: list[list[int]]
-    asked: list[list[int]]
-    whole: list[list[int]]
+    page_ids: list[list[int]]
+    prompt_ids: list[list[int]]
+    full_ids: list[list[int]]
     digests: list[tuple[str, ...]]
 
 
 class Idefics2Collator:
-    """Make a batch of examples.
+    """Collate examples into a `idefics_lit.model.batch.Batch`.
 
     Args:
-        processor: Idefics2's. Whether it splits images and to what size it scales them is its own setting.
-        train: one answer drawn at random at each visit; otherwise the first answer, and the prompts apart for
-            ``generate``.
-        prompt_style: ``recipe`` is "Answer briefly.", image, question; ``idefics`` is image, question, "Give a very
-            brief answer.", the prompt that the model's authors evaluate with.
-        train_on_prompt: keep the prompt's text as labels too, and each question in a row of its own; padding and
-            image tokens never are labels.
-        max_length: the longest question, with its page and answer, that is accepted, in tokens.
-        seed: with the epoch and the question's id it decides which answer is drawn.
-        pixels: dtype of the pixels; the model's own makes the way to the GPU half as long.
+        processor: Idefics2's processor; image splitting and image size are its own settings.
+        train: draw one answer at random each time an example is collated. Otherwise use the first answer, and add the
+            prompts that evaluation needs.
+        prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
+            answer.", the prompt that the model's authors evaluate with.
+        train_on_prompt: supervise the prompt's text too, with one question a row. Padding and image tokens are never
+            supervised.
+        max_length: the maximum number of tokens of a question with its page and answer.
+        seed: the drawn answer depends on it, on the epoch and on the question's id.
+        pixel_dtype: dtype of the pixels; the model's own dtype halves the copy to the GPU.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Idefics2Collator:
         train_on_prompt: bool = False,
         max_length: int = 2048,
         seed: int = 0,
-        pixels: torch.dtype = torch.float32,
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.processor = processor
         self.train = train
@@ -77,70 +75,63 @@ class Idefics2Collator:
         self.train_on_prompt = train_on_prompt
         self.max_length = max_length
         self.seed = seed
-        self.pixels = pixels
+        self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
         self.special_tokens = list(tokenizer.get_added_vocab())
         self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids: list[int] = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Collate.
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Collate examples.
 
         Args:
-            examples: B of them; those with the same ``page_id`` and the same images share a row.
-
-        Returns:
-            What transformers' Idefics2 takes: `pack`'s ``input_ids``, ``labels``, ``attention_mask`` and, where rows
-            are shared, ``position_ids``; ``pixel_values`` (R, N, C, H, W); ``pixel_attention_mask`` (R, N, H, W) bool.
-            Besides the list ``question_ids``, and of each row's images ``image_sizes``, height and width in pixels,
-            and ``image_keys``, other ones for other pixels. Without ``train`` also ``prompt_input_ids`` and
-            ``prompt_attention_mask`` (B, T'), left-padded; ``prompt_rows`` (B) and ``prompt_places`` (B, T'), the row
-            and the columns that each prompt has in ``input_ids``; and the lists ``page_counts``, of each row,
-            ``questions``, ``references``, ``question_types``, ``reference_pages``, of the answers where they are known,
-            and ``places``, in the set; an example without answers has no labels there.
+            examples: the questions; those with the same ``page_id`` and the same images share a row.
 
         Raises:
-            InputError: as `tokens` does.
+            InputError: as `tokenize` does.
         """
-        members, images, pages, asked, whole, digests = tokens = self.tokens(examples)
+        tokens = self.tokenize(examples)
         rows = [
             PackedRow(
-                Segment(page, self._labels(examples[row[0]], page, len(page))),
-                # The template is an exact prefix: the answer is what the whole text has more than its prompt.
-                [Segment(whole[i], self._labels(examples[i], whole[i], len(asked[i]))) for i in row],
+                Segment(page, self._labels(examples[members[0]], page, len(page))),
+                # The prompt's ids are an exact prefix of the full text's ids, so its length says where the answer is.
+                [
+                    Segment(ids, self._labels(examples[i], ids, len(tokens.prompt_ids[i])))
+                    for i, ids in ((i, tokens.full_ids[i]) for i in members)
+                ],
             )
-            for page, row in zip(pages, members, strict=True)
+            for page, members in zip(tokens.page_ids, tokens.row_members, strict=True)
         ]
-        mask = images["pixel_attention_mask"].bool()
+        mask = tokens.images["pixel_attention_mask"].bool()
         sizes = [[(int(image[:, 0].sum()), int(image[0].sum())) for image in row if image[0, 0]] for row in mask]
-        collated: dict[str, Any] = {
-            "question_ids": [example.question_id for example in examples],
-            **pack(rows, self.processor.tokenizer.pad_token_id),
-            "pixel_values": images["pixel_values"].to(self.pixels),
-            "pixel_attention_mask": mask,
-            "image_sizes": sizes,
-            "image_keys": [
-                [f"{key} {i}" for i in range(len(of_row))]
-                for of_row, key in zip(sizes, (self._key(digests[row[0]]) for row in members), strict=True)
-            ],
-        }
-        return collated if self.train else {**collated, **self._evaluation(examples, tokens)}
+        page_keys = [self._page_key(tokens.digests[members[0]]) for members in tokens.row_members]
+        row_of = {i: row for row, members in enumerate(tokens.row_members) for i in members}
+        return Batch(
+            **vars(pack(rows, self.processor.tokenizer.pad_token_id)),
+            question_ids=[example.question_id for example in examples],
+            question_rows=[row_of[i] for i in range(len(examples))],
+            pixel_values=tokens.images["pixel_values"].to(self.pixel_dtype),
+            pixel_attention_mask=mask,
+            image_sizes=sizes,
+            image_keys=[[f"{key} {i}" for i in range(len(row))] for row, key in zip(sizes, page_keys, strict=True)],
+            page_counts=[len(examples[members[0]].images) for members in tokens.row_members],
+            prompts=None if self.train else self._prompts(examples, tokens),
+        )
 
     def prompt(self, example: Example) -> str:
-        """Return the text that the model is to answer, an ``<image>`` for each page.
+        """Return the prompt, with one ``<image>`` for each page.
 
         Raises:
             InputError: the question holds one of the model's special tokens.
         """
         return self._text(example, None)
 
-    def tokens(self, examples: Sequence[Example]) -> Tokens:
-        """Tokenise questions and answers and process each page once.
+    def tokenize(self, examples: Sequence[Example]) -> TokenizedExamples:
+        """Tokenize questions and answers, and process the images of each page once.
 
         Raises:
-            InputError: names the example that has no answer to train on, holds one of the model's special tokens,
-                has an image that can't be processed, something else in a text's place, or is longer than
-                ``max_length``.
+            InputError: an example has no answer to train on, holds a special token of the model, has an image that
+                can't be processed or a value of a wrong type, or is longer than ``max_length``; the message names it.
         """
         for example in examples:
             example.check()
@@ -148,73 +139,71 @@ class Idefics2Collator:
         prompts = [self._text(example, None) for example in examples]
         texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
         digests = _digests(examples)
-        members = self._members(examples, digests)
-        images = self._process([examples[row[0]] for row in members], [prompts[row[0]] for row in members])
-        pages = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
-        # Behind an image the tokeniser starts anew: what follows doesn't depend on how often its token is repeated.
-        asked, whole = (
-            [self._split(ids)[1] for ids in self.processor.tokenizer(some).input_ids] for some in (prompts, texts)
-        )
-        row_of = {i: number for number, row in enumerate(members) for i in row}
+        row_members = self._group(examples, digests)
+        first = [members[0] for members in row_members]
+        images = self._process([examples[i] for i in first], [prompts[i] for i in first])
+        page_ids = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
+        # The tokenizer starts anew after a special token: the ids after a page don't depend on its number of tokens.
+        prompt_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(prompts).input_ids]
+        full_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(texts).input_ids]
+        row_of = {i: row for row, members in enumerate(row_members) for i in members}
         for i, example in enumerate(examples):
-            length = len(pages[row_of[i]]) + len(whole[i])
-            if length > self.max_length:
+            if (length := len(page_ids[row_of[i]]) + len(full_ids[i])) > self.max_length:
                 raise InputError(
                     f"{_name(example)}: {length} tokens are more than {self.max_length}: shorten the question, or "
                     f"raise data.max_length"
                 )
-        return Tokens(members, images, pages, asked, whole, digests)
+        return TokenizedExamples(row_members, images, page_ids, prompt_ids, full_ids, digests)
 
-    def _evaluation(self, examples: Sequence[Example], tokens: Tokens) -> dict[str, Any]:
-        """Where the prompts are, and what isn't tensors."""
-        members, _, pages, asked, whole, _ = tokens
-        found = {}
-        for number, (page, row) in enumerate(zip(pages, members, strict=True)):
+    def _prompts(self, examples: Sequence[Example], tokens: TokenizedExamples) -> Prompts:
+        ids: dict[int, list[int]] = {}
+        columns: dict[int, torch.Tensor] = {}
+        for page, members in zip(tokens.page_ids, tokens.row_members, strict=True):
             start = len(page)
-            for i in row:
-                columns = torch.tensor([*range(len(page)), *range(start, start + len(asked[i]))])
-                found[i] = number, page + asked[i], columns
-                start += len(whole[i])
-        rows, prompts, places = zip(*(found[i] for i in range(len(examples))), strict=True)
-        padded = self.processor.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        return {
-            "prompt_input_ids": padded["input_ids"],
-            "prompt_attention_mask": padded["attention_mask"],
-            "prompt_rows": torch.tensor(rows),
-            "prompt_places": pad_sequence(list(places), batch_first=True, padding_side="left"),
-            "page_counts": [len(examples[row[0]].images) for row in members],
-            "questions": [example.question for example in examples],
-            "references": [example.answers for example in examples],
-            "question_types": [example.question_types for example in examples],
-            "reference_pages": [_reference_page(example) for example in examples],
-            "places": [example.place for example in examples],
-        }
+            for i in members:
+                ids[i] = page + tokens.prompt_ids[i]
+                columns[i] = torch.tensor([*range(len(page)), *range(start, start + len(tokens.prompt_ids[i]))])
+                start += len(tokens.full_ids[i])
+        order = range(len(examples))
+        padded = self.processor.tokenizer.pad(
+            {"input_ids": [ids[i] for i in order]}, padding_side="left", return_tensors="pt"
+        )
+        return Prompts(
+            input_ids=padded["input_ids"],
+            attention_mask=padded["attention_mask"],
+            gather_index=pad_sequence([columns[i] for i in order], batch_first=True, padding_side="left"),
+            questions=[example.question for example in examples],
+            references=[example.answers for example in examples],
+            question_types=[example.question_types for example in examples],
+            reference_pages=[_reference_page(example) for example in examples],
+            indices=[example.index for example in examples],
+        )
 
-    def _members(self, examples: Sequence[Example], digests: Sequence[tuple[str, ...]]) -> list[list[int]]:
-        """Group the examples' numbers by row.
+    def _group(self, examples: Sequence[Example], digests: Sequence[tuple[str, ...]]) -> list[list[int]]:
+        """Return the indices of the examples of each row.
 
-        Ids alone don't do: those of a page's crops or of its augmented copies may agree.
+        Page ids are not enough: crops or augmented copies of a page may have the same id.
         """
-        rows: dict[Any, list[int]] = {}
+        rows: dict[Hashable, list[int]] = {}
         for i, example in enumerate(examples):
-            # What follows a page is another text for each question: a page can't be trained to foretell them all.
+            # With train_on_prompt the page's tokens are supervised too, and each question has another next token.
             alone = example.page_id is None or self.train_on_prompt
             rows.setdefault((alone, i if alone else (example.page_id, digests[i])), []).append(i)
         return list(rows.values())
 
-    def _key(self, digests: Sequence[str]) -> str:
-        """What the pixels of a row's images depend on."""
+    def _page_key(self, digests: Sequence[str]) -> str:
+        """Return a key of the processed pixels: it depends on the images and the image processor's options."""
         return hashlib.sha256(self.image_options + " ".join(digests).encode()).hexdigest()
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Cut behind the last image token."""
+        """Split token ids after the last image token."""
         end = max((i for i, token in enumerate(ids, start=1) if token in self.image_token_ids), default=0)
         return ids[:end], ids[end:]
 
-    def _labels(self, example: Example, ids: list[int], prompt: int) -> list[int]:
-        """The labels of a piece: none for its ``prompt`` tokens unless they are trained on, none for image tokens."""
-        ignored = len(ids) if example.repeated else 0 if self.train_on_prompt else prompt
-        return [IGNORED_LABEL if i < ignored or token in self.image_token_ids else token for i, token in enumerate(ids)]
+    def _labels(self, example: Example, ids: list[int], prompt_length: int) -> list[int]:
+        """Return the ids as labels, masked where they are an image's or, without ``train_on_prompt``, the prompt's."""
+        masked = len(ids) if example.is_padding else 0 if self.train_on_prompt else prompt_length
+        return [IGNORED_LABEL if i < masked or token in self.image_token_ids else token for i, token in enumerate(ids)]
 
     def _answer(self, example: Example) -> str | None:
         if not self.train:
@@ -226,7 +215,7 @@ class Idefics2Collator:
         return random.Random(f"{self.seed} {example.epoch} {example.question_id}").choice(example.answers)
 
     def _text(self, example: Example, answer: str | None) -> str:
-        """Fill the chat template; with an answer the assistant's turn is whole, without one it is opened."""
+        """Apply the chat template: the complete assistant's turn with an answer, its opening without."""
         images = [{"type": "image"} for _ in example.images]
         question = example.question.strip()
         for text in (question, answer or ""):
@@ -253,35 +242,14 @@ class Idefics2Collator:
             )
         except Exception as error:
             names = ", ".join(_name(example) for example in examples)
-            raise InputError(f"the processor refuses the batch of {names}: {error}") from error
-
-
-def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Return some rows of a batch for evaluation, with their prompts, as a batch."""
-    width = batch["input_ids"].shape[1]
-    supervised_positions = batch["supervised_positions"]
-    row_of = batch["prompt_rows"]
-    asked = ((row_of >= start) & (row_of < stop)).nonzero()[:, 0]
-    of_rows = ["input_ids", "labels", "attention_mask", "position_ids", "pixel_values", "pixel_attention_mask"]
-    of_rows += ["image_sizes", "image_keys", "page_counts"]
-    taken = {name: batch[name][start:stop] for name in of_rows if name in batch}
-    taken["supervised_positions"] = (
-        supervised_positions[(supervised_positions >= start * width) & (supervised_positions < stop * width)]
-        - start * width
-    )
-    taken["prompt_rows"] = row_of[asked] - start
-    for name in ("prompt_input_ids", "prompt_attention_mask", "prompt_places"):
-        taken[name] = batch[name][asked]
-    for name in ("question_ids", "questions", "references", "question_types", "reference_pages", "places"):
-        taken[name] = [batch[name][i] for i in asked.tolist()]
-    return taken
+            raise InputError(f"{names}: the processor can't process this batch: {error}") from error
 
 
 def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
-    """Digest each image once; the questions on a page mostly have the same object."""
+    """Digest each image object once; the questions on a page mostly share theirs."""
     images = {id(image): image for example in examples for image in example.images}
-    found = {key: page_digest(image) for key, image in images.items()}
-    return [tuple(found[id(image)] for image in example.images) for example in examples]
+    digests = {key: page_digest(image) for key, image in images.items()}
+    return [tuple(digests[id(image)] for image in example.images) for example in examples]
 
 
 def _text_part(text: str) -> dict[str, str]:
@@ -289,9 +257,10 @@ def _text_part(text: str) -> dict[str, str]:
 
 
 def _reference_page(example: Example) -> int | None:
+    """Return the page that the answer is on, or None where it isn't among the example's pages."""
     page = example.answer_page
-    return page if page is not None and page < len(example.images) else None  # of pages that it doesn't have none
+    return page if page is not None and page < len(example.images) else None
 
 
 def _name(example: Example) -> str:
-    return example.where or f"question {example.question_id}"
+    return example.source or f"question {example.question_id}"

@@ -184,7 +184,7 @@ class DocVQADataModule(LightningDataModule):
             train_on_prompt=options.train_on_prompt,
             max_length=options.max_length,
             seed=options.seed,
-            pixels=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
+            pixel_dtype=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
         )
 
     def workers(self) -> int:

@@ -1,8 +1,8 @@
 """What every source of data yields: one question about one or several page images."""
 
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from types import MappingProxyType
 
 from PIL.Image import Image
@@ -23,13 +23,13 @@ class Example:
         answers: the accepted answers, or a text where there is one; empty where the data has none (a test split).
         question_types: the data's own types of question, such as ``table/list``; may be empty.
         answer_page: which of its pages, from 0, the answer is on, where the data says so.
-        where: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
+        source: names the row for error messages, such as ``val_v1.0_withQT.json, row 3 (questionId 60007)``.
         epoch: the epoch in which training visits the example. With it the answer drawn is a function of
             (seed, epoch, question id) and so the same after a resume; without it torch's generator draws.
         page_id: the key of its pages; questions with the same one, and the same images, share a row of a batch.
-        place: where it stands in its set, by which it is counted and its answer is written, whatever its id. A data
+        index: where it stands in its set, by which it is counted and its answer is written, whatever its id. A data
             module sets it; without one an example counts by its id, and again where its rank meets the id again.
-        repeated: whether another rank has it too, to have as many as the others; it has no labels, and counts once.
+        is_padding: whether another rank has it too, to have as many as the others; it has no labels, and counts once.
     """
 
     question_id: int | str
@@ -38,11 +38,11 @@ class Example:
     answers: list[str] = field(default_factory=list)
     question_types: list[str] = field(default_factory=list)
     answer_page: int | None = None
-    where: str = ""
+    source: str = ""
     epoch: int | None = None
     page_id: Hashable = None
-    place: int | None = None
-    repeated: bool = False
+    index: int | None = None
+    is_padding: bool = False
 
     def __post_init__(self) -> None:
         self.check()
@@ -53,10 +53,10 @@ class Example:
         Raises:
             InputError: names the example that holds something else where texts or images should be.
         """
-        name = self.where or f"question {self.question_id}"
+        name = self.source or f"question {self.question_id}"
         if not isinstance(self.question_id, str):
             try:
-                self.question_id = index(self.question_id)
+                self.question_id = operator.index(self.question_id)
             except TypeError as error:
                 kind = type(self.question_id).__name__
                 raise InputError(f"{name}: the id is {kind}: give an int or a text") from error
@@ -91,7 +91,7 @@ class Examples(Dataset[Example]):
         """Return a question with its pages, decoded."""
         raise NotImplementedError
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         """Name a question's row for error messages."""
         raise NotImplementedError
 

@@ -47,13 +47,13 @@ class Subset(Examples):
         """Return a question: its number alone, or with the epoch, and whether another rank has it too."""
         index, epoch, repeated = visit if isinstance(visit, tuple) else (visit, None, False)
         example = self.examples[self.indices[index]]
-        example.epoch, example.page_id, example.place = epoch, self.page_ids[index], index
-        example.repeated = repeated
+        example.epoch, example.page_id, example.index = epoch, self.page_ids[index], index
+        example.is_padding = repeated
         return example
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         """Name a question's row for error messages."""
-        return self.examples.where(self.indices[index])
+        return self.examples.source(self.indices[index])
 
 
 class TrainSampler(DistributedSampler[Any]):

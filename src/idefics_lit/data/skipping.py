@@ -1,19 +1,21 @@
 """Bad examples left out of their batches, and named there."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.errors import InputError
+from idefics_lit.model.batch import Batch
 
 
 def known_faults(examples: Examples, need_answers: bool) -> dict[int, str]:
     """Return what is wrong with the rows that are known to be bad without opening a page, by number, a line each."""
     missing = (row for row, answers in enumerate(examples.answers) if need_answers and not answers)
     no_answer = "no answer: add one or drop the row; `predict` needs none"
-    return {**{row: f"{examples.where(row)}: {no_answer}" for row in missing}, **examples.faults}
+    return {**{row: f"{examples.source(row)}: {no_answer}" for row in missing}, **examples.faults}
 
 
 class SkipBadExamples(Dataset[Any]):
@@ -35,26 +37,24 @@ class SkipBadExamples(Dataset[Any]):
 
 
 class SkippingCollator:
-    """Collate what is good; a batch's ``skipped`` are the lines that name the others.
+    """Collate the good examples; the batch's ``skipped`` has a line for each of the others."""
 
-    A batch of bad examples alone holds nothing else.
-    """
-
-    def __init__(self, collate: Callable[[Sequence[Example]], dict[str, Any]]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Example]], Batch]) -> None:
         self.collate = collate
 
-    def __call__(self, examples: Sequence[Example | InputError]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example | InputError]) -> Batch:
         """Collate."""
         errors = [example for example in examples if isinstance(example, InputError)]
         good = [example for example in examples if isinstance(example, Example)]
         try:
-            batch = self.collate(good) if good else {}
+            batch = self.collate(good) if good else None
         except InputError:  # which one is it?
             by_itself = [self._error(example) for example in good]
             errors += [error for error in by_itself if error]
             good = [example for example, error in zip(good, by_itself, strict=True) if not error]
-            batch = self.collate(good) if good else {}
-        return {**batch, "skipped": [str(error) for error in errors]}
+            batch = self.collate(good) if good else None
+        skipped = [str(error) for error in errors]
+        return replace(batch, skipped=skipped) if batch else Batch.empty(skipped)
 
     def _error(self, example: Example) -> InputError | None:
         try:

@@ -1,10 +1,10 @@
-"""Greedy answers, from what has been read already: a page and its questions are read once, for loss and answers.
+"""Greedy decoding from the keys and values of a batch's prefill, which serves the loss and the answers.
 
-What is special here: prompts that are answered leave the batch; and with CUDA graphs keys and values lie in tensors
-that stay where they are, so that all that a token takes, thousands of kernels, is launched at once.
+Prompts that are answered leave the batch. With CUDA graphs, keys and values are in tensors with fixed addresses, and a
+decode step, thousands of kernels, is one launch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,42 +13,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.cuda_graphs import CudaGraphRunner
 from idefics_lit.model.forward import Idefics2Backbone
 
-# With graphs, rows and columns are filled up to multiples, and rows leave when a quarter is still going: few shapes.
-ROWS, COLUMNS, SHARE = 16, 64, 4
+# With CUDA graphs the shapes of states are few: rows and columns are padded to multiples, and the number of rows is
+# divided by ROWS_DIVISOR when so few prompts are unfinished.
+ROWS_MULTIPLE, COLUMNS_MULTIPLE, ROWS_DIVISOR = 16, 64, 4
 
 Layers = Sequence[tuple[Tensor, ...]]
 
 
 class PrefillCache:
-    """Keys and values of R rows, (R, heads, T, size), which it is handed layer by layer as transformers' caches are."""
+    """Keys and values of R rows of T tokens; the text model's layers call `update`, as on transformers' caches.
+
+    Attributes:
+        layers: for each layer keys and values (R, heads, T, head size).
+    """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, ...]] = []
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Take a layer's."""
+        """Store a layer's keys and values."""
         self.layers.append((keys, values))
         return keys, values
 
 
 class DecodeState:
-    """B prompts and their answers in L columns; all answers begin in the same one.
+    """B prompts and their answers in L columns; all answers start in the same column.
 
     Args:
-        like: keys and values of every layer, of other rows.
+        like: keys and values of each layer, of any rows; they give heads, head size, dtype and device.
         rows: B.
         columns: L.
 
     Attributes:
-        ids: (B, L), of the answers.
-        sees: (B, L), which columns hold a token that has been read.
-        positions: (B), where the next token to be read stands in a row of its own.
-        going: (B), which answers have no end yet.
-        column: (1), of the next token to be read.
-        layers: keys and values of each, (B, heads, L, size).
+        ids: (B, L), token ids of the answers.
+        attention_mask: (B, L), True for tokens whose keys and values are stored.
+        positions: (B), position id of the next token to decode.
+        unfinished: (B), whether an answer has no end-of-sequence token yet.
+        cache_position: (1), column of the next token to decode.
+        layers: for each layer keys and values (B, heads, L, head size).
     """
 
     def __init__(self, like: Layers, rows: int, columns: int) -> None:
@@ -58,54 +64,63 @@ class DecodeState:
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.unfinished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
-        # Zeros: what isn't seen has no weight, but no weight times NaN is NaN.
+        # Zeros and not uninitialized memory: a masked token has weight 0, and 0 times NaN is NaN.
         self.layers = [
-            tuple(some.new_zeros(rows, some.shape[1], columns, some.shape[3]) for some in pair) for pair in like
+            tuple(states.new_zeros(rows, states.shape[1], columns, states.shape[3]) for states in layer)
+            for layer in like
         ]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> Any:  # noqa: ANN401
-        """Take a layer's keys and values of the column; return all there are to attend to."""
-        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-            kept.index_copy_(2, self.cache_position, new)
+        """Store a layer's keys and values at ``cache_position``; return those of all columns."""
+        for stored, new in zip(self.layers[layer], (keys, values), strict=True):
+            stored.index_copy_(2, self.cache_position, new)
         return self.layers[layer]
 
-    def load_prompts(self, read: Layers, rows: Tensor, places: Tensor, sees: Tensor, padding: int) -> None:
-        """Take n prompts: the row (n) and the columns (n, T) of each in what was read, which of them it has (n, T)."""
-        count, length = places.shape
-        for own, given in zip(self.layers, read, strict=True):
-            for kept, of_rows in zip(own, given, strict=True):
-                kept[:count, :, :length] = of_rows.transpose(1, 2)[rows[:, None], places].transpose(1, 2)
-                # Another batch's answers were there: its NaN would be this one's, unseen as they are.
-                kept[:count, :, length:] = 0
-        for of_prompts in (self.attention_mask, self.positions, self.unfinished):
-            of_prompts.zero_()
-        self.ids.fill_(padding)
-        self.attention_mask[:count, :length] = sees
-        self.positions[:count] = sees.sum(1)
+    def load_prompts(
+        self, prefilled: Layers, rows: Tensor, gather_index: Tensor, attention_mask: Tensor, pad_token_id: int
+    ) -> None:
+        """Load n prompts from the keys and values of a prefill.
+
+        Args:
+            prefilled: keys and values of each layer (R, heads, T, head size).
+            rows: (n), the row of each prompt.
+            gather_index: (n, T'), the columns of its tokens in that row.
+            attention_mask: (n, T') bool, False for padding.
+            pad_token_id: fills the answers.
+        """
+        count, length = gather_index.shape
+        for stored_layer, layer in zip(self.layers, prefilled, strict=True):
+            for stored, states in zip(stored_layer, layer, strict=True):
+                stored[:count, :, :length] = states.transpose(1, 2)[rows[:, None], gather_index].transpose(1, 2)
+                # The previous batch's states, if they are NaN, would make this batch NaN although they are masked.
+                stored[:count, :, length:] = 0
+        for tensor in (self.attention_mask, self.positions, self.unfinished):
+            tensor.zero_()
+        self.ids.fill_(pad_token_id)
+        self.attention_mask[:count, :length] = attention_mask
+        self.positions[:count] = attention_mask.sum(1)
         self.unfinished[:count] = True
         self.cache_position.fill_(length)
 
-    def keep_rows(self, other: "DecodeState", rows: Tensor) -> None:
-        """Take n rows (n) of another one's as they are."""
-        for own, given in (
-            (getattr(self, name), getattr(other, name)) for name in ("ids", "attention_mask", "positions")
-        ):
-            own.zero_()[: len(rows)] = given[rows]
-        for pair, others in zip(self.layers, other.layers, strict=True):
-            for kept, given in zip(pair, others, strict=True):
-                kept[: len(rows)] = given[rows]
+    def keep_rows(self, source: "DecodeState", rows: Tensor) -> None:
+        """Load n rows (n) of another state, all of them unfinished."""
+        for name in ("ids", "attention_mask", "positions"):
+            getattr(self, name).zero_()[: len(rows)] = getattr(source, name)[rows]
+        for stored_layer, layer in zip(self.layers, source.layers, strict=True):
+            for stored, states in zip(stored_layer, layer, strict=True):
+                stored[: len(rows)] = states[rows]
         self.unfinished.zero_()[: len(rows)] = True
-        self.cache_position.copy_(other.cache_position)
+        self.cache_position.copy_(source.cache_position)
 
 
 class GreedyDecoder:
-    """Answer prompts greedily, until ``<end_of_utterance>``.
+    """Answer prompts greedily, until ``<end_of_utterance>`` or the tokenizer's end-of-sequence token.
 
     Args:
         backbone: of a model in eval mode.
-        processor: the model's.
-        max_new_tokens: the longest answer.
-        graphs: read the answers with CUDA graphs.
+        processor: the model's processor.
+        max_new_tokens: the maximum number of tokens of an answer.
+        graphs: run decode steps as CUDA graphs; on a CPU the same fixed tensors are used without graphs.
     """
 
     def __init__(
@@ -115,86 +130,88 @@ class GreedyDecoder:
         self.max_new_tokens, self.graphs = max_new_tokens, graphs
         names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
         fake, image, end = self.tokenizer.convert_tokens_to_ids(names)
-        device = backbone.head.weight.device
+        device = backbone.lm_head.weight.device
         self.suppressed_token_ids = torch.tensor([fake, image], device=device)
         self.eos_token_ids = torch.tensor([self.tokenizer.eos_token_id, end], device=device)
-        self._kept: dict[
-            int, tuple[DecodeState, CudaGraphRunner]
-        ] = {}  # by rows, with the graph that goes on with them
+        self._states: dict[int, tuple[DecodeState, CudaGraphRunner]] = {}  # by number of rows
         self._columns = 0
 
-    def answer(self, batch: Mapping[str, Any], hidden: Tensor, memory: PrefillCache) -> list[list[int]]:
+    def answer(self, batch: Batch, hidden: Tensor, cache: PrefillCache) -> list[list[int]]:
         """Answer a batch's prompts.
 
         Args:
             batch: `Idefics2Collator`'s for evaluation.
-            hidden: `Idefics2Backbone.prefill`'s last hidden states of the batch (R, T, width).
-            memory: what it remembered.
+            hidden: the last hidden states of the batch (R, T, width), from `Idefics2Backbone.prefill`.
+            cache: its keys and values.
 
         Returns:
-            B answers' token ids, with the one that ends it.
+            The token ids of the B answers, each with its end-of-sequence token if it has one.
 
         Raises:
-            InputError: when a prompt and its answer are longer than the text model takes.
+            InputError: a prompt with its answer is longer than the text model's maximum.
         """
-        rows, places = batch["prompt_rows"], batch["prompt_places"]
-        count, first = places.shape
-        self.backbone.check_length(first + self.max_new_tokens)
-        padding = self.tokenizer.pad_token_id
-        found = hidden.new_full((count, self.max_new_tokens), padding, dtype=torch.long)
-        answers, step = self._state_for(memory.layers, self._rows(count), first + self.max_new_tokens)
-        answers.load_prompts(memory.layers, rows, places, batch["prompt_attention_mask"].bool(), padding)
-        self._select_next_tokens(answers, F.pad(hidden[rows, places[:, -1]], (0, 0, 0, len(answers.ids) - count)))
-        questions = torch.arange(count, device=hidden.device)  # what each row answers
+        assert batch.prompts is not None
+        gather_index, mask = batch.prompts.gather_index, batch.prompts.attention_mask.bool()
+        rows = torch.tensor(batch.question_rows, device=hidden.device)
+        count, first = gather_index.shape
+        last = first + self.max_new_tokens
+        self.backbone.check_length(last)
+        pad_token_id = self.tokenizer.pad_token_id
+        answers = hidden.new_full((count, self.max_new_tokens), pad_token_id, dtype=torch.long)
+        state, run = self._state_for(cache.layers, self._rows_for(count), last)
+        state.load_prompts(cache.layers, rows, gather_index, mask, pad_token_id)
+        self._select_next_tokens(state, F.pad(hidden[rows, gather_index[:, -1]], (0, 0, 0, len(state.ids) - count)))
+        questions = torch.arange(count, device=hidden.device)  # that the state's rows answer
         for _ in range(self.max_new_tokens - 1):
-            going = answers.unfinished.nonzero()[:, 0]
-            if not len(going):
+            unfinished = state.unfinished.nonzero()[:, 0]
+            if not len(unfinished):
                 break
-            if (fewer := self._rows(len(going))) < len(answers.ids):
-                found[questions] = answers.ids[: len(questions), first : first + self.max_new_tokens]
-                whole, questions = answers, questions[going]
-                answers, step = self._state_for(whole.layers, fewer, whole.ids.shape[1])
-                answers.keep_rows(whole, going)
-            step(partial(self._decode_step, answers))
-        found[questions] = answers.ids[: len(questions), first : first + self.max_new_tokens]
-        ends = (found[..., None] == self.eos_token_ids).any(-1).tolist()
+            if (fewer := self._rows_for(len(unfinished))) < len(state.ids):
+                answers[questions] = state.ids[: len(questions), first:last]
+                source, questions = state, questions[unfinished]
+                state, run = self._state_for(source.layers, fewer, source.ids.shape[1])
+                state.keep_rows(source, unfinished)
+            run(partial(self._decode_step, state))
+        answers[questions] = state.ids[: len(questions), first:last]
+        is_end = (answers[..., None] == self.eos_token_ids).any(-1).tolist()
         return [
-            ids[: end.index(True) + 1 if True in end else None] for ids, end in zip(found.tolist(), ends, strict=True)
+            ids[: ends.index(True) + 1 if True in ends else None]
+            for ids, ends in zip(answers.tolist(), is_end, strict=True)
         ]
 
-    def _rows(self, going: int) -> int:
-        """How many rows to go on with."""
+    def _rows_for(self, prompts: int) -> int:
+        """Return the number of rows of the state for so many unfinished prompts."""
         if not self.graphs:
-            return going
-        rows = max(self._kept, default=0)
-        if going > rows:
-            return going + -going % ROWS
-        while rows // SHARE >= max(going, ROWS):
-            rows //= SHARE
+            return prompts
+        rows = max(self._states, default=0)
+        if prompts > rows:
+            return prompts + -prompts % ROWS_MULTIPLE
+        while rows // ROWS_DIVISOR >= max(prompts, ROWS_MULTIPLE):
+            rows //= ROWS_DIVISOR
         return rows
 
     def _state_for(self, like: Layers, rows: int, columns: int) -> tuple[DecodeState, CudaGraphRunner]:
         if not self.graphs:
             return DecodeState(like, rows, columns), CudaGraphRunner(graph=False)
         if columns > self._columns:
-            self._columns = columns + -columns % COLUMNS
-            self._kept.clear()
-        if rows not in self._kept:
-            graph = like[0][0].is_cuda
-            self._kept[rows] = DecodeState(like, rows, self._columns), CudaGraphRunner(graph=graph)
-        return self._kept[rows]
+            self._columns = columns + -columns % COLUMNS_MULTIPLE
+            self._states.clear()
+        if rows not in self._states:
+            runner = CudaGraphRunner(graph=like[0][0].is_cuda)
+            self._states[rows] = DecodeState(like, rows, self._columns), runner
+        return self._states[rows]
 
-    def _decode_step(self, answers: DecodeState) -> None:
-        answers.attention_mask.index_fill_(1, answers.cache_position, True)
-        tokens = answers.ids.index_select(1, answers.cache_position)[:, 0]
-        hidden = self.backbone.decode_step(tokens, answers.positions, answers.attention_mask, answers)
-        answers.positions.add_(1)
-        answers.cache_position.add_(1)
-        self._select_next_tokens(answers, hidden)
+    def _decode_step(self, state: DecodeState) -> None:
+        state.attention_mask.index_fill_(1, state.cache_position, True)
+        tokens = state.ids.index_select(1, state.cache_position)[:, 0]
+        hidden = self.backbone.decode_step(tokens, state.positions, state.attention_mask, state)
+        state.positions.add_(1)
+        state.cache_position.add_(1)
+        self._select_next_tokens(state, hidden)
 
-    def _select_next_tokens(self, answers: DecodeState, hidden: Tensor) -> None:
-        """Take the likeliest token for the column; behind an answer's end padding."""
-        tokens = self.backbone.logits(hidden).index_fill(1, self.suppressed_token_ids, -torch.inf).argmax(-1)
-        tokens = tokens.where(answers.unfinished, self.tokenizer.pad_token_id)
-        answers.ids.index_copy_(1, answers.cache_position, tokens[:, None])
-        answers.unfinished.logical_and_((tokens[:, None] != self.eos_token_ids).all(1))
+    def _select_next_tokens(self, state: DecodeState, hidden: Tensor) -> None:
+        """Write the most likely token at ``cache_position``, or padding where an answer is finished."""
+        logits = self.backbone.logits(hidden).index_fill(1, self.suppressed_token_ids, -torch.inf)
+        tokens = logits.argmax(-1).where(state.unfinished, self.tokenizer.pad_token_id)
+        state.ids.index_copy_(1, state.cache_position, tokens[:, None])
+        state.unfinished.logical_and_((tokens[:, None] != self.eos_token_ids).all(1))

@@ -1,10 +1,9 @@
-"""How a batch is evaluated: its rows are read once, for loss and answers, as many at a time as there is memory for.
+"""Evaluate a batch: one prefill gives the loss and the generated answers.
 
-What is special here: dropout is off and nothing is recorded for gradients whoever calls, in whatever mode the model is.
+Dropout and gradients are off in every mode of the model. A batch that doesn't fit into memory is evaluated in parts.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,36 +11,37 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import ProcessorMixin
 
-from idefics_lit.data.collator import take_rows
+from idefics_lit.evaluation.answer import Answer
 from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Idefics2Backbone
 
 
 class DecodedBatch(NamedTuple):
-    """A batch that was read and answered.
+    """The answers to a batch and what they were computed from.
 
     Attributes:
-        hidden: the last hidden states of its rows (R, T, width).
-        seen: what was seen of each row's pages, (image tokens, width).
-        ids: the token ids of the B answers, with what ends each.
-        texts: the answers.
+        hidden: the last hidden states of the batch's rows (R, T, width).
+        page_features: for each row the embeddings of its image tokens (image tokens, width).
+        ids: token ids of the B answers, each with its end-of-sequence token.
+        texts: the B answers.
     """
 
     hidden: Tensor
-    seen: list[Tensor]
+    page_features: list[Tensor]
     ids: list[list[int]]
     texts: list[str]
 
 
 class Evaluator:
-    """Answers and scores the questions of `Idefics2Collator`'s batches for evaluation.
+    """Generate and score the answers to `Idefics2Collator`'s batches for evaluation.
 
     Args:
         backbone: of the model, in any mode.
-        processor: the model's.
-        max_new_tokens: the longest answer.
+        processor: the model's processor.
+        max_new_tokens: the maximum number of tokens of an answer.
         strip_period: see `idefics_lit.metrics.anls`.
     """
 
@@ -51,95 +51,95 @@ class Evaluator:
         self.backbone, self.processor = backbone, processor
         self.max_new_tokens, self.strip_period = max_new_tokens, strip_period
         self.decoder: GreedyDecoder | None = None
-        self.most_rows: int | None = None  # that there is memory for, where it didn't suffice for a batch
+        self.max_rows: int | None = None  # that fit into memory, once a batch didn't
 
-    def forget(self) -> None:
-        """Give back the memory that answering takes."""
+    def free_memory(self) -> None:
+        """Free the decoder's keys and values and its CUDA graphs."""
         self.decoder = None
 
-    def records(self, batch: Mapping[str, Any], loss: MeanMetric | None = None) -> list[dict[str, Any]]:
-        """Return a record a question: id, text, prediction, references, score where there are any, place in the set.
+    def evaluate(self, batch: Batch, loss: MeanMetric | None = None) -> list[Answer]:
+        """Generate and score the answer to each question of a batch.
 
-        Where the data says which page the answer is on, that is its ``reference_page``, and ``answer_page`` is the one
-        that it is found on, see `page_scores`. Without a loss, in predictions, that is found of all questions with
-        several pages.
+        ``answer_page`` is computed, see `page_scores`, for questions with a reference page; without ``loss``, as in
+        predictions, for all questions with several pages.
 
         Args:
-            batch: the collator's.
-            loss: takes the batch's, weighted by its labelled tokens.
+            batch: the collator's; a batch of skipped examples alone has no answers.
+            loss: is updated with the batch's loss, weighted by the number of supervised tokens.
         """
-        if "input_ids" not in batch:  # bad examples alone
+        if batch.is_empty:
             return []
-        rows = len(batch["input_ids"])
-        most = self.most_rows or rows
-        if most < rows:
-            parts = (take_rows(batch, start, start + most) for start in range(0, rows, most))
-            return [record for part in parts for record in self.records(part, loss)]
+        rows = len(batch.input_ids)
+        max_rows = self.max_rows or rows
+        if max_rows < rows:
+            parts = (batch.rows(start, start + max_rows) for start in range(0, rows, max_rows))
+            return [answer for part in parts for answer in self.evaluate(part, loss)]
         try:
             with self.backbone.evaluating():
-                return self._records(batch, loss)
+                return self._evaluate(batch, loss)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
-        # Behind the handler, which still holds what was too much.
-        self.forget()
+        # Outside the handler, whose traceback still references the tensors.
+        self.free_memory()
         torch.cuda.empty_cache()
-        self.most_rows = -(-rows // 2)
-        return self.records(batch, loss)
+        self.max_rows = -(-rows // 2)
+        return self.evaluate(batch, loss)
 
-    def read_and_answer(self, batch: Mapping[str, Any]) -> DecodedBatch:
-        """Read a batch's rows and answer the prompts in them."""
+    def decode(self, batch: Batch) -> DecodedBatch:
+        """Generate the answers to a batch's prompts."""
         if self.decoder is None:
             graphs = self.backbone.has_graphs
             self.decoder = GreedyDecoder(self.backbone, self.processor, self.max_new_tokens, graphs=graphs)
-        memory = PrefillCache()
-        # Layers are compiled for training's shapes.
+        cache = PrefillCache()
+        # Eager: the layers are compiled for the shapes of training.
         with self.backbone.evaluating(), torch.compiler.set_stance("force_eager"):
-            seen = self.backbone.encode_pages(batch)
-            hidden = self.backbone.prefill(batch, seen, memory)
-            ids = self.decoder.answer(batch, hidden, memory)
+            page_features = self.backbone.encode_pages(batch)
+            hidden = self.backbone.prefill(batch, page_features, cache)
+            ids = self.decoder.answer(batch, hidden, cache)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return DecodedBatch(hidden, seen, ids, [text.strip() for text in texts])
+        return DecodedBatch(hidden, page_features, ids, [text.strip() for text in texts])
 
-    def _answer_pages(self, batch: Mapping[str, Any], answered: DecodedBatch, all_of_them: bool) -> list[int | None]:
-        """Return the page of each of the B answers, of those whose own the data knows or of all of them."""
-        counts = [batch["page_counts"][row] for row in batch["prompt_rows"].tolist()]
-        asked = [
-            page is not None or (all_of_them and n > 1)
-            for n, page in zip(counts, batch["reference_pages"], strict=True)
-        ]
-        several = {i: answered.ids[i] for i, n in enumerate(counts) if asked[i] and n > 1}
-        scores = {}
-        if several:
-            with torch.compiler.set_stance("force_eager"):
-                scores = page_scores(self.backbone, batch, answered.seen, several, self.processor.tokenizer)
-        found = {i: int(some.argmax()) for i, some in scores.items()}
-        return [found.get(i, 0) if is_asked else None for i, is_asked in enumerate(asked)]
-
-    def _records(self, batch: Mapping[str, Any], loss: MeanMetric | None) -> list[dict[str, Any]]:
-        answered = self.read_and_answer(batch)
-        pages = self._answer_pages(batch, answered, all_of_them=loss is None)
+    def _evaluate(self, batch: Batch, loss: MeanMetric | None) -> list[Answer]:
+        assert batch.prompts is not None
+        prompts, decoded = batch.prompts, self.decode(batch)
+        pages = self._answer_pages(batch, decoded, include_unknown=loss is None)
         if loss is not None:
-            value, tokens = self.backbone.loss(batch, answered.hidden)
-            if value.isfinite():
-                loss.update(value / tokens.clamp(min=1), weight=tokens)
+            total, tokens = self.backbone.loss(batch, decoded.hidden)
+            if total.isfinite():
+                loss.update(total / tokens.clamp(min=1), weight=tokens)
             else:
-                named = ", ".join(map(str, batch["question_ids"]))
-                rank_zero_warn(f"The loss leaves out questions {named}, whose own is {float(value)}.")
-        names = ("question_ids", "questions", "references", "question_types", "reference_pages", "places")
+                ids = ", ".join(map(str, batch.question_ids))
+                rank_zero_warn(f"The loss of questions {ids} is {float(total)}; the mean loss leaves them out.")
+        scores = [
+            anls(text, references, strip_period=self.strip_period) if references else None
+            for text, references in zip(decoded.texts, prompts.references, strict=True)
+        ]
+        columns = (
+            *(batch.question_ids, prompts.questions, decoded.texts, prompts.references, scores),
+            *(prompts.question_types, pages, prompts.reference_pages, prompts.indices),
+        )
+        return [Answer(*values) for values in zip(*columns, strict=True)]
+
+    def _answer_pages(self, batch: Batch, decoded: DecodedBatch, *, include_unknown: bool) -> list[int | None]:
+        """Return the page of each of the B answers, None where it isn't computed.
+
+        Args:
+            batch: the batch.
+            decoded: its answers.
+            include_unknown: compute it for questions of several pages without a reference page too.
+        """
+        assert batch.prompts is not None
+        counts = [batch.page_counts[row] for row in batch.question_rows]
+        wanted = [
+            page is not None or (include_unknown and count > 1)
+            for count, page in zip(counts, batch.prompts.reference_pages, strict=True)
+        ]
+        ids = {i: decoded.ids[i] for i, count in enumerate(counts) if wanted[i] and count > 1}
+        scores: dict[int, Tensor] = {}
+        if ids:
+            with torch.compiler.set_stance("force_eager"):
+                scores = page_scores(self.backbone, batch, decoded.page_features, ids, self.processor.tokenizer)
         return [
-            {
-                "question_id": question_id,
-                "question": question,
-                "prediction": answer,
-                "references": references,
-                "score": anls(answer, references, strip_period=self.strip_period) if references else None,
-                "question_types": question_types,
-                **({} if page is None else {"answer_page": page}),
-                **({} if reference_page is None else {"reference_page": reference_page}),
-                "place": place,
-            }
-            for answer, page, question_id, question, references, question_types, reference_page, place in zip(
-                answered.texts, pages, *(batch[name] for name in names), strict=True
-            )
+            (int(scores[i].argmax()) if i in scores else 0) if is_wanted else None for i, is_wanted in enumerate(wanted)
         ]

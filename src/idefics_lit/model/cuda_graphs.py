@@ -1,8 +1,8 @@
-"""CUDA graphs: thousands of kernels, forward and backward, launched at once.
+"""Capture functions as CUDA graphs: forward and backward, thousands of kernels, are one launch each.
 
-What is special here: shapes are captured when they come for the second time, the first call being the warm-up; other
-threads, such as the loader's, may go on meanwhile; and gradients are copies, so that they can be accumulated. A
-function's call is to be followed by its backward before it is called again.
+A shape is captured at its second call; the first call is the warm-up. Other threads, such as a loader's, may use the
+GPU during a capture. Gradients are copies, so that they can be accumulated. The backward of a call must come before
+the function's next call.
 """
 
 from collections.abc import Callable
@@ -14,35 +14,35 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-MOST = 64  # shapes of a function that are captured; each takes memory
-ROOM = 0.5  # the share of the free memory that a new shape may need
+MAX_SHAPES = 64  # captured for a function; each takes memory
+MAX_MEMORY_SHARE = 0.5  # of the free memory, that a new shape may need
 
 
 class CudaGraphCache(nn.Module):
-    """A function of tensors that runs as a CUDA graph where it can.
+    """A function of tensors with a CUDA graph for each shape of its arguments.
 
     Args:
-        function: of tensors, to one; what it does may depend on their shapes, not on their values.
-        module: whose parameters it uses; those that require gradients get them.
+        function: from tensors to a tensor; its control flow may depend on shapes, but not on values.
+        module: the module whose parameters it uses; those that require gradients get them.
     """
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         super().__init__()
         self.function, self.module = function, module
-        self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.calls = 0
         self._graphs: dict[Any, _Graph | None] = {}
-        # One pool: of a function's graphs only one is at work at a time. Another function's is another pool, since
-        # what its forward keeps for its backward has to survive this one's.
+        # A function's graphs share a pool, since only one of them runs at a time. Each function has its own pool: what
+        # its forward saves for its backward must survive the other functions' graphs.
         self._pool = torch.cuda.graph_pool_handle()
-        self._kept = 0  # bytes of it
+        self._pool_bytes = 0
 
     def forward(self, *arguments: Tensor) -> Tensor:
-        """Call the function as it is."""
+        """Call the function without a graph."""
         return self.function(*arguments)
 
     def replay(self, *arguments: Tensor) -> Tensor:
-        """Call the function; gradients flow to its arguments and parameters."""
+        """Call the function as a graph if its shape is captured; gradients flow to its arguments and parameters."""
         try:
             return self._replay(arguments)
         except torch.OutOfMemoryError:
@@ -52,48 +52,49 @@ class CudaGraphCache(nn.Module):
         return self._replay(arguments)
 
     def forget(self) -> None:
-        """Give back the memory of all graphs; they are captured again when their shapes come again."""
+        """Free the memory of all graphs; their shapes are captured again when they are used again."""
         self._graphs.clear()
-        self._kept = 0
+        self._pool_bytes = 0
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
     def _replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
-            if len(self._graphs) < MOST:
-                # It lies beside the memory that the other shapes' graphs keep for themselves, and takes about as much.
-                if self._kept > ROOM * _free():
+            if len(self._graphs) < MAX_SHAPES:
+                # The new graph needs about as much memory as the others' pool, and can't use the pool's.
+                if self._pool_bytes > MAX_MEMORY_SHARE * _free_bytes():
                     self.forget()
                 self._graphs[key] = None
             with _autocast():
                 return self(*arguments)
         graph = self._graphs[key]
         if graph is None:
-            free = _free()
-            graph = self._graphs[key] = _Graph(self, arguments, self.trained, self._pool)
-            self._kept += free - _free()
-        result: Tensor = _Replay.apply(graph, *arguments, *self.trained.values())
+            free_bytes = _free_bytes()
+            graph = self._graphs[key] = _Graph(self, arguments, self.trainable, self._pool)
+            self._pool_bytes += free_bytes - _free_bytes()
+        result: Tensor = _Replay.apply(graph, *arguments, *self.trainable.values())
         return result
 
 
 class _Graph:
-    """Forward and backward for arguments of one shape."""
+    """The graphs of forward and backward for arguments of one shape."""
 
     def __init__(
         self,
         function: CudaGraphCache,
         arguments: tuple[Tensor, ...],
-        trained: dict[str, nn.Parameter],
+        trainable: dict[str, nn.Parameter],
         pool: tuple[int, int],
     ) -> None:
-        self.graphed = function
+        self.function = function
         self.arguments = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
-        # The same memory with a history of its own: what is left of another step's would bind the graph to its stream.
-        aliases: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trained.items()}
-        wanted = [x for x in (*self.arguments, *aliases.values()) if x.requires_grad]
-        self.requires_grad = [x.requires_grad for x in (*arguments, *trained.values())]
-        # thread_local: other threads, such as the one that pins a loader's batches, allocate memory meanwhile.
+        # Aliases of the parameters' memory with their own autograd history: the history of an earlier step would bind
+        # the graph to that step's stream.
+        aliases: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in trainable.items()}
+        inputs = [x for x in (*self.arguments, *aliases.values()) if x.requires_grad]
+        self.requires_grad = [x.requires_grad for x in (*arguments, *trainable.values())]
+        # thread_local: other threads, such as the one that pins a loader's batches, may allocate memory during capture.
         capture: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _autocast(), torch.cuda.graph(self.forward, **capture):
@@ -102,40 +103,40 @@ class _Graph:
         if result.requires_grad:
             self.grad_result = torch.empty_like(result)
             with torch.cuda.graph(self.backward, **capture):
-                self.grads = torch.autograd.grad(result, wanted, self.grad_result)
+                self.grads = torch.autograd.grad(result, inputs, self.grad_result)
                 self.flat = torch.cat([grad.flatten() for grad in self.grads if grad.dtype == torch.float32])
 
     def run(self, arguments: tuple[Tensor, ...]) -> Tensor:
-        for static, given in zip(self.arguments, arguments, strict=False):
-            static.detach().copy_(given)
+        for static, argument in zip(self.arguments, arguments, strict=False):
+            static.detach().copy_(argument)
         self.forward.replay()
         return self.result.clone()
 
     def gradients(self, grad_result: Tensor) -> list[Tensor | None]:
         self.grad_result.copy_(grad_result)
         self.backward.replay()
-        # One copy for all the parameters', which are small and many.
+        # One copy for the gradients of all parameters, which are many and small.
         flat = iter(self.flat.clone().split([grad.numel() for grad in self.grads if grad.dtype == torch.float32]))
         grads = iter(next(flat).view_as(grad) if grad.dtype == torch.float32 else grad.clone() for grad in self.grads)
-        return [next(grads) if wanted else None for wanted in self.requires_grad]
+        return [next(grads) if required else None for required in self.requires_grad]
 
 
 class CudaGraphRunner:
-    """A function that changes tensors which stay where they are: one CUDA graph from its second call on.
+    """Run a function that changes tensors with fixed addresses; from its second call on, as a CUDA graph.
 
     Args:
-        graph: false calls it every time.
+        graph: False runs the function without a graph.
     """
 
     def __init__(self, *, graph: bool) -> None:
-        self.wanted, self.calls = graph, 0
+        self.use_graph, self.calls = graph, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, function: Callable[[], None]) -> None:
-        """Do what the function does, the same at every call."""
+        """Run the function, which must do the same at every call."""
         self.calls += 1
-        if not self.wanted or self.calls == 1:
-            with _autocast() if self.wanted else nullcontext():
+        if not self.use_graph or self.calls == 1:
+            with _autocast() if self.use_graph else nullcontext():
                 function()
             return
         if self._graph is None:
@@ -145,14 +146,14 @@ class CudaGraphRunner:
         self._graph.replay()
 
 
-def _free() -> int:
-    """Bytes that can be allocated."""
+def _free_bytes() -> int:
+    """Return the bytes that can be allocated."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 
 
 def _autocast() -> AbstractContextManager[None]:
-    """Autocast as it is, but without its cache: copies of weights must be made in the graph, at every replay."""
+    """Return the current autocast without its cache: casts of weights must be part of the graph, at every replay."""
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
 
@@ -160,13 +161,13 @@ def _autocast() -> AbstractContextManager[None]:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *arguments: Tensor) -> Tensor:  # noqa: ANN401
-        graph.graphed.calls += 1
-        ctx.graph, ctx.call = graph, graph.graphed.calls
+        graph.function.calls += 1
+        ctx.graph, ctx.call = graph, graph.function.calls
         return graph.run(arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_result: Tensor) -> Any:  # noqa: ANN401
-        if ctx.call != ctx.graph.graphed.calls:
+        if ctx.call != ctx.graph.function.calls:
             raise RuntimeError("model.cuda_graphs: a batch's backward must come before the next batch's forward")
         return None, *ctx.graph.gradients(grad_result)

@@ -1,14 +1,12 @@
-"""Idefics2's forward in its parts: pages are looked at once, whatever then reads them.
+"""The forward of Idefics2 in stages: encode images, connect, prefill, decode step.
 
-The parts are transformers' own modules; only their order is here. The vision tower stays out of autograd where it is
-frozen. Pages go through it one by one, unpadded: padding costs as much as pages do, and a mask more. Nothing here waits
-for the GPU, so that the GPU never waits either.
+The stages call transformers' own modules. The vision tower is outside autograd while it is frozen. It processes images
+one by one, since padding costs as much as pixels and needs a mask. No stage synchronizes with the GPU.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,72 +16,81 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.loading import is_vision_trained
+from idefics_lit.model.vision import embed_patches, resampler_index, resampler_layer
 
-# Patches of the largest image and, for graphs, of all are filled up to multiples: few shapes for all pages.
-MULTIPLES = (1024, 256)
-SHARE = 16  # where there are many, to such a part of the next power of two
-CHUNK = 4096  # patches that are projected at a time
-MOST_IMAGES = 16  # that are connected at a time, in evaluation
+LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
+# With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
+PATCHES_MULTIPLE, PATCHES_SHARE = 1024, 16
+MAX_PROJECTED_PATCHES = 4096  # at a time: the modality projection's hidden states are twelve times as wide
+MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
+
+
+class KeyValueCache(Protocol):
+    """What transformers' decoder layers call on ``past_key_values``."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """Add a layer's keys and values; return those to attend to."""
+        ...
 
 
 class Idefics2Backbone:
-    """The forward of Idefics2 with an adapter, for batches of `idefics_lit.data.collator.Idefics2Collator`.
+    """The forward of Idefics2 with an adapter.
 
-    Shapes: R rows of T tokens, I images, H and W pixels, P patches.
+    Shapes: as in `idefics_lit.model.batch`; besides I images and P patches.
 
     Args:
         model: Idefics2 with an adapter.
-        cache: where an image's features are taken from, and kept; only for a vision tower that is frozen.
+        feature_cache: stores the features of images; only with a frozen vision tower.
         graphs: train with CUDA graphs.
     """
 
     def __init__(
-        self, model: PeftModel, cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
+        self, model: PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
     ) -> None:
         base: Any = model.get_base_model()
-        self.model, self.cache = model, cache
+        self.model, self.feature_cache = model, feature_cache
         self.config, self.dtype = base.config, base.dtype
-        self.tower, self.connector, self.text_model = (
-            base.model.vision_model,
-            base.model.connector,
-            base.model.text_model,
-        )
-        self.head, self.embeddings = base.lm_head, base.get_input_embeddings()
+        self.vision_tower, self.connector = base.model.vision_model, base.model.connector
+        self.text_model = base.model.text_model
+        self.lm_head, self.embeddings = base.lm_head, base.get_input_embeddings()
         self.latents = self.connector.perceiver_resampler.n_latents
         if self.dtype != torch.float32:
-            # Autocast casts the adapters' inputs in a quarter of the time that peft's own cast takes.
+            # Autocast casts the adapters' inputs in a quarter of the time that peft's detour by float32 takes.
             _disable_adapter_casts(model)
             # If the model's own forward is called directly, there is no autocast.
             base.register_forward_pre_hook(_enable_adapter_casts)
             base.register_forward_hook(_disable_adapter_casts, always_call=True)
-        parts = {"encode_images": self.tower, "connect": self.connector, "prefill": self.text_model}
+        modules = {"encode_images": self.vision_tower, "connect": self.connector, "prefill": self.text_model}
         self._graphs = (
-            {name: CudaGraphCache(getattr(self, f"_{name}"), part) for name, part in parts.items()} if graphs else {}
+            {stage: CudaGraphCache(getattr(self, f"_{stage}"), module) for stage, module in modules.items()}
+            if graphs
+            else {}
         )
 
     @property
     def has_graphs(self) -> bool:
-        """Whether it runs as CUDA graphs."""
+        """Whether the stages run as CUDA graphs in training."""
         return bool(self._graphs)
 
     def forget_graphs(self) -> None:
-        """Give back the graphs' memory; without it weights must stay where they are."""
+        """Free the memory of the CUDA graphs. Call it before the weights move."""
         for graph in self._graphs.values():
             graph.forget()
 
-    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """Return what the text model reads of each of a batch's R rows: (image tokens, width)."""
-        counts = [len(row) for row in batch["image_sizes"]]
-        images = [image for row, count in zip(batch["pixel_values"], counts, strict=True) for image in row[:count]]
-        sizes = [size for row in batch["image_sizes"] for size in row]
-        keys = [key for row in batch["image_keys"] for key in row]
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
+        """Return for each row the features of its pages (image tokens, width), the embeddings of its image tokens."""
+        counts = [len(row) for row in batch.image_sizes]
+        images = [image for row, count in zip(batch.pixel_values, counts, strict=True) for image in row[:count]]
+        sizes = [size for row in batch.image_sizes for size in row]
+        keys = [key for row in batch.image_keys for key in row]
         features = self.encode_images(images, sizes, keys)
-        # A large batch is one of evaluation, where all its patches at once would be what takes the most memory.
-        some = len(features) if torch.is_grad_enabled() else MOST_IMAGES
-        states = [self.connect(features[start : start + some]) for start in range(0, len(features), some)]
+        # In evaluation, with its large batches, connecting all images at once would be the peak of memory.
+        chunk = len(features) if torch.is_grad_enabled() else MAX_CONNECTED_IMAGES
+        states = [self.connect(features[start : start + chunk]) for start in range(0, len(features), chunk)]
         return [row.flatten(0, 1) for row in torch.cat(states).split(counts)]
 
     def encode_images(
@@ -93,149 +100,143 @@ class Idefics2Backbone:
 
         Args:
             images: I of (C, H, W).
-            sizes: height and width of each in pixels; the rest is padding.
-            keys: of each image, for the cache.
+            sizes: height and width of each in pixels, without padding.
+            keys: a cache key for each.
 
         Returns:
-            For each image (P, width), in the model's dtype.
+            For each image its features (P, width) in the model's dtype.
         """
-        known = [
-            self.cache.get(key, image.device) if self.cache else None for key, image in zip(keys, images, strict=True)
+        cached = [
+            self.feature_cache.get(key, image.device) if self.feature_cache else None
+            for key, image in zip(keys, images, strict=True)
         ]
-        features = {i: kept for i, kept in enumerate(known) if kept is not None}
-        # Weights and pixels have one dtype: autocast would only take norms to float32 and back.
-        off = torch.autocast(images[0].device.type, enabled=False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)), off:
-            for i in range(len(images)):
-                if i in features:
-                    continue
-                features[i] = self._run("encode_images", self._embed_patches(images[i], *sizes[i]))[0]
-                if self.cache:
-                    self.cache.put(keys[i], features[i])
-        return [features[i] for i in range(len(images))]
+        # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
+        no_autocast = torch.autocast(images[0].device.type, enabled=False)
+        features = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)), no_autocast:
+            for image, size, key, encoded in zip(images, sizes, keys, cached, strict=True):
+                if encoded is None:
+                    patches = embed_patches(self.vision_tower, image.to(self.dtype), *size)
+                    encoded = self._run("encode_images", patches)[0]
+                    if self.feature_cache:
+                        self.feature_cache.put(key, encoded)
+                features.append(encoded)
+        return features
 
     def connect(self, features: Sequence[Tensor]) -> Tensor:
-        """Turn each image's patches into what the text model reads in place of image tokens, (I, latents, width)."""
+        """Project and resample each image's features (P, width) to embeddings of image tokens (I, latents, width)."""
         lengths = [len(patches) for patches in features]
         patches = torch.cat(list(features))
-        longest = max(lengths) + -max(lengths) % MULTIPLES[1]
+        longest = max(lengths) + -max(lengths) % LONGEST_MULTIPLE
         if self._graphs:
-            multiple = max(MULTIPLES[0], 2 ** len(patches).bit_length() // SHARE)
+            multiple = max(PATCHES_MULTIPLE, 2 ** len(patches).bit_length() // PATCHES_SHARE)
             patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
-        # Images lie one behind the other, unpadded, until they are attended to: row i takes its patches from there.
-        gather_index = torch.arange(longest, device=patches.device).repeat(len(lengths), 1)
-        attention_mask = torch.ones(len(lengths), 1, 1, longest + self.latents, dtype=torch.bool, device=patches.device)
-        for i, length in enumerate(lengths):
-            gather_index[i].remainder_(length).add_(
-                sum(lengths[:i])
-            )  # what pads a row is its own patches again, unseen
-            attention_mask[i, ..., length:longest] = False
-        attention_mask = attention_mask.expand(-1, -1, self.latents, -1).contiguous()
+        gather_index, attention_mask = resampler_index(lengths, longest, self.latents, patches.device)
         with self.autocast():
             return self._run("connect", patches, gather_index, attention_mask)
 
     def embed(self, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
-        """Embed tokens (R, T), each row's image tokens as what was seen of its page; returns (R, T, width)."""
-        embeddings, images = self.embeddings(input_ids), input_ids == self.config.image_token_id
-        seen = torch.cat(list(pages)).to(embeddings.dtype)
-        # Each token's place among the image tokens; masked_scatter's gradient would wait for the GPU.
-        gather_index = images.flatten().cumsum(0).sub(1).clamp(min=0)
-        return torch.where(images[..., None], seen.index_select(0, gather_index).view_as(embeddings), embeddings)
-
-    def prefill(self, batch: Mapping[str, Any], pages: Sequence[Tensor], memory: Any = None) -> Tensor:  # noqa: ANN401
-        """Read a batch's rows with their pages.
+        """Embed tokens.
 
         Args:
-            batch: the collator's.
-            pages: what `encode_pages` saw of each row's.
-            memory: an `idefics_lit.evaluation.decoding.PrefillCache` that is to remember keys and values.
+            input_ids: (R, T).
+            pages: for each row the embeddings of its image tokens, from `encode_pages`.
 
         Returns:
-            The text model's last hidden states (R, T, width).
+            (R, T, width).
+        """
+        embeddings, is_image = self.embeddings(input_ids), input_ids == self.config.image_token_id
+        features = torch.cat(list(pages)).to(embeddings.dtype)
+        # The index of each token among the image tokens. The gradient of masked_scatter would synchronize with the GPU.
+        gather_index = is_image.flatten().cumsum(0).sub(1).clamp(min=0)
+        return torch.where(is_image[..., None], features.index_select(0, gather_index).view_as(embeddings), embeddings)
+
+    def prefill(self, tokens: TokenRows, pages: Sequence[Tensor], cache: KeyValueCache | None = None) -> Tensor:
+        """Run the text model over rows of tokens.
+
+        Args:
+            tokens: the rows.
+            pages: for each row the embeddings of its image tokens, from `encode_pages`.
+            cache: stores keys and values for `decode_step`.
+
+        Returns:
+            The last hidden states (R, T, width).
 
         Raises:
-            InputError: when a question is longer than the text model takes.
+            InputError: a question is longer than the text model's maximum.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        positions = batch.get("position_ids")
+        ids, positions = tokens.input_ids, tokens.position_ids
         if positions is None:
             self.check_length(ids.shape[1])
             positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         elif ids.shape[1] > self.config.text_config.max_position_embeddings:
-            self.check_length(int(positions.max()) + 1)  # a shared row may be longer than any of its questions
-        # Without a shared row there is only causality, which needs no mask: padding is at the right.
-        masks = [mask] if mask.ndim == 4 else []
-        if window := self._window(ids.shape[1]):
+            self.check_length(int(positions.max()) + 1)  # a packed row may be longer than any of its questions
+        # Without packed rows attention is causal and needs no mask, since padding is on the right.
+        mask = tokens.packed_attention_mask
+        if window := self._sliding_window(ids.shape[1]):
             causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
             near = positions[:, None, :, None] - positions[:, None, None] < window
-            masks = [near & (masks[0] if masks else causal)]
+            mask = near & (causal if mask is None else mask)
         embeddings = self.embed(ids, pages)
         with self.autocast():
-            if memory is not None:
-                return self._prefill(embeddings, positions, masks[0] if masks else None, memory)
-            return self._run("prefill", embeddings, positions, *masks)
+            if cache is not None:
+                return self._prefill(embeddings, positions, mask, cache)
+            return self._run("prefill", embeddings, positions, *([] if mask is None else [mask]))
 
-    def decode_step(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor, memory: Any) -> Tensor:  # noqa: ANN401
-        """Read one more token of each of B prompts.
+    def decode_step(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor, cache: KeyValueCache) -> Tensor:
+        """Run the text model over one more token of each of B prompts.
 
         Args:
             tokens: (B).
-            positions: (B), where they stand in rows of their own.
-            attention_mask: (B, L), which of the remembered tokens there are, the new ones among them.
-            memory: where they are, and where the new ones are put.
+            positions: (B), their position ids.
+            attention_mask: (B, L), True for the cache's tokens to attend to, the new ones included.
+            cache: keys and values of L tokens; the new ones are added.
 
         Returns:
             The last hidden states (B, width).
         """
-        if window := self._window(attention_mask.shape[1]):
+        if window := self._sliding_window(attention_mask.shape[1]):
             attention_mask = attention_mask & (positions[:, None] - (attention_mask.cumsum(1) - 1) < window)
         with self.autocast():
-            return self._prefill(
-                self.embeddings(tokens[:, None]), positions[:, None], attention_mask[:, None, None], memory
-            )[:, 0]
+            embeddings = self.embeddings(tokens[:, None])
+            return self._prefill(embeddings, positions[:, None], attention_mask[:, None, None], cache)[:, 0]
 
-    def _window(self, tokens: int) -> int | None:
-        """The sliding window, where so many tokens are more."""
-        window: int | None = self.config.text_config.sliding_window
-        return window if window and tokens > window else None
-
-    def loss(self, batch: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy summed over a batch's labelled tokens, and their number; both 0-d.
+    def loss(self, tokens: TokenRows, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy summed over the supervised tokens, and their number; both 0-d.
 
         Args:
-            batch: the collator's.
-            hidden: what `prefill` returned of it.
+            tokens: the rows.
+            hidden: their last hidden states, from `prefill`.
         """
-        # Most tokens have no label: their logits would be the largest tensor of the step.
-        supervised_positions = batch["supervised_positions"]
-        scores = self.logits(hidden.flatten(0, 1).index_select(0, supervised_positions))
-        labels = batch["labels"].flatten()[supervised_positions + 1]
-        tokens = torch.full((), len(labels), device=labels.device)
-        return F.cross_entropy(scores.float(), labels, reduction="sum"), tokens
+        # Logits of supervised positions only: those of all tokens would be the step's largest tensor.
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, tokens.supervised_positions))
+        labels = tokens.labels.flatten()[tokens.supervised_positions + 1]
+        count = torch.full((), len(labels), device=labels.device)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), count
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the next token (..., V) for hidden states (..., width)."""
+        with self.autocast():
+            logits: Tensor = self.lm_head(hidden)
+        return logits
 
     def check_length(self, tokens: int) -> None:
-        """Refuse rows that are longer than what the text model was made for."""
+        """Raise InputError if a sequence of ``tokens`` tokens is longer than the text model's maximum."""
         limit = self.config.text_config.max_position_embeddings
         if tokens > limit:
             raise InputError(
-                f"a batch of {tokens} tokens, but {self.config.name_or_path} takes {limit}: lower data.max_length, "
-                f"which names the question that is too long"
+                f"a batch of {tokens} tokens, but {self.config.name_or_path} takes {limit}: lower data.max_length; "
+                f"the error then names the question that is too long"
             )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Turn hidden states (..., width) into the logits of the next token (..., V)."""
-        with self.autocast():
-            scores: Tensor = self.head(hidden)
-        return scores
-
     def autocast(self) -> torch.autocast:
-        """Compute in the model's dtype with the adapter's float32 weights, whoever calls."""
-        half = self.dtype != torch.float32
-        return torch.autocast(self.head.weight.device.type, self.dtype if half else None, half)
+        """Return autocast to the model's dtype, for the adapter's float32 weights; disabled for float32 models."""
+        is_half = self.dtype != torch.float32
+        return torch.autocast(self.lm_head.weight.device.type, self.dtype if is_half else None, is_half)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Compute without dropout and gradients, whoever calls; then each module has its own mode again."""
+        """Disable dropout and gradients; each module's mode is restored afterwards."""
         training = [module for module in self.model.modules() if module.training]
         for module in training:
             module.training = False
@@ -246,47 +247,44 @@ class Idefics2Backbone:
             for module in training:
                 module.training = True
 
-    def _run(self, name: str, *arguments: Tensor) -> Tensor:
-        run = self._graphs[name].replay if self._graphs and self.model.training else getattr(self, f"_{name}")
-        result: Tensor = run(*arguments)
+    def _run(self, stage: str, *arguments: Tensor) -> Tensor:
+        use_graph = self._graphs and self.model.training
+        result: Tensor = (self._graphs[stage].replay if use_graph else getattr(self, f"_{stage}"))(*arguments)
         return result
 
-    def _embed_patches(self, image: Tensor, height: int, width: int) -> Tensor:
-        """Return (1, P, width), the patches of an image (C, H, W) of which so many pixels are no padding."""
-        config, embeddings = self.tower.config, self.tower.embeddings
-        side = config.patch_size
-        rows, columns = height // side, width // side
-        pixels = image[None, :, : rows * side, : columns * side].to(self.dtype)
-        # The forward of `embeddings` rounds coordinates to 16 bits in transformers before 5.21, and waits for the GPU.
-        positions = vision_position_ids(rows, columns, config.image_size // side, pixels.device)
-        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        # Transposed as they are, all that follows would be slower by a third.
-        return (patches + embeddings.position_embedding(positions)).contiguous()
-
     def _encode_images(self, patches: Tensor) -> Tensor:
-        features: Tensor = self.tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
-        return self.tower.post_layernorm(features)
+        features: Tensor = self.vision_tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
+        return self.vision_tower.post_layernorm(features)
 
     def _connect(self, patches: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:
         resampler = self.connector.perceiver_resampler
-        # By parts: in between they are twelve times as wide.
-        context = torch.cat([self.connector.modality_projection(some) for some in patches.split(CHUNK)])
+        chunks = patches.split(MAX_PROJECTED_PATCHES)
+        context = torch.cat([self.connector.modality_projection(chunk) for chunk in chunks])
         latents = resampler.latents.expand(len(gather_index), -1, -1)
         for layer in resampler.layers:
             inputs = (layer, latents, context, gather_index, attention_mask)
-            # The adapters' inputs are as long as a page has patches: made again for the backward, which costs little.
-            # Graphs can't capture that.
-            latents = _resample(*inputs) if self._graphs else checkpoint(_resample, *inputs, use_reentrant=False)
+            # The inputs of the layers' adapters have a row for each patch. Recomputing them is cheap and saves memory;
+            # CUDA graphs can't capture it.
+            latents = (
+                resampler_layer(*inputs) if self._graphs else checkpoint(resampler_layer, *inputs, use_reentrant=False)
+            )
         states: Tensor = resampler.norm(latents)
         return states
 
-    def _prefill(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, memory: Any = None) -> Tensor:  # noqa: ANN401
+    def _prefill(
+        self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         hidden, rotary_embedding = embeddings, self.text_model.rotary_emb(embeddings, position_ids=positions)
         for layer in self.text_model.layers:
-            # By place: the memory's name depends on transformers' version.
-            hidden = layer(hidden, mask, None, memory, position_embeddings=rotary_embedding)
+            # Positional arguments: the name of the cache's parameter differs between versions of transformers.
+            hidden = layer(hidden, mask, None, cache, position_embeddings=rotary_embedding)
         states: Tensor = self.text_model.norm(hidden)
         return states
+
+    def _sliding_window(self, tokens: int) -> int | None:
+        """Return the text model's sliding window if a sequence of ``tokens`` tokens is longer."""
+        window: int | None = self.config.text_config.sliding_window
+        return window if window and tokens > window else None
 
 
 def _enable_adapter_casts(model: torch.nn.Module, *_: object) -> None:
@@ -301,68 +299,3 @@ def _set_adapter_casts(model: torch.nn.Module, enabled: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, lora.Linear):
             layer.cast_input_dtype_enabled = enabled
-
-
-@lru_cache(maxsize=512)  # shapes, of 39 kB at most
-def vision_position_ids(rows: int, columns: int, per_side: int, device: torch.device) -> Tensor:
-    """Return the position ids (rows * columns) of an image's patches, as Idefics2VisionEmbeddings of transformers 5.24.
-
-    Coordinates are float32 and the CPU's whatever the model's dtype and device: near a boundary another rounding is
-    another position.
-
-    Args:
-        rows: of patches.
-        columns: of patches.
-        per_side: positions that the vision tower has in each direction.
-        device: where the ids are.
-    """
-    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side, **exact)
-
-    def buckets(count: int) -> Tensor:
-        coordinates = torch.arange(count, **exact) * (1.0 / torch.tensor(count, **exact))
-        return torch.bucketize(coordinates.clamp(max=1.0 - 1e-6), boundaries, right=True)
-
-    with torch.inference_mode(False):  # they are kept, for training too
-        return (buckets(rows)[:, None] * per_side + buckets(columns)).flatten().to(device)
-
-
-def _resample(layer: Any, latents: Tensor, context: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ANN401
-    """Run a layer of the resampler; shapes are `_attend`'s."""
-    own = layer.input_latents_norm(latents)
-    latents = latents + _attend(layer.self_attn, own, layer.input_context_norm(context), gather_index, attention_mask)
-    states: Tensor = latents + layer.mlp(layer.post_attention_layernorm(latents))
-    return states
-
-
-def _attend(attention: Any, latents: Tensor, context: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ANN401
-    """Attend from latents to context and latents, as transformers' Idefics2PerceiverAttention does.
-
-    It projects both in one: with gradients for the context, which is frozen and sixty times as long, and with padding.
-
-    Args:
-        attention: the Idefics2PerceiverAttention.
-        latents: (I, latents, width).
-        context: (patches, width), all images'.
-        gather_index: (I, P), each image's rows of the context.
-        attention_mask: (I, 1, latents, P + latents), False for padding.
-    """
-
-    def split(states: Tensor) -> Tensor:
-        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    def join(project: Any) -> Tensor:  # noqa: ANN401
-        chosen = project(context).index_select(0, gather_index.flatten()).unflatten(0, gather_index.shape)
-        states = split(torch.cat([chosen, project(latents)], dim=1))
-        return states.repeat_interleave(attention.num_key_value_groups, dim=1)
-
-    found = F.scaled_dot_product_attention(
-        split(attention.q_proj(latents)),
-        join(attention.k_proj),
-        join(attention.v_proj),
-        attn_mask=attention_mask,
-        dropout_p=attention.attention_dropout if attention.training else 0.0,
-        scale=attention.scaling,
-    )
-    result: Tensor = attention.o_proj(found.transpose(1, 2).flatten(2))
-    return result

@@ -1,8 +1,8 @@
-"""The 4-bit model with LoRA.
+"""Load Idefics2, quantized to 4 bits or not, and add LoRA.
 
-What is special here: peft's ``prepare_model_for_kbit_training`` is not used (it upcasts embeddings, norms and head to
-float32 and drags the frozen vision tower into autograd); LoRA weights are float32 under mixed precision; and on a CPU
-bitsandbytes' inference kernels, which have no gradient and never let go of a layer, stay off.
+peft's ``prepare_model_for_kbit_training`` is not used: it casts embeddings, norms and head to float32 and puts the
+frozen vision tower into autograd. LoRA weights are float32 under mixed precision. On a CPU, bitsandbytes' inference
+kernels are disabled: they have no gradient and repack a layer's weight permanently.
 """
 
 import re
@@ -20,23 +20,24 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.compat import configure_compile
 from idefics_lit.pretrained import cannot_load, refuse_adapter, resolve
 
 Quantization = Literal["nf4", "none"]
 
-# The recipe's: the projections of attention in the text model, the modality projection and the resampler, and the head.
+# From the recipe: the attention projections of text model and resampler, the modality projection, and the head.
 TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
 
 
 @dataclass
 class LoRA:
-    """Low-rank adaptation, https://arxiv.org/abs/2106.09685; the defaults are the recipe's.
+    """Low-rank adaptation, https://arxiv.org/abs/2106.09685; the defaults are those of the recipe.
 
     Args:
         r: rank.
         alpha: scale; the update is multiplied by alpha / r.
-        dropout: share of the layer's input that is dropped on the adapter's way.
-        init: how the adapter starts, see peft's ``init_lora_weights``.
+        dropout: dropout probability of the adapter's input.
+        init: initialization of the adapter, see peft's ``init_lora_weights``.
         target_modules: regular expression of the layers that get an adapter.
     """
 
@@ -59,25 +60,24 @@ def load_model(
     gradient_checkpointing: bool = False,
     compiled: bool = False,
 ) -> PeftModel:
-    """Load Idefics2 onto a device, in train mode, everything frozen but a new adapter.
+    """Load Idefics2 onto a device, in train mode, with all weights frozen but those of a new adapter.
 
     Args:
         pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
         quantization: ``nf4`` (4 bits, double quantization, https://arxiv.org/abs/2305.14314) or ``none``.
         quantize_vision: quantize the vision tower too.
-        dequantize: unpack the quantized weights, once instead of at every use.
+        dequantize: dequantize the 4-bit weights once, instead of at every use.
         lora: the adapter.
-        dtype: of what isn't quantized, and of the arithmetic.
-        device: where to.
-        gradient_checkpointing: keep one activation a layer and compute the others again.
-        compiled: compile the layers, each kind once, and what else goes over all patches.
+        dtype: of weights that aren't quantized, and of computation.
+        device: the target device.
+        gradient_checkpointing: store one activation a layer and recompute the others.
+        compiled: compile the layers, each kind once, and the other modules that process all patches.
 
     Raises:
-        InputError: when there is no such model, it is an adapter or lacks a weight, or ``target_modules`` match none of
-            its layers.
+        InputError: the model doesn't exist, is an adapter or lacks a weight, or ``target_modules`` matches no layer.
     """
     refuse_adapter(pretrained)
-    # No one else's code is run: neither a repository's own nor what a pickle holds.
+    # Run no code of a model repository: neither Python modules nor pickles.
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
     options |= {"dtype": dtype, "device_map": {"": device}}
     if quantization == "nf4":
@@ -90,7 +90,7 @@ def load_model(
         )
     options |= {"output_loading_info": True}
     try:
-        with _quiet():  # what it reports is refused or said below
+        with _quiet():  # `_check_complete` reports missing and unexpected weights
             loaded: Any = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
     except Exception as error:
         raise cannot_load("model", pretrained, error) from error
@@ -99,30 +99,27 @@ def load_model(
     if device.type == "cpu":
         for layer in base.modules():
             if isinstance(layer, Linear4bit):
-                # The first evaluation would repack the weight for a kernel without autograd, for good.
+                # The first evaluation would permanently repack the weight for a kernel without autograd.
                 layer.support_avx512bf16_for_cpu = False
     if dequantize and quantization != "none":
-        with _quiet():  # it warns of what is wanted
+        with _quiet():  # it warns about dequantization
             base = base.dequantize(dtype)
     model = add_lora(base, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Its hooks make the input of every sub-model require gradients, the frozen vision tower's too.
+        # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
         model.disable_input_require_grads()
     if compiled:
-        # With dynamic shapes numbers such as an epsilon become tensors of the CPU, whose C++ takes a minute to compile.
-        torch._dynamo.config.specialize_float = True
-        # DDP's buckets would cut layers with large adapters in pieces.
-        torch._dynamo.config.optimize_ddp = False
+        configure_compile()
         resampler = base.model.connector.perceiver_resampler
-        for part in (
+        for module in (
             *base.model.vision_model.encoder.layers,
             base.model.connector.modality_projection,
             *(layer.input_context_norm for layer in resampler.layers),
             *base.model.text_model.layers,
         ):
-            part.compile(dynamic=True)
-    # transformers loads in eval mode, in which it doesn't checkpoint activations, and Lightning keeps each mode.
+            module.compile(dynamic=True)
+    # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
     return model.train()
 
 
@@ -138,17 +135,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> None:
-    """Refuse a base some of whose weights would be random numbers, and say which others the model has no place for.
+    """Raise if weights are missing, which would be random, and warn of unexpected ones.
 
     Args:
-        pretrained: where it was loaded from.
-        report: transformers' loading info; what is tied to another weight isn't missing.
+        pretrained: the model that was loaded.
+        report: transformers' loading info; it lists no weights that are tied to others.
 
     Raises:
-        InputError: with the first that is missing.
+        InputError: weights are missing; the message names the first.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    others = f"{len(unexpected)} weights that the model has no place for, such as {unexpected[0]}" if unexpected else ""
+    others = f"{len(unexpected)} weights that the model doesn't use, such as {unexpected[0]}" if unexpected else ""
     if missing:
         instead = f", and has {others}" if others else ""
         raise InputError(
@@ -160,10 +157,10 @@ def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> N
 
 
 def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
-    """Freeze the model and give it a new adapter.
+    """Freeze a model and add a new adapter.
 
     Raises:
-        InputError: when ``target_modules`` is no regular expression or matches no layer.
+        InputError: ``target_modules`` is not a regular expression or matches no layer.
     """
     config = LoraConfig(
         r=lora.r,
@@ -176,7 +173,7 @@ def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
         return get_peft_model(base, config)
     except re.error as error:
         pattern = lora.target_modules
-        raise InputError(f"model.lora.target_modules {pattern!r} is no regular expression: {error}") from error
+        raise InputError(f"model.lora.target_modules {pattern!r} is not a regular expression: {error}") from error
     except Exception as error:
         raise InputError(f"model.lora: {error}") from error
 

@@ -1,8 +1,8 @@
-"""A small Idefics2 of 8M parameters: the same classes, prompt and files as the real one, for tests and the reader.
+"""Build a small Idefics2 of 8M parameters with the classes, prompt and files of the real one.
 
-Every linear layer's input width is a multiple of 64, the block of NF4 and the grain of bitsandbytes' CPU kernels.
-A page is 448 x 336 pixels, 32 x 24 patches, and becomes 8 x 8 latents: each of the resampler's 12 heads can
-look after one of the 4 x 3 patches under a latent.
+Tests use it with random weights; trained, it is the model "tiny" that comes with the package. The input width of every
+linear layer is a multiple of 64, the block size of NF4 and of bitsandbytes' CPU kernels. A page of 448 x 336 pixels is
+32 x 24 patches and 8 x 8 latents: each of the resampler's 12 heads can attend to one of the 4 x 3 patches of a latent.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ RESAMPLER: dict[str, Any] = {
     "num_key_value_heads": 12,
 }
 
-# Idefics2's own.
+# Copied from Idefics2.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{message['role'].capitalize()}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config() -> Idefics2Config:
-    """The architecture: Idefics2's, with small sizes."""
+    """Return Idefics2's configuration with small sizes."""
     ids: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     return Idefics2Config(
         text_config={
@@ -80,7 +80,7 @@ def tiny_config() -> Idefics2Config:
 
 
 def tiny_processor() -> Idefics2Processor:
-    """The processor: one token a byte (so each digit is read on its own), 64 visual tokens a page."""
+    """Return the processor: one token a byte, so each digit is a token; 64 image tokens a page."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spare = [f"<reserved_{i}>" for i in range(VOCABULARY - len(SPECIAL_TOKENS) - len(alphabet))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet, *spare])}
@@ -94,7 +94,7 @@ def tiny_processor() -> Idefics2Processor:
     fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
-        pad_token="<unk>",  # as Idefics2: padding is told by the attention mask, not by the id
+        pad_token="<unk>",  # as in Idefics2: the attention mask marks padding, not the id
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=list(SPECIAL_TOKENS[FAKE:]),
@@ -112,9 +112,9 @@ def tiny_processor() -> Idefics2Processor:
 
 
 def tiny_model() -> Idefics2ForConditionalGeneration:
-    """A randomly initialised model in float32; random numbers come from torch's global generator."""
+    """Return a randomly initialized model in float32, drawn from torch's global generator."""
     model = Idefics2ForConditionalGeneration(tiny_config()).float().eval()
-    # transformers starts the latents as ones; 64 equal latents stay equal for ever.
+    # transformers initializes the latents to ones; equal latents would get equal gradients and stay equal.
     torch.nn.init.normal_(model.model.connector.perceiver_resampler.latents, std=0.5)
     model.generation_config = GenerationConfig(
         pad_token_id=PAD,
@@ -128,11 +128,11 @@ def tiny_model() -> Idefics2ForConditionalGeneration:
 
 
 def build_tiny(folder: str | Path, seed: int = 0) -> Path:
-    """Write a randomly initialised small Idefics2 in the Hub's form, weights in float16.
+    """Save a randomly initialized small Idefics2 in the Hub's form, with weights in float16.
 
     Args:
-        folder: Where to; made if missing.
-        seed: Of the weights; the caller's random state is left alone.
+        folder: the target; created if missing.
+        seed: of the weights; the caller's random state is unchanged.
 
     Returns:
         The folder.
@@ -144,7 +144,7 @@ def build_tiny(folder: str | Path, seed: int = 0) -> Path:
 
 
 def save_tiny(model: Idefics2ForConditionalGeneration, folder: str | Path) -> Path:
-    """Write the weights in float16 (the model itself is converted), the configuration and the processor."""
+    """Save the weights in float16, the configuration and the processor. The model itself is converted."""
     model.to("cpu", torch.float16).save_pretrained(folder)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(folder)
     return Path(folder)

@@ -1,1 +1,1 @@
-"""Results on the screen, in files, in loggers and in report.html."""
+"""Callbacks that report results: on the screen, in files, in loggers and in report.html."""

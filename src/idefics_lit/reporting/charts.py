@@ -1,4 +1,8 @@
-"""Curves and a histogram as plain SVG: where everything goes. The markup is in report.html.jinja."""
+"""Line charts and a histogram as plain SVG: the coordinates; the markup is in ``report.html.jinja``.
+
+They aren't drawn with matplotlib, since the page shows the values under the pointer and follows the browser's light or
+dark theme.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -6,125 +10,123 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
+# Size of a chart and the edges of its plot, in SVG units; tick labels are drawn outside the plot.
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 392, 8, 200
-"""Of the plot in a chart of ``WIDTH`` x ``HEIGHT``; the rest is for the axes' numbers."""
 
 Points = Sequence[tuple[float, float]]
 
 
 class Axis:
-    """From values to places, numbered by round numbers.
+    """A linear map from values to SVG coordinates, with ticks at round numbers.
 
     Args:
-        values: what must have room.
-        start: the place of the lowest.
-        stop: the place of the highest.
-        whole: number it with whole numbers only.
-        tight: end at the values and not at the numbers around them.
+        values: the values that the axis must cover.
+        start: the coordinate of the lowest value.
+        stop: the coordinate of the highest value.
+        integer: place ticks at integers only.
+        tight: end the axis at the lowest and highest value instead of at the next ticks.
     """
 
     def __init__(
-        self, values: Sequence[float], start: float, stop: float, *, whole: bool = False, tight: bool = False
+        self, values: Sequence[float], start: float, stop: float, *, integer: bool = False, tight: bool = False
     ) -> None:
         low, high = min(values), max(values)
         if low == high:
             low, high = min(low, 0), high or 1
-        numbers = [*map(float, MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high))]
-        self.low, self.high = (low, high) if tight else (numbers[0], numbers[-1])
+        ticks = [*map(float, MaxNLocator(5, steps=[1, 2, 5, 10], integer=integer).tick_values(low, high))]
+        self.low, self.high = (low, high) if tight else (ticks[0], ticks[-1])
         self.start, self.stop = start, stop
-        self.ticks = [(self.place(number), f"{number:,.6g}") for number in numbers if self.low <= number <= self.high]
+        self.ticks = [(self.coordinate(tick), f"{tick:,.6g}") for tick in ticks if self.low <= tick <= self.high]
 
-    def place(self, value: float) -> float:
-        """Return where a value goes, to a hundredth."""
+    def coordinate(self, value: float) -> float:
+        """Return the coordinate of a value, rounded to a hundredth."""
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start), 2)
 
 
 class Line(NamedTuple):
-    """A curve of a chart.
+    """A line of a chart.
 
     Attributes:
-        style: its CSS class.
-        name: in the legend; a line without one only accompanies another.
-        points: x and y of each.
+        css_class: sets its colour.
+        name: its name in the legend; a line without a name isn't listed.
+        points: the coordinates of its points, (x, y).
     """
 
-    style: str
+    css_class: str
     name: str
     points: Points
 
 
-class Chart:
-    """Curves over steps.
+class LineChart:
+    """Lines over optimizer steps.
 
     Args:
-        title: what is shown.
-        last: the last step.
-        lines: by CSS class, the name of each and its points.
-        values: what the vertical axis must have room for besides.
+        title: the title.
+        last_step: the last step on the horizontal axis, which starts at 0.
+        lines: the lines, whose points are (step, value); points that aren't finite are left out.
+        values: further values that the vertical axis must cover.
     """
 
-    def __init__(
-        self, title: str, last: int, lines: Mapping[str, tuple[str, Points]], values: Sequence[float] = (0,)
-    ) -> None:
+    def __init__(self, title: str, last_step: int, lines: Sequence[Line], values: Sequence[float] = (0,)) -> None:
         self.title = title
-        finite = {style: (name, [(x, y) for x, y in points if isfinite(y)]) for style, (name, points) in lines.items()}
-        every = [point for _, points in finite.values() for point in points]
-        self.x = Axis([0, last, *(x for x, _ in every)], LEFT, RIGHT, whole=True, tight=True)
-        self.y = Axis([*values, *(y for _, y in every)], BOTTOM, TOP)
+        finite = [line._replace(points=[(x, y) for x, y in line.points if isfinite(y)]) for line in lines]
+        points = [point for line in finite for point in line.points]
+        self.x = Axis([0, last_step, *(x for x, _ in points)], LEFT, RIGHT, integer=True, tight=True)
+        self.y = Axis([*values, *(y for _, y in points)], BOTTOM, TOP)
         self.lines = [
-            Line(style, name, [(self.x.place(x), self.y.place(y)) for x, y in points])
-            for style, (name, points) in finite.items()
-            if points
+            line._replace(points=[(self.x.coordinate(x), self.y.coordinate(y)) for x, y in line.points])
+            for line in finite
+            if line.points
         ]
 
 
 class Bar(NamedTuple):
-    """A bar of a histogram: its CSS class, its rectangle, and what it says."""
+    """A bar of a histogram: its colour, its rectangle and its tooltip."""
 
-    style: str
+    css_class: str
     x: float
     y: float
     width: float
     height: float
-    says: str
+    tooltip: str
 
 
 class Histogram:
-    """How many questions have which score, in tenths; those that are right are a bar of their own.
+    """The number of questions by score: ten bins from 0 to below 1, and one for a score of exactly 1.
 
     Args:
-        scores: from 0 to 1, by CSS class, whose bars stand side by side.
+        scores: scores from 0 to 1 by CSS class; the bars of several classes are drawn side by side.
     """
 
     def __init__(self, scores: Mapping[str, Sequence[float]]) -> None:
-        counts = {style: [0] * 11 for style in scores}
-        for style, some in scores.items():
-            for score in some:
-                counts[style][int(score * 10 + 1e-9)] += 1
-        self.y = Axis([0, *(count for some in counts.values() for count in some)], BOTTOM, TOP, whole=True)
-        slot = (RIGHT - LEFT) / 11
-        width = round(0.8 * slot / max(len(counts), 1), 2)
-        labels = [*(f"{tenth / 10:.1f}" for tenth in range(10)), "1"]
-        self.labels = [(round(LEFT + slot * (tenth + 0.5), 2), label) for tenth, label in enumerate(labels)]
+        counts = {css_class: [0] * 11 for css_class in scores}
+        for css_class, values in scores.items():
+            for value in values:
+                counts[css_class][int(value * 10 + 1e-9)] += 1
+        self.y = Axis([0, *(count for bins in counts.values() for count in bins)], BOTTOM, TOP, integer=True)
+        bin_width = (RIGHT - LEFT) / 11
+        bar_width = round(0.8 * bin_width / max(len(counts), 1), 2)
+        names = [*(f"{tenths / 10:.1f}" for tenths in range(10)), "1"]
+        self.labels = [(round(LEFT + bin_width * (i + 0.5), 2), name) for i, name in enumerate(names)]
         self.bars = [
             Bar(
-                style,
-                round(LEFT + slot * (tenth + 0.1) + width * number, 2),
-                self.y.place(count),
-                width,
-                round(BOTTOM - self.y.place(count), 2),
-                f"{count} questions with a score " + ("of 1" if tenth == 10 else f"from {labels[tenth]}"),
+                css_class,
+                round(LEFT + bin_width * (i + 0.1) + bar_width * series, 2),
+                self.y.coordinate(count),
+                bar_width,
+                round(BOTTOM - self.y.coordinate(count), 2),
+                f"{count} questions with a score " + ("of 1" if i == 10 else f"from {names[i]}"),
             )
-            for number, (style, some) in enumerate(counts.items())
-            for tenth, count in enumerate(some)
+            for series, (css_class, bins) in enumerate(counts.items())
+            for i, count in enumerate(bins)
             if count
         ]
 
 
-def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Return the means over a twentieth of the points, around each."""
-    reach = len(points) // 40
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """Return the centred moving average over a twentieth of the points."""
+    radius = len(points) // 40
     values = [y for _, y in points]
-    windows = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
+    windows = [values[max(i - radius, 0) : i + radius + 1] for i in range(len(values))]
     return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]

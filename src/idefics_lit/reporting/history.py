@@ -1,26 +1,29 @@
-"""The curves of a fit, kept small enough to go into every checkpoint."""
+"""The curves of a fit, small enough to be part of every checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-MOST_STEPS, MOST_VALIDATIONS = 1000, 400
-MOST_TYPES = 8  # of questions
+from idefics_lit.evaluation.answer import Answer, by_question_type, mean_anls
+
+MAX_POINTS, MAX_VALIDATIONS = 1000, 400
+MAX_QUESTION_TYPES = 8
+MAX_PENDING = 100
 
 
-class Step(NamedTuple):
-    """The means over some optimizer steps, so many."""
+class StepMean(NamedTuple):
+    """The means over ``num_steps`` consecutive optimizer steps."""
 
     step: float
     loss: float
     lr: float
-    number: int
+    num_steps: int
 
 
 class Validation(NamedTuple):
-    """What a validation came to at a step; ``types`` has the ANLS by type of question."""
+    """The results of a validation after an optimizer step; ``types`` is the mean ANLS by question type."""
 
     step: int
     loss: float
@@ -29,73 +32,72 @@ class Validation(NamedTuple):
 
 
 class History:
-    """Loss and learning rate by optimizer step, and what validations came to.
+    """Loss and learning rate by optimizer step, and the results of validations.
 
-    There are never more than ``MOST_STEPS`` points: each is the mean over twice as many steps when there would be.
+    The number of points is limited to ``MAX_POINTS``: when it is exceeded, pairs of neighbours are averaged, so that
+    each point is the mean over twice as many steps as before. Of more than ``MAX_VALIDATIONS`` validations every second
+    one is dropped.
     """
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[StepMean] = []
         self.validations: list[Validation] = []
-        self._coming: list[tuple[int, Tensor, float]] = []
+        self._pending: list[tuple[int, Tensor, float]] = []
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step, 0 before the first."""
-        return round(self.steps[-1].step + (self.steps[-1].number - 1) / 2) if self.steps else 0
+        """The last optimizer step; 0 before the first."""
+        return round(self.steps[-1].step + (self.steps[-1].num_steps - 1) / 2) if self.steps else 0
 
     def add_step(self, step: int, loss: Tensor, lr: float) -> None:
-        """Add a step's, whose loss, 0-d, may still be computed: a GPU is waited for every hundredth time."""
-        self._coming.append((step, loss, lr))
-        if len(self._coming) == 100:
-            self.settle()
+        """Add an optimizer step; the 0-d loss is read, which waits for a GPU, only once in ``MAX_PENDING`` steps."""
+        self._pending.append((step, loss, lr))
+        if len(self._pending) == MAX_PENDING:
+            self.flush()
 
-    def settle(self) -> None:
-        """Bring the losses to the CPU."""
-        if not self._coming:
+    def flush(self) -> None:
+        """Read the pending losses and add them to the curve."""
+        if not self._pending:
             return
-        losses = torch.stack([loss for _, loss, _ in self._coming]).tolist()
-        for (step, _, lr), loss in zip(self._coming, losses, strict=True):
-            if self.steps and self.steps[-1].number < self.steps[0].number:
-                self.steps[-1] = _mean(self.steps[-1], Step(step, loss, lr, 1))
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
+        for (step, _, lr), loss in zip(self._pending, losses, strict=True):
+            if self.steps and self.steps[-1].num_steps < self.steps[0].num_steps:
+                self.steps[-1] = _merge(self.steps[-1], StepMean(step, loss, lr, 1))
             else:
-                self.steps.append(Step(step, loss, lr, 1))
-            if len(self.steps) > MOST_STEPS:
-                *whole, last = self.steps
-                self.steps = [*map(_mean, whole[::2], whole[1::2]), last]
-        self._coming = []
+                self.steps.append(StepMean(step, loss, lr, 1))
+            if len(self.steps) > MAX_POINTS:
+                *complete, last = self.steps
+                self.steps = [*map(_merge, complete[::2], complete[1::2]), last]
+        self._pending = []
 
-    def add_validation(self, step: int, loss: float, types: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Add what a validation came to.
+    def add_validation(self, step: int, loss: float, answers: Mapping[Hashable, Answer]) -> None:
+        """Add a validation; those of the same or a later step, from before a resume, are dropped.
 
         Args:
-            step: behind which; what is there already is from before a resume, and forgotten.
-            loss: its loss.
-            types: the records of all questions as "all", and those of each type of question.
+            step: the number of optimizer steps before the validation.
+            loss: the validation loss.
+            answers: the answers by question, at least one.
         """
-        scores = {name: mean_score(records) for name, records in list(types.items())[: MOST_TYPES + 1]}
-        self.validations = [some for some in self.validations if some.step < step]
-        self.validations.append(Validation(step, loss, scores.pop("all"), scores))
-        if len(self.validations) > MOST_VALIDATIONS:
+        groups = by_question_type(answers)
+        names = list(groups)[:MAX_QUESTION_TYPES] if len(groups) > 1 else []
+        types = {name: mean_anls(groups[name].values()) for name in names}
+        self.validations = [validation for validation in self.validations if validation.step < step]
+        self.validations.append(Validation(step, loss, mean_anls(answers.values()), types))
+        if len(self.validations) > MAX_VALIDATIONS:
             self.validations = self.validations[::2]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curves as plain lists: checkpoints load with ``weights_only``."""
-        self.settle()
-        return {"steps": [list(some) for some in self.steps], "validations": [list(some) for some in self.validations]}
+        """Return the curves as plain lists, which load with ``weights_only``."""
+        self.flush()
+        return {"steps": [*map(list, self.steps)], "validations": [*map(list, self.validations)]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a checkpoint's curves."""
-        self.steps = [Step(*some) for some in state_dict["steps"]]
-        self.validations = [Validation(*some) for some in state_dict["validations"]]
+        """Load the curves of a checkpoint."""
+        self.steps = [StepMean(*values) for values in state_dict["steps"]]
+        self.validations = [Validation(*values) for values in state_dict["validations"]]
 
 
-def mean_score(records: Sequence[Mapping[str, Any]]) -> float:
-    """Return the ANLS of some questions."""
-    return float(sum(record["score"] for record in records) / len(records))
-
-
-def _mean(one: Step, other: Step) -> Step:
-    number = one.number + other.number
-    step, loss, lr = ((a * one.number + b * other.number) / number for a, b in zip(one[:3], other[:3], strict=True))
-    return Step(step, loss, lr, number)
+def _merge(a: StepMean, b: StepMean) -> StepMean:
+    num_steps = a.num_steps + b.num_steps
+    step, loss, lr = ((x * a.num_steps + y * b.num_steps) / num_steps for x, y in zip(a[:3], b[:3], strict=True))
+    return StepMean(step, loss, lr, num_steps)

@@ -25,9 +25,10 @@ from torchmetrics import MeanMetric
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
 from idefics_lit.evaluation.evaluator import Evaluator
-from idefics_lit.evaluation.records import by_place
 from idefics_lit.metrics import ANLS
+from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
@@ -96,8 +97,8 @@ class Idefics2Module(LightningModule):
     """
 
     hparams: Any  # the arguments of __init__, by name
-    records: list[dict[str, Any]]
-    """The records of `Evaluator.records` for the questions of this rank's last validation or test."""
+    answers: list[Answer]
+    """The answers of this rank's last validation or test."""
     step_loss: Tensor
     """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate."""
 
@@ -128,7 +129,7 @@ class Idefics2Module(LightningModule):
         _check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
-        self.records = []
+        self.answers = []
         self.state_prefix = ""  # of the names in the state dict that is being loaded
         self._step_totals: StepTotals | None = None
         self._restored: dict[str, Any] = {}  # totals and gradients of a checkpoint's unfinished optimizer step
@@ -179,15 +180,15 @@ class Idefics2Module(LightningModule):
         tensors = chain(self.named_parameters(), self.named_buffers())
         exclude_from_ddp(self, [name for name, tensor in tensors if not tensor.requires_grad])
 
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Return the logits (R, T, V) of a batch."""
         return self.backbone.logits(self.backbone.prefill(batch, self.encode_pages(batch)))
 
-    def encode_pages(self, batch: Mapping[str, Any]) -> list[Tensor]:
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return the image features (image tokens, width) of each row of a batch."""
         return self.backbone.encode_pages(batch)
 
-    def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy summed over a batch's supervised tokens, and their number; both 0-d."""
         return self.backbone.loss(batch, self.backbone.prefill(batch, self.encode_pages(batch)))
 
@@ -225,7 +226,7 @@ class Idefics2Module(LightningModule):
         for start in range(0, len(pairs), batch_size):
             batch = collate(load_examples(pairs[start : start + batch_size]))
             answers += self.generate(self.transfer_batch_to_device(batch, self.model.device, 0))
-        self.evaluator.forget()
+        self.evaluator.free_memory()
         return answers
 
     def collator(self, *, train: bool, **options: Any) -> Idefics2Collator:  # noqa: ANN401
@@ -243,9 +244,9 @@ class Idefics2Module(LightningModule):
         image_options = {name: options.pop(name) for name in ("image_splitting", "image_size") if name in options}
         return Idefics2Collator(load_processor(self.hparams.pretrained, **image_options), train=train, **options)
 
-    def generate(self, batch: Mapping[str, Any]) -> list[str]:
+    def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
-        return self.evaluator.read_and_answer(batch).texts
+        return self.evaluator.decode(batch).texts
 
     # Training
 
@@ -281,12 +282,12 @@ class Idefics2Module(LightningModule):
             self._step_totals = None
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss divided by `LOSS_SCALE_TOKENS`.
 
         Lightning averages over micro-batches and ranks; `on_before_optimizer_step` makes it the mean over tokens.
         """
-        if "labels" not in batch:  # all examples were skipped, but the other ranks wait for this one's gradients
+        if batch.is_empty:  # all examples were skipped, but the other ranks wait for this one's gradients
             loss = sum((p.sum() * 0 for p in self._trainable().values()), torch.zeros((), device=self.device))
             tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         else:
@@ -334,15 +335,15 @@ class Idefics2Module(LightningModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Answer the batch's questions and add its loss."""
-        self.records += self.evaluator.records(batch, self.eval_loss)
+        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
 
     test_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation's records."""
-        self.records = []
+        """Forget the last evaluation's answers."""
+        self.answers = []
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -356,34 +357,36 @@ class Idefics2Module(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Free the memory that decoding took."""
-        self.evaluator.forget()
+        self.evaluator.free_memory()
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return a record for each question, see `Evaluator.records`."""
-        return self.evaluator.records(batch)
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+        """Return the answer to each question of the batch."""
+        return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
-        records = by_place(self.records)
-        self.evaluator.forget()  # training wants the memory
+        answers = by_question(self.answers)
+        self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
-        self.log(f"{stage}/anls", self._score(records), sync_dist=True, prog_bar=True)
-        # Every rank must score the same types, whether or not it saw them.
-        types = {name for record in records.values() for name in map(_metric_name, record["question_types"])}
-        for name in sorted(set().union(*gather_objects(self.trainer, types))):
-            of_type = {key: r for key, r in records.items() if name in map(_metric_name, r["question_types"])}
-            self.log(f"{stage}/anls/{name}", self._score(of_type), sync_dist=True)
-        known = {key: record for key, record in records.items() if "reference_page" in record}
-        right = {key: record["answer_page"] == record["reference_page"] for key, record in known.items()}
-        once = {key: value for rank in gather_objects(self.trainer, right) for key, value in rank.items()}
-        if once:  # the same on every rank
-            self.log(f"{stage}/answer_page_accuracy", sum(once.values()) / len(once))
+        self.log(f"{stage}/anls", self._score(answers), sync_dist=True, prog_bar=True)
+        # All ranks must log the same names, also of types of which they have no questions.
+        groups = by_question_type(answers, name=_metric_name)
+        for name in sorted(set().union(*gather_objects(self.trainer, [*groups]))):
+            self.log(f"{stage}/anls/{name}", self._score(groups.get(name, {})), sync_dist=True)
+        page_is_correct = {
+            key: answer.answer_page == answer.reference_page
+            for key, answer in answers.items()
+            if answer.reference_page is not None
+        }
+        unique = {key: value for rank in gather_objects(self.trainer, page_is_correct) for key, value in rank.items()}
+        if unique:  # the same on every rank
+            self.log(f"{stage}/answer_page_accuracy", sum(unique.values()) / len(unique))
 
-    def _score(self, records: Mapping[Any, dict[str, Any]]) -> Tensor:
+    def _score(self, answers: Mapping[Any, Answer]) -> Tensor:
         self.anls.update(
-            [record["prediction"] for record in records.values()],
-            [record["references"] for record in records.values()],
-            question_ids=[*records],  # they may be scored on two ranks
+            [answer.prediction for answer in answers.values()],
+            [answer.references for answer in answers.values()],
+            question_ids=[*answers],  # a question may be scored on two ranks
         )
         score = self.anls.compute()
         self.anls.reset()

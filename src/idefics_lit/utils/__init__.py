@@ -1,1 +1,1 @@
-"""Files, ranks and copies: small things that several packages use."""
+"""Helpers that several packages use: files, distributed communication, copies to the CPU."""

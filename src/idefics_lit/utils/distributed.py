@@ -1,4 +1,4 @@
-"""What ranks tell one another."""
+"""Communication between ranks."""
 
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def gather_objects(trainer: Trainer, value: T) -> list[T]:
-    """Return every rank's value, on every rank; all ranks must call it."""
+    """Gather a value of every rank on every rank. All ranks must call it."""
     if trainer.world_size == 1:
         return [value]
     gathered: list[T] = [value] * trainer.world_size
@@ -19,9 +19,9 @@ def gather_objects(trainer: Trainer, value: T) -> list[T]:
 
 
 def summed(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the sum of all ranks' tensors, on every rank; all ranks must call it.
+    """Sum a tensor over ranks, on every rank. All ranks must call it.
 
-    Without the barrier of Lightning's ``reduce``, at which the CPU waits for the GPU.
+    Unlike Lightning's ``reduce`` it has no barrier, at which the CPU would wait for the GPU.
     """
     if trainer.world_size > 1:
         tensor = tensor.clone()

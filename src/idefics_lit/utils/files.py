@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Write files atomically."""
 
 import os
 import secrets
@@ -12,18 +12,18 @@ from idefics_lit.errors import InputError
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``path`` when all is written and on disk; until then ``path`` is as it was.
+    """Open a temporary file that replaces ``path`` once it is written; until then ``path`` is unchanged.
 
-    A process that is killed meanwhile leaves ``path`` and a file ending in ``.tmp``.
+    A process that is killed while writing leaves ``path`` unchanged and a file ending in ``.tmp``.
 
     Args:
-        path: the file; folders are made.
-        durable: wait for the disk, so that a power cut leaves one of the two files whole too.
+        path: the file; missing folders are created.
+        durable: call fsync, so that after a power failure ``path`` is either the old or the new file.
 
     Raises:
-        InputError: the file can't be written, as on a full disk; nothing but the old one is left then.
+        InputError: the file can't be written, for example on a full disk; ``path`` is unchanged.
     """
-    # Others may write the same file. A process id doesn't tell them apart: the first one of every container is 1.
+    # A random name, since other processes may write the same file. Process ids recur in containers.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:
@@ -36,12 +36,12 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        if durable and os.name == "posix":  # the new name must reach the disk too
+        if durable and os.name == "posix":  # makes the new name durable
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
     except OSError as error:
-        kept = "what was there is as it was" if path.exists() else "nothing is left of it"
-        raise InputError(f"{path} can't be written: {error.strerror or error}; {kept}: make room") from error
+        state = "the old file is unchanged" if path.exists() else "no file is left"
+        raise InputError(f"{path} can't be written: {error.strerror or error}; {state}: free disk space") from error

@@ -1,14 +1,14 @@
-"""A GPU's numbers on their way to the CPU, which goes on meanwhile."""
+"""Non-blocking GPU-to-CPU copies."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """A tensor that is being copied to the CPU.
+    """A non-blocking copy of a tensor to the CPU.
 
     Args:
-        value: on any device; what is done to it later in the same stream doesn't change what arrives.
+        value: a tensor on any device; later operations on it in the same stream don't change the copy.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -20,11 +20,11 @@ class HostCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether nothing has to be waited for."""
+        """Whether the copy is done, so that `result` doesn't block."""
         return self._event is None or self._event.query()
 
     def result(self) -> Tensor:
-        """Return it, on the CPU."""
+        """Wait for the copy and return it."""
         if self._event is not None:
             self._event.synchronize()
         return self._value

@@ -1,4 +1,4 @@
-"""Lists of texts, as callers give them."""
+"""Check arguments that are lists of strings."""
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -6,21 +6,21 @@ from idefics_lit.errors import InputError
 
 
 def list_of_texts(value: object, what: str) -> list[str]:
-    """Return texts as a list; a single text is a list of one, not a list of its characters.
+    """Return strings as a list; a single string is a list of one, not a list of its characters.
 
     Args:
-        value: a text or an iterable of texts.
-        what: names it in the error.
+        value: a string or an ordered iterable of strings.
+        what: names the value in error messages.
 
     Raises:
-        InputError: the value is, or holds, something that is no text, or has no order.
+        InputError: the value or one of its items has another type.
     """
     if isinstance(value, str):
         return [value]
     if isinstance(value, (bytes, bytearray, Mapping, Set)) or not isinstance(value, Iterable):
-        raise InputError(f"{what}: {type(value).__name__} {value!r:.100} is no list of texts: give one")
+        raise InputError(f"{what}: {type(value).__name__} {value!r:.100} is not a list of strings: give one")
     texts = list(value)
     for text in texts:
         if not isinstance(text, str):
-            raise InputError(f"{what}: {type(text).__name__} {text!r:.100} is no text: give a list of texts")
+            raise InputError(f"{what}: {type(text).__name__} {text!r:.100} is not a string: give a list of strings")
     return texts

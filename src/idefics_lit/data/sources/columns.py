@@ -156,7 +156,7 @@ class ColumnMapping:
         Raises:
             InputError: as `read` does; also when the row has no image, or one that can't be decoded.
         """
-        return Example(**self.read(row, turn, where, number), images=pages or self._pages(row, where), where=where)
+        return Example(**self.read(row, turn, where, number), images=pages or self._pages(row, where), source=where)
 
     def _pages(self, row: Mapping[str, Any], where: str) -> list[Image]:
         images = {column: row[column] for column in self.image_columns}

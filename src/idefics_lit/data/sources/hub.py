@@ -87,7 +87,7 @@ class HubDocVQA(Examples):
         if bracketed := [i for i, answers in enumerate(self.answers) if any(map(BRACKETED.fullmatch, answers))]:
             rank_zero_warn(
                 f"{name}: {len(bracketed)} questions have an answer in brackets, which is no list but one text. "
-                f"The first: {self.where(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
+                f"The first: {self.source(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
             )
         pages = self._tell_pages_apart(self.dataset.select_columns(self.mapping.image_columns), folder)
         self.page_ids: list[tuple[Hashable, ...]] = [(*pages[row], *published[row]) for row, _ in self.rows]
@@ -102,9 +102,9 @@ class HubDocVQA(Examples):
         if index in self.faults:
             raise InputError(self.faults[index])
         row, turn = self.rows[index]
-        return self.mapping.example(self._row(self.dataset, row), turn, self.where(index), row)
+        return self.mapping.example(self._row(self.dataset, row), turn, self.source(index), row)
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         """Name a question's row for error messages."""
         return self._name(*self.rows[index])
 

@@ -86,7 +86,7 @@ class OfficialDocVQA(Examples):
         """Return a question with its page, decoded."""
         if index in self.faults:
             raise InputError(self.faults[index])
-        texts, where = self._texts(index), self.where(index)
+        texts, where = self._texts(index), self.source(index)
         try:
             images = [_open(self._found[image]) for image in self._images(index)]
         except Exception as error:
@@ -98,10 +98,10 @@ class OfficialDocVQA(Examples):
             answers=texts["answers"],
             question_types=[kind for types in TYPES for kind in texts[types]],
             answer_page=texts["answer_page_idx"],
-            where=where,
+            source=where,
         )
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         """Name a question's row for error messages."""
         row = self.rows[index]
         if not isinstance(row, dict):
@@ -112,7 +112,7 @@ class OfficialDocVQA(Examples):
 
     def _check(self, index: int) -> list[str]:
         """Find the pages of a row, and return its answers."""
-        texts, images, where = self._texts(index), self._images(index), self.where(index)
+        texts, images, where = self._texts(index), self._images(index), self.source(index)
         for image in images:
             if image not in self._found:
                 self._found[image] = str(self._locate(image, where))
@@ -121,7 +121,7 @@ class OfficialDocVQA(Examples):
 
     def _texts(self, index: int) -> dict[str, Any]:
         """Return what a row holds, by the official names."""
-        row, where, texts = self.rows[index], self.where(index), {}
+        row, where, texts = self.rows[index], self.source(index), {}
         if not isinstance(row, dict):
             raise InputError(f"{where}: not a JSON object: drop the row")
         for key, read in READ.items():
@@ -135,7 +135,7 @@ class OfficialDocVQA(Examples):
 
     def _images(self, index: int) -> list[str]:
         """Return what a row calls its images."""
-        row, where = self.rows[index], self.where(index)
+        row, where = self.rows[index], self.source(index)
         key = _image_key(row)
         stored = row.get(key)
         try:

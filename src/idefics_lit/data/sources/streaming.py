@@ -168,7 +168,7 @@ class _First(Examples):
     def __getitem__(self, index: int) -> Example:
         return self.stream.open(self.questions[index])
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         return self.questions[index].where
 
 

@@ -63,10 +63,10 @@ class SyntheticPages(Examples):
             images=[image],
             answers=list(question.answers),
             question_types=[question.type],
-            where=self.where(index),
+            source=self.source(index),
         )
 
-    def where(self, index: int) -> str:
+    def source(self, index: int) -> str:
         """Name a question's page for error messages."""
         page, number = self._items[index]
         return f"synthetic {self.split}, page {page} ({self.page_ids[index][0][0]}), question {number}"

@@ -157,7 +157,7 @@ class TableDocVQA(HubDocVQA):
         missing = [_missing([image for some in row for image in some or ()], folder) for row in pages]
         for index, (row, _) in enumerate(self.rows):
             if missing[row]:
-                self.faults.setdefault(index, f"{self.where(index)}: {missing[row]}")
+                self.faults.setdefault(index, f"{self.source(index)}: {missing[row]}")
 
     def _open_cells(self, form: ColumnMapping, stored: dict[str, list[Any]], name: str) -> None:
         """Put in their place the lists, and the questions in several languages, that cells spell."""

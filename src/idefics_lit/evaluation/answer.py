@@ -1,0 +1,86 @@
+"""`Answer`, a generated answer with its score, and how answers are grouped and averaged."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    Attributes:
+        question_id: the data set's id, which several questions may share.
+        question: the question's text.
+        prediction: the generated answer.
+        references: the accepted answers; empty if the data set has none.
+        score: the ANLS of the prediction, from 0 to 1; None without references.
+        question_types: the data set's types of the question, such as ``table/list``; may be empty.
+        answer_page: the page, counted from 0, on which the model locates the answer; None if that wasn't computed.
+        reference_page: the page, counted from 0, that the data set names; None if it names none.
+        index: the question's index in its split; None if the data loader sets none.
+    """
+
+    question_id: int | str
+    question: str
+    prediction: str
+    references: list[str]
+    score: float | None
+    question_types: list[str]
+    answer_page: int | None = None
+    reference_page: int | None = None
+    index: int | None = None
+
+    def to(self, *args: object, **kwargs: object) -> "Answer":
+        """Return the answer itself; Lightning moves predictions with it and rejects frozen dataclasses without it."""
+        return self
+
+    def to_json(self) -> str:
+        """Return one line of ``predictions.jsonl``: all fields but ``index``, without the pages that are None."""
+        fields = {name: value for name, value in asdict(self).items() if name != "index"}
+        for name in ("answer_page", "reference_page"):
+            if fields[name] is None:
+                del fields[name]
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def by_question(answers: Iterable[Answer]) -> dict[Hashable, Answer]:
+    """Return one rank's answers by a key that identifies the question on all ranks; the first answer is kept.
+
+    The key is the question's index in its split, since ids may recur. An answer without an index has the key
+    ``"<id> <n>"``, where n counts the earlier answers with this id on this rank: a distributed sampler that pads
+    repeats an example on another rank.
+    """
+    id_counts: Counter[Hashable] = Counter()
+    unique: dict[Hashable, Answer] = {}
+    for answer in answers:
+        key: Hashable = answer.index
+        if key is None:
+            key = f"{answer.question_id!r} {id_counts[answer.question_id]}"
+            id_counts[answer.question_id] += 1
+        unique.setdefault(key, answer)
+    return unique
+
+
+def by_question_type(answers: Mapping[Key, Answer], name: Callable[[str], str] = str) -> dict[str, dict[Key, Answer]]:
+    """Group answers by question type, the most frequent type first; an answer with two types is in both groups.
+
+    Args:
+        answers: the answers by question.
+        name: maps a question type to the name of its group.
+    """
+    groups: dict[str, dict[Key, Answer]] = {}
+    for key, answer in answers.items():
+        for question_type in answer.question_types:
+            groups.setdefault(name(question_type), {})[key] = answer
+    return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
+
+
+def mean_anls(answers: Collection[Answer]) -> float:
+    """Return the mean score of scored answers, of which there is at least one."""
+    scores: list[Any] = [answer.score for answer in answers]
+    return float(sum(scores) / len(scores))

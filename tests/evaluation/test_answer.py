@@ -1,0 +1,44 @@
+"""`Answer`: its JSON, how answers are identified across ranks, grouped and averaged."""
+
+import json
+
+import pytest
+
+from idefics_lit.evaluation.answer import Answer, by_question, by_question_type, mean_anls
+
+
+def answer(question_id, index=None, score=1.0, question_types=(), **fields):
+    return Answer(question_id, "Who?", "Ánn", ["Ann"], score, [*question_types], index=index, **fields)
+
+
+def test_json_has_all_fields_but_the_index():
+    line = '{"question_id": "a", "question": "Who?", "prediction": "Ánn", "references": ["Ann"], "score": 0.5, '
+    assert answer("a", 3, 0.5, ["form"]).to_json() == line + '"question_types": ["form"]}'
+    with_pages = answer("a", 3, 0.5, answer_page=0, reference_page=1).to_json()
+    assert with_pages == line + '"question_types": [], "answer_page": 0, "reference_page": 1}'
+    assert json.loads(answer(7, score=None).to_json())["score"] is None
+
+
+def test_answers_are_identified_by_index():
+    first, second, repeated = answer("a", 0), answer("a", 1), answer("a", 0, 0.5)
+    assert by_question([first, second, repeated]) == {0: first, 1: second}
+
+
+def test_answers_without_an_index_are_identified_by_id_and_occurrence_on_a_rank():
+    first_rank = by_question([answer(question_id) for question_id in ("a", "a", "b", 1, "1")])
+    assert len(first_rank) == 5
+    second_rank = by_question([answer(question_id) for question_id in ("c", "a")])
+    assert len({**first_rank, **second_rank}) == 6
+
+
+def test_groups_by_question_type_are_ordered_by_frequency_then_name():
+    answers = {0: answer("a", 0, 0.0, ["form", "list", "form"]), 1: answer("b", 1, 1.0, ["list"])}
+    answers[2] = answer("c", 2, 0.5, ["chart"])
+    groups = by_question_type(answers)
+    assert list(groups.items()) == [
+        ("list", {0: answers[0], 1: answers[1]}),
+        ("chart", {2: answers[2]}),
+        ("form", {0: answers[0]}),
+    ]
+    assert by_question_type(answers, name=lambda question_type: "all") == {"all": answers}
+    assert mean_anls(groups["list"].values()) == pytest.approx(0.5)
