@@ -36,7 +36,7 @@ def expected(module, examples):
     """The answers of the Trainer's prediction."""
     loader = DataLoader(examples, batch_size=4, collate_fn=Idefics2Collator(load_processor("tiny"), train=False))
     trainer = Trainer(accelerator="cpu", precision="32-true", logger=False, enable_checkpointing=False)
-    answers = [record["prediction"] for batch in trainer.predict(module, loader) for record in batch]
+    answers = [answer.prediction for batch in trainer.predict(module, loader) for answer in batch]
     assert len(set(answers)) > 2
     return answers
 
@@ -61,7 +61,7 @@ def test_it_loads_the_model_and_restores_the_modes(examples, expected):
     module = Idefics2Module("tiny", quantization="none", max_new_tokens=6)
     assert module.answer(examples[0].images, examples[0].question) == expected[:1]
     module.train()
-    module.backbone.tower.eval()
+    module.backbone.vision_tower.eval()
     modes = [part.training for part in module.modules()]
     module.answer(examples[0].images, examples[0].question)
     assert [part.training for part in module.modules()] == modes and torch.is_grad_enabled()
