@@ -7,7 +7,7 @@ the one that would be drawn, and a loader's worker sends numbers back, no pixels
 import re
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.data.subset import Subset
@@ -160,7 +161,7 @@ def read_split(datamodule: DocVQADataModule, split: str, advance: Any = lambda q
     collator.train_on_prompt = False  # a page would be processed for each question; lengths are the same
     broken = known_faults(examples, need_answers=True)
     advance(len(broken))
-    groups = _by_page(examples.page_ids, (row for row in range(len(examples)) if row not in broken))
+    groups = _by_page(examples.page_ids, [row for row in range(len(examples)) if row not in broken])
     loader = DataLoader(
         SkipBadExamples(examples), batch_sampler=groups, collate_fn=Reader(collator), num_workers=datamodule.workers()
     )
@@ -177,11 +178,8 @@ def read_split(datamodule: DocVQADataModule, split: str, advance: Any = lambda q
     return Split(examples, dict(sorted(broken.items())), dict(sorted(good.items())), seconds, len(groups))
 
 
-def _by_page(page_ids: Sequence[Hashable], rows: Iterable[int]) -> list[list[int]]:
-    pages: dict[Hashable, list[int]] = {}
-    for row in rows:
-        pages.setdefault(page_ids[row], []).append(row)
-    return list(pages.values())
+def _by_page(page_ids: Sequence[Hashable], rows: Sequence[int]) -> list[list[int]]:
+    return [[rows[i] for i in group] for group in group_by_page(page_ids[row] for row in rows)]
 
 
 class Batch(NamedTuple):
