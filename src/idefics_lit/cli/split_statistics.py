@@ -10,7 +10,7 @@ What is special here:
 import re
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
+from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.data.subset import Subset
@@ -174,7 +175,7 @@ def compute_statistics(
     collator.train_on_prompt = False  # otherwise a page is processed for each question; lengths are the same
     errors = known_faults(examples, need_answers=True)
     advance(len(errors))
-    batches = _group_by_page(examples.page_ids, (row for row in range(len(examples)) if row not in errors))
+    batches = _group_by_page(examples.page_ids, [row for row in range(len(examples)) if row not in errors])
     loader = DataLoader(
         SkipBadExamples(examples),
         batch_sampler=batches,
@@ -196,11 +197,8 @@ def compute_statistics(
     )
 
 
-def _group_by_page(page_ids: Sequence[Hashable], rows: Iterable[int]) -> list[list[int]]:
-    pages: dict[Hashable, list[int]] = {}
-    for row in rows:
-        pages.setdefault(page_ids[row], []).append(row)
-    return list(pages.values())
+def _group_by_page(page_ids: Sequence[Hashable], rows: Sequence[int]) -> list[list[int]]:
+    return [[rows[i] for i in group] for group in group_by_page(page_ids[row] for row in rows)]
 
 
 class BatchStatistics(NamedTuple):
