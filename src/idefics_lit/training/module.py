@@ -28,7 +28,7 @@ from transformers import get_scheduler
 
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.evaluator import Evaluator
-from idefics_lit.evaluator.records import by_place
+from idefics_lit.evaluation.records import by_place
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
