@@ -49,8 +49,10 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
         super().load_state_dict(place)
 
     def _made_by(self) -> dict[str, Any]:
+        # A few batches that are overfitted are in the set's order, by a sampler of Lightning's.
+        overfitted = {"trainer.overfit_batches": self.trainer.overfit_batches} if self.trainer else {}
         return {
-            **self.sampler.decided_by,
+            **getattr(self.sampler, "decided_by", overfitted),
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "data.batch_size": self.batch_size,
             "data.num_workers": self.num_workers,
