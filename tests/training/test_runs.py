@@ -1,5 +1,6 @@
 """Which run a command goes on with, and the folder that every run has to itself."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,28 @@ def test_slurms_checkpoint_is_its_runs_alone(run, in_effect, flags, monkeypatch,
     assert in_effect("validate", *flags).ckpt_path is None
     monkeypatch.setattr("idefics_lit.training.checkpoint.AtomicCheckpointIO.load_checkpoint", None)
     run("validate", *flags)
+
+
+@pytest.mark.parametrize("more", [[], ["--data.source", "synthetic"]])
+def test_a_job_that_is_queued_again_goes_on_from_what_it_saved(in_effect, flags, more, monkeypatch, capfd):
+    """And not from the checkpoint that it began with; that names the source, or the command does."""
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    start = ("--ckpt_path", MINE)
+    flags = [*flags, *more] if more else []  # else all of it is the checkpoint's
+    flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    changed("hpc_ckpt_1.ckpt", experiment={"data.source": more[1]} if more else {})
+    another("hpc_ckpt_2.ckpt")
+    assert in_effect("fit", *flags, *start).ckpt_path == MINE
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert in_effect("fit", *flags, *start).ckpt_path == "hpc_ckpt_1.ckpt"
+    assert "passed over: hpc_ckpt_2.ckpt: model.lr 0.05, here 0.01" in capfd.readouterr().err
+    assert in_effect("validate", *flags, *start).ckpt_path == MINE
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
+        assert in_effect("fit", *flags, *start).ckpt_path is None  # rank 0 tells it
+    os.utime(MINE)
+    assert in_effect("fit", *flags, *start).ckpt_path == MINE
 
 
 def test_rank_0_decides(in_effect, flags, monkeypatch, capfd):

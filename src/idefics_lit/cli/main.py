@@ -146,7 +146,25 @@ class DocVQACLI(LightningCLI):
         if path and not complete:
             self._subcommand_parsers[command].set_defaults(_remembered(self._read_checkpoint(path)))
             self.config = self._parse(parser, args)
+        named = path if options.ckpt_path not in (None, "last", "hpc", "best") else None
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and SLURMEnvironment.detect()
+        if command == "fit" and named and requeued:  # rank 0 tells the others, as above
+            path = self._saved_since(named) or named if rank == 0 else None
         self.config[command].ckpt_path = path
+
+    def _saved_since(self, begun_from: str) -> str | None:
+        """Find what Lightning saved when SLURM queued this job again, newer than what the job began from."""
+        options = self.config.fit
+        own, begun = describe(options.as_dict()), os.stat(begun_from).st_mtime_ns
+        files = Path(options.trainer.default_root_dir or ".").expanduser().glob("hpc_ckpt_*.ckpt")
+        path = resumable(
+            [file for file in files if file.stat().st_mtime_ns > begun],
+            lambda _, saved: differences(saved, own),
+            self._read_checkpoint,
+        )
+        if path:
+            tell(f"last checkpoint: {path}, saved when the job was queued again")
+        return str(path) if path else None
 
     def _read_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Return a checkpoint whose options are options here.
