@@ -48,7 +48,8 @@ class DocVQADataModule(LightningDataModule):
             many steps as trainer.max_steps says. Scored are the first limit_val or limit_test questions of a split;
             where there is no validation split, of the training split, which leaves their pages out.
         train_split: the split to train on, "train" unless given.
-        val_split: the split to validate on, "validation" or "val" unless given, else held out of the training split;
+        val_split: the split to validate on, "validation" or "val" unless given, else, or where that is the training
+            split, held out of the training split;
             of nielsr/docvqa_1200_examples, which has no such split, its 200 test questions.
         test_split: the split to test on, "test" unless given.
         predict_split: the split to predict, the test split unless given, else the validation split.
@@ -317,7 +318,8 @@ class DocVQADataModule(LightningDataModule):
         if self.hparams.val_split:
             return self.hparams.val_split
         names = ["validation", "val", VAL_SPLITS.get(self.hparams.source)]
-        return next((name for name in names if name in self.splits), None)
+        trained = self.hparams.train_split or "train"
+        return next((name for name in names if name in self.splits and name != trained), None)
 
     def _held_out(self, examples: Examples) -> set[int]:
         """Choose questions by their pages: a page that was trained on says nothing about new ones.
