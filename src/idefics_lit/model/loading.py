@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -73,7 +73,7 @@ def load_model(
         compiled: compile the layers, each kind once, and what else goes over all patches.
 
     Raises:
-        InputError: when there is no such model, it is an adapter or lacks a weight, or ``target_modules`` match none of
+        InputError: when there is no such model, it is an adapter, lacks a weight or has one that isn't finite, or ``target_modules`` match none of
             its layers.
     """
     refuse_adapter(pretrained)
@@ -96,6 +96,7 @@ def load_model(
         raise cannot_load("model", pretrained, error) from error
     base: PreTrainedModel = loaded[0]
     _check_complete(pretrained, loaded[1])
+    _check_finite(pretrained, base)
     if device.type == "cpu":
         for layer in base.modules():
             if isinstance(layer, Linear4bit):
@@ -157,6 +158,27 @@ def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> N
         )
     if others:
         rank_zero_warn(f"model.pretrained {pretrained!r} has {others}; they are ignored.")
+
+
+def _check_finite(pretrained: str, base: nn.Module) -> None:
+    """Refuse a base with weights that are no numbers, whose answers would say nothing.
+
+    Of weights in 4 bits it is seen in their blocks' largest values.
+
+    Raises:
+        InputError: with the first that isn't finite.
+    """
+    for name, weight in base.named_parameters():
+        value: Any = weight
+        if isinstance(weight, Params4bit):
+            state: Any = weight.quant_state
+            value = torch.stack([state.state2.absmax.sum(), state.offset]) if state.nested else state.absmax
+        # The extremes of what holds NaN are NaN; nothing as large as the weight is made.
+        if value.is_floating_point() and value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
+            raise InputError(
+                f"model.pretrained {pretrained!r}: {name} holds numbers that aren't finite in {weight.dtype}: fetch or "
+                f"convert it again, or give another trainer.precision"
+            )
 
 
 def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
