@@ -17,10 +17,12 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
-# Of floats between 0 and 1, and of 8 to 32 bits; scanners write 10, 12 or 14 bits into 16.
-FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)))
+# Of floats between 0 and 1, and of 8 to 32 bits; scanners write 10, 12 or 14 bits into 16. Those of 32 bits, with a sign
+# and without, are as float32 rounds them.
+FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)), 2**31, 2**32)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, as the next ones
 SUBFILE_TYPE, PREVIEW, MASK = 254, 1, 4
+SAMPLE_FORMAT, UNSIGNED = 339, 1
 MAX_FILE_BYTES = 2**28  # of a file in an archive or on the Hub, which is read as a whole
 BAND_ROWS = 256
 # What scanners, cameras and browsers write. Pillow knows others too, among them PostScript, which is a program.
@@ -253,9 +255,19 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
     White is what the file's depth says, or the least of the usual full scales that no pixel is above.
     """
-    brightest = max(
-        float(np.nan_to_num(_values(image, top), posinf=0).max()) for top in range(0, image.height, BAND_ROWS)
+    # Pillow reads 32 bits without a sign as bits with one.
+    is_unsigned = image.mode == "I" and tags.get(BITS_PER_SAMPLE) == (32,)
+    is_unsigned &= tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,)
+
+    def values_of(band: Image.Image) -> Any:  # noqa: ANN401
+        values = np.asarray(band)
+        return (values.view(np.uint32) if is_unsigned else values).astype(np.float32)
+
+    bands = (
+        image.crop((0, top, image.width, min(top + BAND_ROWS, image.height)))
+        for top in range(0, image.height, BAND_ROWS)
     )
+    brightest = max(float(np.nan_to_num(values_of(band), posinf=0).max()) for band in bands)
     # What was resized in floats is a little brighter than white here and there.
     scales = (scale * (1.1 if image.mode == "F" else 1) for scale in FULL_SCALES)
     white = next((full for full, scale in zip(FULL_SCALES, scales, strict=True) if brightest <= scale), brightest)
@@ -264,11 +276,7 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     turned = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
     def scale(band: Image.Image) -> Image.Image:
-        values = np.nan_to_num(np.asarray(band, dtype=np.float32), posinf=white).clip(0, white)
+        values = np.nan_to_num(values_of(band), posinf=white).clip(0, white)
         return Image.fromarray(((white - values if turned else values) * (255 / white) + 0.5).astype(np.uint8))
 
     return _by_bands(image, "L", scale)
-
-
-def _values(image: Image.Image, top: int) -> Any:  # noqa: ANN401
-    return np.asarray(image.crop((0, top, image.width, min(top + BAND_ROWS, image.height))), dtype=np.float32)
