@@ -99,8 +99,13 @@ def test_two_fits_in_one_folder_go_on_each_with_its_own(run, short_fit, capfd):
             "true",
         ],
         ["--data.batch_size", 1, "--trainer.accumulate_grad_batches", 2],
+        [
+            "--trainer.callbacks",
+            '[{"class_path": "Timer"}, {"class_path": "ModelCheckpoint"}, {"class_path": "LearningRateMonitor"}, '
+            '{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]',
+        ],
     ],
-    ids=["how long and how fast", "less memory"],
+    ids=["how long and how fast", "less memory", "callbacks that change nothing"],
 )
 def test_what_may_change(in_effect, flags, more):
     another("lightning_logs/version_1/checkpoints/other.ckpt")
@@ -114,6 +119,14 @@ def test_what_may_change(in_effect, flags, more):
         (["--data.batch_size", 4], "data.batch_size x trainer.accumulate_grad_batches 2, here 4"),
         (["--trainer.gradient_clip_val", 1], "trainer.gradient_clip_val None, here 1"),
         (["--seed_everything", 1], "seed_everything 0, here 1"),
+        (
+            ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", 0.1],
+            "trainer.callbacks none, here lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.1, ",
+        ),
+        (
+            ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{0: 2}"],
+            "trainer.callbacks none, here lightning.pytorch.callbacks.GradientAccumulationScheduler(",
+        ),
         (["--model.lora.r", 4, "--model.lora.dropout", 0], "model.lora.r 8, here 4; model.lora.dropout"),
     ],
 )
@@ -336,6 +349,20 @@ def test_two_commands_at_once_have_a_folder_each(run, flags, command):
     assert taken == [Path("lightning_logs/version_1")] and not list(taken[0].iterdir())
     names = {"predict": "submission.json", "validate": "val_predictions.jsonl", "test": "test_predictions.jsonl"}
     assert (folder / "lightning_logs/version_2" / names[command]).exists()
+
+
+@pytest.mark.parametrize(("command", "file"), [("predict", "submission.json"), ("validate", "val_predictions.jsonl")])
+def test_without_a_logger_answers_are_not_replaced(run, flags, command, file, tmp_path, capfd):
+    args = [command, *flags, "--data.test_split", "val", "--data.limit_test", 2, "--trainer.logger", "false"]
+    run(*args)
+    answers = (tmp_path / file).read_bytes()
+    with pytest.raises(SystemExit):
+        run(*args, "--data.limit_test", 1, "--data.limit_val", 1)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / file} holds the answers of another run: move it away, or give another")
+    assert (tmp_path / file).read_bytes() == answers
+    run(*args, "--trainer.default_root_dir", "other")
+    assert (tmp_path / "other" / file).read_bytes() == answers
 
 
 def test_check_too_and_it_leaves_no_empty_one(run, flags, monkeypatch, tmp_path, docvqa):

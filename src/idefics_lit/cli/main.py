@@ -79,6 +79,10 @@ LOGGER_FOLDER = "."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": LOGGER_FOLDER}}
 
 
+# The files that evaluations write.
+ANSWERS = {"validate": "val_predictions.jsonl", "test": "test_predictions.jsonl", "predict": "submission.json"}
+
+
 class _Parser(LightningArgumentParser):
     """Lightning's parser, whose default logger leaves nothing to another one that is given in its place."""
 
@@ -322,7 +326,11 @@ class DocVQACLI(LightningCLI):
         options = self.config[subcommand]
         resumed = options.ckpt_path if subcommand == "fit" else None
         with own_folder(
-            self.trainer, version=_given_version(options.trainer.logger), fit=subcommand == "fit", resumed=resumed
+            self.trainer,
+            version=_given_version(options.trainer.logger),
+            fit=subcommand == "fit",
+            resumed=resumed,
+            writes=ANSWERS.get(subcommand),
         ):
             super()._run_subcommand(subcommand)
 

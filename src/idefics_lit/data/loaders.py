@@ -50,7 +50,7 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
 
     def _made_by(self) -> dict[str, Any]:
         # A few batches that are overfitted are in the set's order, by a sampler of Lightning's.
-        overfitted = {"trainer.overfit_batches": self.trainer.overfit_batches} if self.trainer else {}
+        overfitted = {"trainer.overfit_batches": getattr(self.trainer, "overfit_batches", 0)}
         return {
             **getattr(self.sampler, "decided_by", overfitted),
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,

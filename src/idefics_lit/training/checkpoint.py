@@ -82,6 +82,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise TypeError("its state_dict holds more than weights")
         if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
             raise TypeError("its datamodule_hyper_parameters are none")
+        if not isinstance(checkpoint.get("experiment") or {}, Mapping):
+            raise TypeError("its experiment is none")
         base = checkpoint.get("base")  # an earlier version's is `check_embedding`'s tensor
         if not isinstance(base, Tensor | None):
             names, values, *_ = (base[name] for name in ("names", "values", "dtype", "revision"))

@@ -1,11 +1,23 @@
 """Which experiment a checkpoint belongs to: what it trains, less what may change when a run is resumed."""
 
 import os
+import pydoc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    ThroughputMonitor,
+    Timer,
+)
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from idefics_lit.errors import InputError
@@ -22,6 +34,11 @@ MAY_CHANGE = {
 }
 # Options of the Trainer that do.
 TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
+# Callbacks that save, watch or end a run; any other may change what is trained.
+BYSTANDERS = (
+    *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
+    *(ProgressBar, ThroughputMonitor, Timer),
+)
 PLACES = ("model.pretrained", "data.source")  # folders, or names on the Hub
 
 
@@ -30,11 +47,14 @@ def describe(options: Mapping[str, Any]) -> Experiment:
 
     Args:
         options: a config as nested dicts, or a part of one: ``model``, ``data``, ``trainer`` and ``seed_everything``.
+            Lists in it may hold namespaces.
     """
     trainer, data = (options.get(part) or {} for part in ("trainer", "data"))
     found = flatten({part: options.get(part) or {} for part in ("model", "data")})
     found = {name: value for name, value in found.items() if name not in MAY_CHANGE}
     found |= {f"trainer.{name}": trainer[name] for name in TRAINER if name in trainer}
+    if "callbacks" in trainer:
+        found["trainer.callbacks"] = _callbacks(trainer["callbacks"])
     if "accumulate_grad_batches" in trainer and "batch_size" in data:  # less memory is no other experiment
         examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
         found["data.batch_size x trainer.accumulate_grad_batches"] = examples
@@ -44,6 +64,17 @@ def describe(options: Mapping[str, Any]) -> Experiment:
         if name in found and os.path.exists(str(found[name])):  # the same folder from anywhere
             found[name] = os.path.realpath(found[name])
     return found
+
+
+def _callbacks(configured: Any) -> str:  # noqa: ANN401
+    """Return the callbacks of a config that may change what is trained, their classes with their arguments."""
+    found = []
+    for callback in configured if isinstance(configured, list) else [configured] if configured else []:
+        kind = pydoc.locate(path := callback["class_path"])
+        is_bystander = isinstance(kind, type) and issubclass(kind, BYSTANDERS)
+        if not is_bystander and not path.startswith("idefics_lit."):
+            found.append(f"{path}({', '.join(f'{k}={v!r}' for k, v in (callback.get('init_args') or {}).items())})")
+    return ", ".join(found) or "none"
 
 
 def differences(saved: Experiment, own: Experiment) -> list[str]:
@@ -76,7 +107,7 @@ def resumable(files: Iterable[Path], same: Callable[[Path, Experiment], list[str
     told = set()
     for path, checkpoint in _ours(files, read):
         differing = same(path, _saved(checkpoint))
-        if not differing and "optimizer_states" not in checkpoint:
+        if not differing and not checkpoint.get("optimizer_states"):
             differing = ["weights alone"]
         if not differing:
             return path

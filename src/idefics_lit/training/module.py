@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
@@ -152,6 +153,12 @@ class Idefics2Module(LightningModule):
         options = self.hparams
         trainer = self._trainer
         if trainer is not None:
+            fits = trainer.state.fn == TrainerFn.FITTING
+            if fits and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                raise InputError(
+                    "trainer.callbacks: averages of weights (WeightAveraging, EMAWeightAveraging) make checkpoints "
+                    "that this version can't load: leave them out"
+                )
             device, precision = trainer.strategy.root_device, str(trainer.precision)
         elif torch.cuda.is_available():
             device, precision = torch.device("cuda"), "bf16-mixed"
@@ -333,6 +340,14 @@ class Idefics2Module(LightningModule):
         Groups that a subclass has added or changed, or that a schedule of its own is at work on, stay the checkpoint's.
         """
         self._restored = True
+        theirs, ours = (
+            [len(g["params"]) for g in groups["param_groups"]] for groups in (saved, optimizer.state_dict())
+        )
+        if theirs != ours:
+            raise InputError(
+                f"the checkpoint's optimizer has groups of {theirs} weights, this run's of {ours}: it is another "
+                f"adapter's, or damaged"
+            )
         if any(config.scheduler is not self._schedule for config in self.trainer.lr_scheduler_configs):
             return None
         groups = list(saved["param_groups"])
@@ -451,7 +466,7 @@ class Idefics2Module(LightningModule):
         """Refuse another base or scale of the adapter, and weights alone to resume from; say what else differs."""
         self.configure_model()
         trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("optimizer_states"):
             raise InputError(
                 f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't go on: "
                 f"give a checkpoint with the optimizer's state"

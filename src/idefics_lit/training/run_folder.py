@@ -35,7 +35,9 @@ def _folder_name(version: int | str | None) -> str:
 
 
 @contextmanager
-def own_folder(trainer: Trainer, *, version: int | str | None, fit: bool, resumed: str | None) -> Iterator[None]:
+def own_folder(
+    trainer: Trainer, *, version: int | str | None, fit: bool, resumed: str | None, writes: str | None = None
+) -> Iterator[None]:
     """Run in a folder that no other run writes to, at once or after it. For rank 0.
 
     Args:
@@ -44,9 +46,10 @@ def own_folder(trainer: Trainer, *, version: int | str | None, fit: bool, resume
             another run can take it too; others draw an id.
         fit: it writes checkpoints.
         resumed: the checkpoint that a fit goes on from.
+        writes: the file of answers that an evaluation writes; without a logger its folder isn't numbered.
 
     Raises:
-        InputError: another run writes there, or a fit's checkpoints are there.
+        InputError: another run writes there, or a fit's checkpoints, or another evaluation's answers, are there.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is not None and version is None:
@@ -74,6 +77,11 @@ def own_folder(trainer: Trainer, *, version: int | str | None, fit: bool, resume
             raise InputError(
                 f"{checkpoints} holds another run's checkpoints: go on with it, --ckpt_path last, or give another "
                 f"--trainer.default_root_dir or logger"
+            )
+        if logger is None and writes and (folder / writes).exists():
+            raise InputError(
+                f"{folder / writes} holds the answers of another run: move it away, or give another "
+                f"--trainer.default_root_dir or a logger, which numbers folders"
             )
         yield
 
