@@ -398,3 +398,10 @@ def test_a_csv_beside_the_official_json_is_named_too(docvqa, tmp_path):
     write(tmp_path / "pages", CSV, "test.csv")
     with pytest.warns(UserWarning, match=r"not read beside train.json: test.csv\..* as test.json"):
         find_splits(str(tmp_path / "pages"), None, None, "en", 0)
+
+
+@pytest.mark.parametrize("cell", ["('a', 'b')", "{'a', 'b'}", "array(['a', 'b'], dtype=object)"])
+def test_a_tuple_a_set_or_an_array_in_a_cell_is_named(folder, cell):
+    file = write(folder, f'id,question,image,answer\n1,Q?,a.png,"{cell}"\n')
+    with pytest.warns(UserWarning, match=r"1 questions have an answer in brackets, .*: train.csv|\(line 2\)"):
+        assert TableDocVQA(file).answers == [[cell]]

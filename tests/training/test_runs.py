@@ -161,10 +161,24 @@ def test_files_of_others_and_weights_alone_are_passed_over(in_effect, flags, cap
     changed("lightning_logs/version_1/checkpoints/weights.ckpt", optimizer_states=None)
     changed("lightning_logs/version_2/checkpoints/theirs.ckpt", hyper_parameters=None)
     changed("lightning_logs/version_3/checkpoints/none.ckpt", hyper_parameters=3)
+    changed("lightning_logs/version_4/checkpoints/empty.ckpt", optimizer_states=[])
+    changed("lightning_logs/version_5/checkpoints/list.ckpt", experiment=[1])
     Path("lightning_logs/graph.ckpt").write_bytes(b"a session of TensorFlow")
     with pytest.warns(UserWarning, match=r"theirs.ckpt: not a checkpoint of this program, or a damaged one"):
         assert in_effect("fit", *flags, *LAST).ckpt_path == MINE
-    assert "weights.ckpt: weights alone" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "weights.ckpt: weights alone" in error and "empty.ckpt: weights alone" in error
+
+
+def test_a_checkpoint_of_other_groups_or_of_an_unknown_prompt_is_refused(run, flags, capfd):
+    states = torch.load(MINE, weights_only=True)["optimizer_states"]
+    states[0]["param_groups"][0]["params"].pop()
+    changed("groups.ckpt", optimizer_states=states)
+    changed("prompt.ckpt", datamodule_hyper_parameters={"prompt_style": "new"})
+    for command, file, why in (("fit", "groups", "optimizer has groups of ["), ("validate", "prompt", "prompt_style")):
+        with pytest.raises(SystemExit):
+            run(command, *flags, "--data.prompt_style", "recipe", "--ckpt_path", f"{file}.ckpt")
+        assert why in capfd.readouterr().err.splitlines()[-1]
 
 
 class Elsewhere(CSVLogger):

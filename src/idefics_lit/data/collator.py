@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
@@ -290,7 +291,13 @@ def _text_part(text: str) -> dict[str, str]:
 
 def _reference_page(example: Example) -> int | None:
     page = example.answer_page
-    return page if page is not None and page < len(example.images) else None  # of pages that it doesn't have none
+    if page is not None and page >= len(example.images):
+        rank_zero_warn(
+            f"{_name(example)}: its answer is on page {page}, counted from 0, of {len(example.images)}: it is left out "
+            f"of answer_page_accuracy"
+        )
+        return None
+    return page
 
 
 def _name(example: Example) -> str:

@@ -141,7 +141,7 @@ def as_page(value: object) -> int | None:
         number = float(text or -1)  # a column with gaps may be one of floats
     except ValueError:
         number = 0.5
-    if not number.is_integer():
+    if not number.is_integer() or number < -1:  # -1 is a common way to write that there is none
         raise ValueError(f"holds {text!r:.100} where the number of a page should be")
     return int(number) if number >= 0 else None
 

@@ -17,8 +17,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
-# Of floats between 0 and 1, and of 8 to 32 bits; scanners write 10, 12 or 14 bits into 16. Those of 32 bits, with a sign
-# and without, are as float32 rounds them.
+# Of floats between 0 and 1, and of 8 to 32 bits; scanners write 10, 12 or 14 bits into 16. Those of 32 bits, with a
+# sign and without, are as float32 rounds them.
 FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)), 2**31, 2**32)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, as the next ones
 SUBFILE_TYPE, PREVIEW, MASK = 254, 1, 4

@@ -73,8 +73,8 @@ def load_model(
         compiled: compile the layers, each kind once, and what else goes over all patches.
 
     Raises:
-        InputError: when there is no such model, it is an adapter, lacks a weight or has one that isn't finite, or ``target_modules`` match none of
-            its layers.
+        InputError: when there is no such model, it is an adapter, lacks a weight or has one that isn't finite, or
+            ``target_modules`` match none of its layers.
     """
     refuse_adapter(pretrained)
     # No one else's code is run: neither a repository's own nor what a pickle holds.

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
 
+from idefics_lit.data.collator import PromptStyle
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.pretrained import weight_files
 from idefics_lit.utils.files import replacing
@@ -161,6 +162,11 @@ def check_hyperparameters(
     if differing:
         rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
     data = checkpoint.get("datamodule_hyper_parameters") or {}
+    if data.get("prompt_style") not in (None, *get_args(PromptStyle)):
+        raise InputError(
+            f"the checkpoint was trained with data.prompt_style {data['prompt_style']!r}, which this version doesn't "
+            f"know: use the version that wrote it"
+        )
     moved = [
         f"data.{name} {data[name]}, here {value}"
         for name, value in held_out_by.items()

@@ -69,6 +69,6 @@ def _warn_of_unread(source: Path, read: Collection[Path]) -> None:
     if unread:
         names, (_, split) = ", ".join(name for name, _ in unread[:3]), unread[0]
         rank_zero_warn(
-            f"{source}: not read beside {next(iter(read)).name}: {names}. If it is a split, save it in the same form as "
-            f"{split}{own}"
+            f"{source}: not read beside {next(iter(read)).name}: {names}. If it is a split, save it in the same form "
+            f"as {split}{own}"
         )
