@@ -293,6 +293,8 @@ def measure(name: str, command: list[str], work: Path, limit: float | None = Non
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
     )
+    for answers in (*work.glob("*_predictions.jsonl"), work / "submission.json"):  # runs without a logger replace none
+        answers.unlink(missing_ok=True)
     own, *others = ({**environment, **special} for special in environments(command))
     started = time.perf_counter()
     ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=subprocess.DEVNULL) for other in others]

@@ -145,3 +145,10 @@ def test_two_processes_count_seven_questions_as_seven(tmp_path):
     alone.update([p for p, _ in QUESTIONS], [[r] for _, r in QUESTIONS], question_ids=range(7))
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone.compute().item()
+
+
+def test_pairs_without_an_id_count_one_by_one():
+    metric = ANLS()
+    metric.update(["a", "x", "b"], [["a"], ["y"], ["b"]], question_ids=[None, None, 7])
+    metric.update(["b"], [["z"]], question_ids=[7])
+    assert metric.compute() == pytest.approx(2 / 3)

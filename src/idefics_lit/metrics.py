@@ -131,14 +131,15 @@ class ANLS(Metric):
         self,
         preds: Sequence[str],
         target: Sequence[Sequence[str] | str],
-        question_ids: Sequence[int | str] | None = None,
+        question_ids: Sequence[int | str | None] | None = None,
     ) -> None:
         """Score a batch.
 
         Args:
             preds: n answers.
             target: n lists of references; a string is a list of one.
-            question_ids: n ids; pairs with the same id count once. The int 7 and the string "7" are different ids.
+            question_ids: n ids; pairs with the same id count once. The int 7 and the string "7" are different ids;
+                None is no id.
 
         Raises:
             ValueError: the lengths differ.
@@ -148,7 +149,8 @@ class ANLS(Metric):
             if isinstance(value, (str, bytes, Mapping)):
                 raise InputError(f"{name}: {type(value).__name__} {value!r:.100}: give a list, one for each question")
         # Without ids, each pair gets one that is unique over ranks.
-        ids: Sequence[int | str] = [uuid.uuid4().hex for _ in preds] if question_ids is None else question_ids
+        given: Sequence[int | str | None] = [None for _ in preds] if question_ids is None else question_ids
+        ids = [uuid.uuid4().hex if question_id is None else question_id for question_id in given]
         scores = [
             anls(pred, references, question_id=question_id, **self.options)
             for pred, references, question_id in zip(preds, target, ids, strict=True)

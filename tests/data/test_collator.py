@@ -4,8 +4,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from idefics_lit.data import collator
 from idefics_lit.data.collator import Idefics2Collator
-from idefics_lit.data.example import Example
+from idefics_lit.data.example import Example, as_page
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 
@@ -206,3 +207,11 @@ def test_the_prompt_is_an_exact_prefix(processor, question, answer):
     whole = processor.tokenizer(collate._text(asked, answer)).input_ids
     assert whole[: len(prompt)] == prompt
     assert whole[-1] == END
+
+
+def test_an_answer_on_a_page_that_the_question_does_not_have_is_named():
+    example = Example(7, "Q?", [Image.new("L", (8, 8))], ["a"], answer_page=5)
+    with pytest.warns(UserWarning, match=r"question 7: its answer is on page 5, counted from 0, of 1: .* left out"):
+        assert collator._reference_page(example) is None
+    with pytest.raises(ValueError, match="holds '-3' where the number of a page should be"):
+        as_page(-3)

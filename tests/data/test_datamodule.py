@@ -102,6 +102,14 @@ def test_only_a_set_known_for_it_is_validated_on_its_test_split(data, official, 
     assert held_out == (options.get("val_split") != "train")
 
 
+def test_the_split_that_is_trained_on_is_validated_on_by_held_out_pages(data, official):
+    """As lmms-lab/DocVQA, which has a validation and a test split alone."""
+    module = data("fit", official(val=9, test=2), train_split="val", held_out=0.3, limit_train=None)
+    train, val = module.examples["train"], module.examples["val"]
+    assert (len(train), len(val)) == (12, 6) and pages(train).isdisjoint(pages(val))
+    assert {"seed", "held_out"} < module.held_out_by.keys()
+
+
 @pytest.mark.parametrize("option", ["train_split", "val_split"])
 def test_an_unknown_split_is_named(data, official, option):
     with pytest.raises(InputError, match="no split 'dev', it has train, val: choose with"):

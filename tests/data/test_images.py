@@ -498,3 +498,17 @@ def test_a_program_is_no_image(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "page.eps")
     with pytest.raises(UnidentifiedImageError):
         open_page(tmp_path / "page.eps")
+
+
+@pytest.mark.parametrize("kind", ["<u4", "<i4"])
+def test_grey_of_32_bits_is_scaled_by_its_own_depth(tmp_path, kind):
+    """With a sign and without, from black to white; Pillow writes no such file."""
+    grey = np.linspace(0, 255, 600 * 3).astype(np.uint8).reshape(600, 3)
+    values = (grey / 255 * np.iinfo(kind).max).astype(kind)
+    strip = 8 + 2 + 10 * 12 + 4
+    tags = [(256, 4, 3), (257, 4, 600), (258, 3, 32), (259, 3, 1), (262, 3, 1)]
+    tags += [(273, 4, strip), (277, 3, 1), (278, 4, 600), (279, 4, values.nbytes), (339, 3, 2 if kind == "<i4" else 1)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", t, k, 1, v) for t, k, v in tags)
+    (tmp_path / "page.tif").write_bytes(head + bytes(4) + values.tobytes())
+    page = np.asarray(open_page(tmp_path / "page.tif")).astype(int)
+    assert np.abs(page - grey).max() <= 1

@@ -221,6 +221,14 @@ def data(tiny):
     return data
 
 
+def test_of_the_split_that_is_trained_on_the_first_questions_are_validated_on(data, tmp_path):
+    """As a source with a validation and a test split alone has it."""
+    source = write(tmp_path / "set", single, split="validation")
+    module = data(write(tmp_path / "set", single, split="test"), train_split="validation")
+    scored = {page for page_ids in module.examples["val"].page_ids for page in page_ids}
+    assert source and scored and module.train_dataloader().dataset.held_out == scored
+
+
 @pytest.mark.parametrize("form", [turns, single])
 def test_the_first_questions_are_validated_on_and_their_pages_left_out(data, tmp_path, form):
     source = write(tmp_path / "set", form, shards=9)

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import shutil
+import warnings
 from contextlib import suppress
 
 import datasets
@@ -374,3 +376,32 @@ def test_a_fit_and_a_prediction(run, tiny, folder, capfd):
     with pytest.raises(SystemExit):
         run("fit", *flags, "--data.streaming", "true", "--data.limit_val", 1, "--trainer.max_steps", 1)
     assert "can't be streamed, and needn't be" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["dev.csv", "val/val.csv", "validation.csv.gz", "validation.parquet"])
+def test_a_file_that_looks_like_a_split_and_is_not_read_is_named(folder, other):
+    """Else pages of the training split would be validated on, and nobody would know."""
+    write(folder, CSV)
+    (folder / "val").mkdir()
+    (folder / "val" / "scan.json").write_bytes(b"words of a page")
+    (folder / "train.csv.gz").write_bytes(b"a copy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_splits(str(folder), None, None, "en", 0)
+    (folder / other).write_bytes(b"")
+    with pytest.warns(UserWarning, match=rf"not read beside train.csv: {other}. If .* same form as validation.csv"):
+        find_splits(str(folder), None, None, "en", 0)
+
+
+def test_a_csv_beside_the_official_json_is_named_too(docvqa, tmp_path):
+    shutil.copytree(docvqa, tmp_path / "pages")
+    write(tmp_path / "pages", CSV, "test.csv")
+    with pytest.warns(UserWarning, match=r"not read beside train.json: test.csv\..* as test.json"):
+        find_splits(str(tmp_path / "pages"), None, None, "en", 0)
+
+
+@pytest.mark.parametrize("cell", ["('a', 'b')", "{'a', 'b'}", "array(['a', 'b'], dtype=object)"])
+def test_a_tuple_a_set_or_an_array_in_a_cell_is_named(folder, cell):
+    file = write(folder, f'id,question,image,answer\n1,Q?,a.png,"{cell}"\n')
+    with pytest.warns(UserWarning, match=r"1 questions have an answer in brackets, .*: train.csv|\(line 2\)"):
+        assert TableDocVQA(file).answers == [[cell]]

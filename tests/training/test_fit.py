@@ -137,3 +137,13 @@ def test_questions_drawn_for_a_fit_lie_on_as_few_pages_as_hold_them(tiny):
     pages = list(dict.fromkeys(drawn.page_ids))
     assert len(drawn) == 30 and pages != list(dict.fromkeys(whole.page_ids))[: len(pages)]
     assert sum(drawn.page_ids.count(page) == whole.page_ids.count(page) for page in pages) >= len(pages) - 1
+
+
+def test_a_few_batches_are_overfitted(run, short_fit):
+    """In the set's order, by a sampler of Lightning's; and resumed."""
+    few = short_fit("--trainer.overfit_batches", 2, "--trainer.val_check_interval", 1)
+    folder = run(*few, "--trainer.max_steps", "1")
+    (saved,) = folder.rglob("*.ckpt")
+    run(*few, "--trainer.max_steps", "2", "--ckpt_path", str(saved))
+    (saved,) = folder.rglob("*step=2.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 2

@@ -1,5 +1,6 @@
 """Which run a command goes on with, and the folder that every run has to itself."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,8 +99,13 @@ def test_two_fits_in_one_folder_go_on_each_with_its_own(run, short_fit, capfd):
             "true",
         ],
         ["--data.batch_size", 1, "--trainer.accumulate_grad_batches", 2],
+        [
+            "--trainer.callbacks",
+            '[{"class_path": "Timer"}, {"class_path": "ModelCheckpoint"}, {"class_path": "LearningRateMonitor"}, '
+            '{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}]',
+        ],
     ],
-    ids=["how long and how fast", "less memory"],
+    ids=["how long and how fast", "less memory", "callbacks that change nothing"],
 )
 def test_what_may_change(in_effect, flags, more):
     another("lightning_logs/version_1/checkpoints/other.ckpt")
@@ -113,6 +119,14 @@ def test_what_may_change(in_effect, flags, more):
         (["--data.batch_size", 4], "data.batch_size x trainer.accumulate_grad_batches 2, here 4"),
         (["--trainer.gradient_clip_val", 1], "trainer.gradient_clip_val None, here 1"),
         (["--seed_everything", 1], "seed_everything 0, here 1"),
+        (
+            ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", 0.1],
+            "trainer.callbacks none, here lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.1, ",
+        ),
+        (
+            ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{0: 2}"],
+            "trainer.callbacks none, here lightning.pytorch.callbacks.GradientAccumulationScheduler(",
+        ),
         (["--model.lora.r", 4, "--model.lora.dropout", 0], "model.lora.r 8, here 4; model.lora.dropout"),
     ],
 )
@@ -147,10 +161,24 @@ def test_files_of_others_and_weights_alone_are_passed_over(in_effect, flags, cap
     changed("lightning_logs/version_1/checkpoints/weights.ckpt", optimizer_states=None)
     changed("lightning_logs/version_2/checkpoints/theirs.ckpt", hyper_parameters=None)
     changed("lightning_logs/version_3/checkpoints/none.ckpt", hyper_parameters=3)
+    changed("lightning_logs/version_4/checkpoints/empty.ckpt", optimizer_states=[])
+    changed("lightning_logs/version_5/checkpoints/list.ckpt", experiment=[1])
     Path("lightning_logs/graph.ckpt").write_bytes(b"a session of TensorFlow")
     with pytest.warns(UserWarning, match=r"theirs.ckpt: not a checkpoint of this program"):
         assert in_effect("fit", *flags, *LAST).ckpt_path == MINE
-    assert "weights.ckpt: weights alone" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "weights.ckpt: weights alone" in error and "empty.ckpt: weights alone" in error
+
+
+def test_a_checkpoint_of_other_groups_or_of_an_unknown_prompt_is_refused(run, flags, capfd):
+    states = torch.load(MINE, weights_only=True)["optimizer_states"]
+    states[0]["param_groups"][0]["params"].pop()
+    changed("groups.ckpt", optimizer_states=states)
+    changed("prompt.ckpt", datamodule_hyper_parameters={"prompt_style": "new"})
+    for command, file, why in (("fit", "groups", "optimizer has groups of ["), ("validate", "prompt", "prompt_style")):
+        with pytest.raises(SystemExit):
+            run(command, *flags, "--data.prompt_style", "recipe", "--ckpt_path", f"{file}.ckpt")
+        assert why in capfd.readouterr().err.splitlines()[-1]
 
 
 class Elsewhere(CSVLogger):
@@ -245,6 +273,28 @@ def test_slurms_checkpoint_is_its_runs_alone(run, in_effect, flags, monkeypatch,
     run("validate", *flags)
 
 
+@pytest.mark.parametrize("more", [[], ["--data.source", "synthetic"]])
+def test_a_job_that_is_queued_again_goes_on_from_what_it_saved(in_effect, flags, more, monkeypatch, capfd):
+    """And not from the checkpoint that it began with; that names the source, or the command does."""
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    start = ("--ckpt_path", MINE)
+    flags = [*flags, *more] if more else []  # else all of it is the checkpoint's
+    flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    changed("hpc_ckpt_1.ckpt", experiment={"data.source": more[1]} if more else {})
+    another("hpc_ckpt_2.ckpt")
+    assert in_effect("fit", *flags, *start).ckpt_path == MINE
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert in_effect("fit", *flags, *start).ckpt_path == "hpc_ckpt_1.ckpt"
+    assert "passed over: hpc_ckpt_2.ckpt: model.lr 0.05, here 0.01" in capfd.readouterr().err
+    assert in_effect("validate", *flags, *start).ckpt_path == MINE
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
+        assert in_effect("fit", *flags, *start).ckpt_path is None  # rank 0 tells it
+    os.utime(MINE)
+    assert in_effect("fit", *flags, *start).ckpt_path == MINE
+
+
 def test_rank_0_decides(in_effect, flags, monkeypatch, capfd):
     monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
     assert in_effect("fit", *flags, *LAST).ckpt_path is None
@@ -313,6 +363,20 @@ def test_two_commands_at_once_have_a_folder_each(run, flags, command):
     assert taken == [Path("lightning_logs/version_1")] and not list(taken[0].iterdir())
     names = {"predict": "submission.json", "validate": "val_predictions.jsonl", "test": "test_predictions.jsonl"}
     assert (folder / "lightning_logs/version_2" / names[command]).exists()
+
+
+@pytest.mark.parametrize(("command", "file"), [("predict", "submission.json"), ("validate", "val_predictions.jsonl")])
+def test_without_a_logger_answers_are_not_replaced(run, flags, command, file, tmp_path, capfd):
+    args = [command, *flags, "--data.test_split", "val", "--data.limit_test", 2, "--trainer.logger", "false"]
+    run(*args)
+    answers = (tmp_path / file).read_bytes()
+    with pytest.raises(SystemExit):
+        run(*args, "--data.limit_test", 1, "--data.limit_val", 1)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / file} holds the answers of another run: move it away, or give another")
+    assert (tmp_path / file).read_bytes() == answers
+    run(*args, "--trainer.default_root_dir", "other")
+    assert (tmp_path / "other" / file).read_bytes() == answers
 
 
 def test_check_too_and_it_leaves_no_empty_one(run, flags, monkeypatch, tmp_path, docvqa):

@@ -150,6 +150,27 @@ def test_an_adapter_that_is_no_number_is_refused(run, checkpoint, capfd):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "quantization", "value"),
+    [("fit", "none", "nan"), ("validate", "nf4", "inf"), ("ask", "nf4", "nan"), ("export", "none", "-inf")],
+)
+def test_a_base_with_a_weight_that_is_no_number_is_refused(
+    run, short_fit, checkpoint, model, docvqa, capfd, command, quantization, value
+):
+    """It would answer, and say nothing."""
+    weights = load_file(model / "model.safetensors")
+    name = "model.text_model.layers.0.mlp.up_proj.weight"
+    weights[name][3, 5] = float(value)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    page = next((docvqa / "documents").iterdir())
+    options = {"ask": ("--image", page, "--question", "?"), "export": ("--output", "out")}
+    args = (command, "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", *options.get(command, ()))
+    args = short_fit() if command == "fit" else args
+    error = fails(run, capfd, *args, "--model.pretrained", model, "--model.quantization", quantization)
+    assert error.startswith(f"error: model.pretrained '{model}': {name} holds numbers that aren't finite in torch.")
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("command", ["fit", "ask", "export"])
 def test_a_base_that_lacks_a_weight_is_refused(run, short_fit, checkpoint, model, docvqa, capfd, command):
     """It would be random numbers."""

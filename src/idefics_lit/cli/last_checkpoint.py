@@ -1,5 +1,6 @@
 """Find the checkpoint that ``--ckpt_path last`` and a requeued SLURM job resume from."""
 
+import os
 from glob import glob
 from pathlib import Path
 
@@ -71,4 +72,21 @@ def find_last_checkpoint(
         raise InputError(f"ckpt_path {options.ckpt_path}: no checkpoint in {folder}")
     if path or options.ckpt_path:
         print_status(f"last checkpoint: {path}" if path else f"no checkpoint in {folder} yet: the fit begins")
+    return str(path) if path else None
+
+
+def find_newer_requeue_checkpoint(options: Namespace, ckpt_path: str, read: ReadCheckpoint) -> str | None:
+    """Return the checkpoint that Lightning saved before SLURM requeued this job, if it is newer than the job's first.
+
+    Args:
+        options: the options of the fit.
+        ckpt_path: the checkpoint that the job was first started from.
+        read: as for `find_last_checkpoint`.
+    """
+    experiment, started = describe(options.as_dict()), os.stat(ckpt_path).st_mtime_ns
+    paths = Path(options.trainer.default_root_dir or ".").expanduser().glob("hpc_ckpt_*.ckpt")
+    newer = [path for path in paths if path.stat().st_mtime_ns > started]
+    path = latest_resumable(newer, lambda _, saved: differences(saved, experiment), read)
+    if path:
+        print_status(f"last checkpoint: {path}, saved when the job was requeued")
     return str(path) if path else None

@@ -7,6 +7,7 @@ What is special here:
 """
 
 import inspect
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from idefics_lit.cli.last_checkpoint import find_last_checkpoint
+from idefics_lit.cli.last_checkpoint import find_last_checkpoint, find_newer_requeue_checkpoint
 from idefics_lit.cli.loggers import prepare_loggers, run_version, set_default_logger
 from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, readable_error
 from idefics_lit.cli.progress_bar import ProgressBar
@@ -33,6 +34,8 @@ from idefics_lit.training.experiment import flatten
 from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
 from idefics_lit.training.run_folder import exclusive_run_folder
 
+# The file of answers that each evaluation writes.
+ANSWER_FILES = {"validate": "val_predictions.jsonl", "test": "test_predictions.jsonl", "predict": "submission.json"}
 WITHOUT_RUN = {"ask", "demo", "export"}  # commands that need no data.source and write no run folder
 
 
@@ -103,6 +106,11 @@ class DocVQACLI(LightningCLI):
         if path and not complete:
             self.parsers[command].set_defaults(_checkpoint_options(self._read_checkpoint(path)))
             self.config = self._parse(parser, args)
+        explicit = path if options.ckpt_path not in (None, "last", "hpc", "best") else None
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and SLURMEnvironment.detect()
+        if command == "fit" and explicit and requeued:  # rank 0 chooses for all ranks
+            path = find_newer_requeue_checkpoint(options, explicit, self._read_checkpoint) or explicit
+            path = path if rank == 0 else None
         # Without a path until `before_instantiate_classes`: LightningCLI reads hyperparameters from it after this
         # method, and they would override the flags.
         self.ckpt_path = path
@@ -273,9 +281,15 @@ class DocVQACLI(LightningCLI):
         if not self.trainer.is_global_zero:
             yield
             return
-        fit = self.config.subcommand == "fit"
-        version = run_version(self.config[self.config.subcommand].trainer.logger)
-        with exclusive_run_folder(self.trainer, version=version, fit=fit, ckpt_path=self.ckpt_path if fit else None):
+        command = self.config.subcommand
+        fit = command == "fit"
+        with exclusive_run_folder(
+            self.trainer,
+            version=run_version(self.config[command].trainer.logger),
+            fit=fit,
+            ckpt_path=self.ckpt_path if fit else None,
+            answers=ANSWER_FILES.get(command),
+        ):
             yield
 
 

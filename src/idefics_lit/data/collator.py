@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
@@ -259,7 +260,13 @@ def _text_part(text: str) -> dict[str, str]:
 def _reference_page(example: Example) -> int | None:
     """Return the page that the answer is on, or None where it isn't among the example's pages."""
     page = example.answer_page
-    return page if page is not None and page < len(example.images) else None
+    if page is not None and page >= len(example.images):
+        rank_zero_warn(
+            f"{_name(example)}: its answer is on page {page}, counted from 0, but it has {len(example.images)}: it is "
+            f"left out of answer_page_accuracy"
+        )
+        return None
+    return page
 
 
 def _name(example: Example) -> str:

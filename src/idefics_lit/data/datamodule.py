@@ -44,8 +44,8 @@ class DocVQADataModule(LightningDataModule):
             trainer.max_steps steps. The first limit_val or limit_test questions of a split are scored; without a
             validation split, those of the training split, and training skips their pages.
         train_split: the split to train on; "train" by default.
-        val_split: the split to validate on; by default "validation" or "val", or else held-out training pages;
-            for nielsr/docvqa_1200_examples, which has neither, its 200 test questions.
+        val_split: the split to validate on; by default "validation" or "val", or else held-out training pages, also if
+            that is the training split; for nielsr/docvqa_1200_examples, which has neither, its 200 test questions.
         test_split: the split to test on; "test" by default.
         predict_split: the split to predict; by default the test split, or else the validation split.
         held_out: the fraction of the training pages to validate on if there is no validation split; questions that

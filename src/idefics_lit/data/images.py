@@ -12,10 +12,12 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
 # The values of white: in floats from 0 to 1, and in 8 to 32 bits. Scanners store 10, 12 or 14 bits in 16.
-FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)))
+# The last two are signed and unsigned 32-bit values, as float32 rounds them.
+FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)), 2**31, 2**32)
 # TIFF 6.0 tags, and values of theirs.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 SUBFILE_TYPE, PREVIEW, MASK = 254, 1, 4
+SAMPLE_FORMAT, UNSIGNED = 339, 1
 BAND_ROWS = 256  # rows converted at a time
 # Formats of scanners, cameras and browsers. Pillow also opens others, such as PostScript, which can run programs.
 Image.init()
@@ -126,9 +128,19 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
     White is the largest value of the file's bit depth, or the smallest of `FULL_SCALES` that no pixel exceeds.
     """
-    brightest = max(
-        float(np.nan_to_num(_band(image, top), posinf=0).max()) for top in range(0, image.height, BAND_ROWS)
+    # Pillow reads unsigned 32-bit values as signed ones.
+    is_unsigned = image.mode == "I" and tags.get(BITS_PER_SAMPLE) == (32,)
+    is_unsigned &= tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,)
+
+    def values_of(band: Image.Image) -> Any:  # noqa: ANN401
+        values = np.asarray(band)
+        return (values.view(np.uint32) if is_unsigned else values).astype(np.float32)
+
+    bands = (
+        image.crop((0, top, image.width, min(top + BAND_ROWS, image.height)))
+        for top in range(0, image.height, BAND_ROWS)
     )
+    brightest = max(float(np.nan_to_num(values_of(band), posinf=0).max()) for band in bands)
     # Resizing in floats overshoots white a little.
     scales = (scale * (1.1 if image.mode == "F" else 1) for scale in FULL_SCALES)
     white = next((full for full, scale in zip(FULL_SCALES, scales, strict=True) if brightest <= scale), brightest)
@@ -137,11 +149,7 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     is_inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
 
     def scale(band: Image.Image) -> Image.Image:
-        values = np.nan_to_num(np.asarray(band, dtype=np.float32), posinf=white).clip(0, white)
+        values = np.nan_to_num(values_of(band), posinf=white).clip(0, white)
         return Image.fromarray(((white - values if is_inverted else values) * (255 / white) + 0.5).astype(np.uint8))
 
     return _by_bands(image, "L", scale)
-
-
-def _band(image: Image.Image, top: int) -> Any:  # noqa: ANN401
-    return np.asarray(image.crop((0, top, image.width, min(top + BAND_ROWS, image.height))), dtype=np.float32)

@@ -53,8 +53,10 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
         super().load_state_dict(position)
 
     def _settings(self) -> dict[str, Any]:
+        # With trainer.overfit_batches, Lightning replaces the sampler with a sequential one.
+        overfit = {"trainer.overfit_batches": getattr(self.trainer, "overfit_batches", 0)}
         return {
-            **self.sampler.order_settings,
+            **getattr(self.sampler, "order_settings", overfit),
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "data.batch_size": self.batch_size,
             "data.num_workers": self.num_workers,

@@ -50,11 +50,11 @@ class SplitRoles:
         return Subset(examples, sorted(self._held_out(examples)))
 
     def val_name(self) -> str | None:
-        """Return the name of the validation split, or None if there is no such split."""
+        """Return the name of the validation split, or None if there is none besides the training split."""
         if self.options.val_split:
             return self.options.val_split
         names = ["validation", "val", VAL_SPLITS.get(self.options.source)]
-        return next((name for name in names if name in self._splits), None)
+        return next((name for name in names if name in self._splits and name != self._train_name), None)
 
     def held_out_by(self) -> dict[str, Any]:
         """Return the options that choose which pages of the training split are scored; empty if none are."""

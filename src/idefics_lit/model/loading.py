@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -96,6 +96,7 @@ def load_model(
         raise cannot_load("model", pretrained, error) from error
     base: PreTrainedModel = loaded[0]
     _check_complete(pretrained, loaded[1])
+    _check_finite(pretrained, base)
     if device.type == "cpu":
         for layer in base.modules():
             if isinstance(layer, Linear4bit):
@@ -154,6 +155,25 @@ def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> N
         )
     if others:
         rank_zero_warn(f"model.pretrained {pretrained!r} has {others}; they are ignored.")
+
+
+def _check_finite(pretrained: str, base: nn.Module) -> None:
+    """Refuse a base model with weights that aren't finite; 4-bit weights are checked by the maxima of their blocks.
+
+    Raises:
+        InputError: with the first such weight.
+    """
+    for name, weight in base.named_parameters():
+        value: Any = weight
+        if isinstance(weight, Params4bit):
+            state: Any = weight.quant_state
+            value = torch.stack([state.state2.absmax.sum(), state.offset]) if state.nested else state.absmax
+        # The minimum and maximum are NaN if a value is; unlike isfinite, they need no tensor of the weight's size.
+        if value.is_floating_point() and value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():
+            raise InputError(
+                f"model.pretrained {pretrained!r}: {name} holds numbers that aren't finite in {weight.dtype}: fetch or "
+                f"convert it again, or give another trainer.precision"
+            )
 
 
 def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
 
+from idefics_lit.data.collator import PromptStyle
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.pretrained import weight_files
 from idefics_lit.utils.files import replacing
@@ -64,6 +65,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise TypeError("its state_dict holds more than weights")
         if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), Mapping):
             raise TypeError("its datamodule_hyper_parameters aren't a mapping")
+        if not isinstance(checkpoint.get("experiment") or {}, Mapping):
+            raise TypeError("its experiment isn't a mapping")
         base = checkpoint.get("base")  # earlier versions saved the tensor of `check_embedding`
         if not isinstance(base, Tensor | None):
             names, values, *_ = (base[name] for name in ("names", "values", "dtype", "revision"))
@@ -143,6 +146,11 @@ def check_hyperparameters(
     if differing:
         rank_zero_warn(f"The adapter was trained with {'; '.join(differing)}.")
     data = checkpoint.get("datamodule_hyper_parameters") or {}
+    if data.get("prompt_style") not in (None, *get_args(PromptStyle)):
+        raise InputError(
+            f"the checkpoint was trained with data.prompt_style {data['prompt_style']!r}, which this version doesn't "
+            f"know: use the version that wrote it"
+        )
     changed = [
         f"data.{name} {data[name]}, here {value}"
         for name, value in held_out_by.items()

@@ -4,11 +4,23 @@ An experiment is what a run trains: its options without those that may change wh
 """
 
 import os
+import pydoc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    ThroughputMonitor,
+    Timer,
+)
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from idefics_lit.errors import InputError
@@ -25,6 +37,11 @@ MAY_CHANGE = {
 }
 # The Trainer's options that change it.
 TRAINER_OPTIONS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
+# Callbacks that save, monitor or stop a run; any other may change what is trained.
+NEUTRAL_CALLBACKS = (
+    *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
+    *(ProgressBar, ThroughputMonitor, Timer),
+)
 PATH_OPTIONS = ("model.pretrained", "data.source")  # folders, or names on the Hub
 
 
@@ -38,6 +55,8 @@ def describe(options: Mapping[str, Any]) -> Experiment:
     experiment = flatten({section: options.get(section) or {} for section in ("model", "data")})
     experiment = {name: value for name, value in experiment.items() if name not in MAY_CHANGE}
     experiment |= {f"trainer.{name}": trainer[name] for name in TRAINER_OPTIONS if name in trainer}
+    if "callbacks" in trainer:
+        experiment["trainer.callbacks"] = _training_callbacks(trainer["callbacks"])
     if "accumulate_grad_batches" in trainer and "batch_size" in data:  # only their product changes what is trained
         examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
         experiment["data.batch_size x trainer.accumulate_grad_batches"] = examples
@@ -47,6 +66,18 @@ def describe(options: Mapping[str, Any]) -> Experiment:
         if name in experiment and os.path.exists(str(experiment[name])):  # so that relative paths compare equal
             experiment[name] = os.path.realpath(experiment[name])
     return experiment
+
+
+def _training_callbacks(callbacks: Any) -> str:  # noqa: ANN401
+    """Return the classes and arguments of the callbacks of a config that may change what is trained."""
+    descriptions = []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
+        kind = pydoc.locate(path := callback["class_path"])
+        is_neutral = isinstance(kind, type) and issubclass(kind, NEUTRAL_CALLBACKS)
+        if not is_neutral and not path.startswith("idefics_lit."):
+            arguments = (f"{name}={value!r}" for name, value in (callback.get("init_args") or {}).items())
+            descriptions.append(f"{path}({', '.join(arguments)})")
+    return ", ".join(descriptions) or "none"
 
 
 def differences(saved: Experiment, own: Experiment) -> list[str]:
@@ -83,7 +114,7 @@ def latest_resumable(
     printed = set()
     for path, checkpoint in _readable_checkpoints(paths, read):
         reasons = compare(path, _experiment_of(checkpoint))
-        if not reasons and "optimizer_states" not in checkpoint:
+        if not reasons and not checkpoint.get("optimizer_states"):
             reasons = ["weights alone"]
         if not reasons:
             return path

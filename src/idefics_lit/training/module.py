@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
@@ -143,6 +144,12 @@ class Idefics2Module(LightningModule):
             return
         options = self.hparams
         if (trainer := self._attached_trainer) is not None:
+            fits = trainer.state.fn == TrainerFn.FITTING
+            if fits and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                raise InputError(
+                    "trainer.callbacks: weight averaging (WeightAveraging, EMAWeightAveraging) writes checkpoints that "
+                    "this version can't load: leave it out"
+                )
             device, precision = trainer.strategy.root_device, str(trainer.precision)
         elif torch.cuda.is_available():
             device, precision = torch.device("cuda"), "bf16-mixed"
@@ -426,7 +433,7 @@ class Idefics2Module(LightningModule):
         """Refuse another base model, another scale of the adapter, and a fit from weights alone; warn of the rest."""
         self.configure_model()
         trainer = self._attached_trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("optimizer_states"):
             raise InputError(
                 f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't resume"
                 f": give a checkpoint with the optimizer's state"

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from idefics_lit.errors import InputError
 from idefics_lit.training.lightning_compat import close_train_dataloader
 
 
@@ -87,6 +88,12 @@ def _keep_settings(
     Groups that a subclass has added or changed keep the checkpoint's settings, and so do all groups if a subclass uses
     a scheduler of its own.
     """
+    saved, current = ([len(g["params"]) for g in s["param_groups"]] for s in (state_dict, optimizer.state_dict()))
+    if saved != current:
+        raise InputError(
+            f"the checkpoint's optimizer has groups of {saved} weights, this run's of {current}: it belongs to another "
+            f"adapter, or is damaged"
+        )
     if any(config.scheduler is not scheduler for config in trainer.lr_scheduler_configs):
         return None
     groups = list(state_dict["param_groups"])

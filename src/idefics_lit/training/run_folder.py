@@ -38,7 +38,7 @@ def _folder_name(version: int | str | None) -> str:
 
 @contextmanager
 def exclusive_run_folder(
-    trainer: Trainer, *, version: int | str | None, fit: bool, ckpt_path: str | None
+    trainer: Trainer, *, version: int | str | None, fit: bool, ckpt_path: str | None, answers: str | None = None
 ) -> Iterator[None]:
     """Reserve the run's folder while the context is open. Used on rank 0.
 
@@ -50,9 +50,11 @@ def exclusive_run_folder(
         version: the version, if the user chose one.
         fit: whether the run writes checkpoints.
         ckpt_path: the checkpoint that a fit resumes from.
+        answers: the name of the file of answers that an evaluation writes.
 
     Raises:
-        InputError: another run writes to the folder, or it holds the checkpoints of a fit that isn't resumed.
+        InputError: another run writes to the folder, or it holds the checkpoints of a fit that isn't resumed; or
+            without a logger, the answers of another evaluation.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or version is not None:
@@ -64,6 +66,11 @@ def exclusive_run_folder(
                 raise InputError(
                     f"{checkpoints} holds another run's checkpoints: resume it with --ckpt_path last, or give another "
                     f"--trainer.default_root_dir or logger"
+                )
+            if logger is None and answers and (folder / answers).exists():
+                raise InputError(
+                    f"{folder / answers} holds the answers of another run: move it away, or give another "
+                    f"--trainer.default_root_dir or a logger, which numbers folders"
                 )
             yield
     elif isinstance(logger, CSVLogger | TensorBoardLogger):

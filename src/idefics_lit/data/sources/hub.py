@@ -17,7 +17,8 @@ from idefics_lit.data.sources.features import text_conversions, undecoded
 from idefics_lit.data.sources.stored_images import locate_image, stored_key
 from idefics_lit.errors import InputError, first_line
 
-BRACKETED = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+# What is written as a list, or as a tuple, a set or an array of texts in Python.
+BRACKETED = re.compile(r"""\s*(\[.*\]|array\(.*\)|\(['"].*\)|\{['"].*\})\s*""", re.DOTALL)
 
 
 def is_saved(source: str) -> bool:

@@ -41,17 +41,17 @@ def as_texts(value: object) -> list[str]:
 
 
 def as_page(value: object) -> int | None:
-    """Return a stored page index, or None if the value is empty or negative.
+    """Return a stored page index, or None if the value is empty or -1.
 
     Raises:
-        ValueError: as `as_text` does; also when the value isn't an integer.
+        ValueError: as `as_text` does; also when the value isn't an integer from -1.
     """
     text = as_text(value)
     try:
         number = float(text or -1)  # Arrow stores an integer column with gaps as floats
     except ValueError:
         number = 0.5
-    if not number.is_integer():
+    if not number.is_integer() or number < -1:  # -1 often means that there is none
         raise ValueError(f"holds {text!r:.100} where the number of a page should be")
     return int(number) if number >= 0 else None
 
