@@ -312,6 +312,6 @@ def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):
 def test_averages_of_weights_are_refused_at_the_start(tiny, average):
     """Their checkpoints hold the whole base, and can't be loaded."""
     trainer = Trainer(**CPU, max_steps=1, callbacks=[average()])
-    with pytest.raises(InputError, match=r"trainer.callbacks: averages of weights .*: leave them out"):
+    with pytest.raises(InputError, match=r"trainer.callbacks: weight averaging .*: leave it out"):
         trainer.fit(model := module(tiny, quantization="none"), [])
     assert not hasattr(model, "model")

@@ -286,7 +286,7 @@ def test_a_job_that_is_queued_again_goes_on_from_what_it_saved(in_effect, flags,
     assert in_effect("fit", *flags, *start).ckpt_path == MINE
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert in_effect("fit", *flags, *start).ckpt_path == "hpc_ckpt_1.ckpt"
-    assert "passed over: hpc_ckpt_2.ckpt: model.lr 0.05, here 0.01" in capfd.readouterr().err
+    assert "skipped: hpc_ckpt_2.ckpt: model.lr 0.05, here 0.01" in capfd.readouterr().err
     assert in_effect("validate", *flags, *start).ckpt_path == MINE
     with monkeypatch.context() as patch:
         patch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
