@@ -42,7 +42,7 @@ def test_a_fit_goes_on_from_its_checkpoint(run, tmp_path):
     flags += ["--data.source", "synthetic:form", "--data.limit_train", 64, "--data.limit_val", 8]
     flags += ["--data.questions_per_page", 8, "--data.batch_size", 8, "--data.num_workers", 0]
     flags += ["--trainer.num_sanity_val_steps", 0, "--trainer.limit_val_batches", 0]
-    with pytest.warns(UserWarning, match=r"epoch is begun anew.*data.seed unknown, here 0"):
+    with pytest.warns(UserWarning, match=r"epoch restarts.*data.seed unknown, here 0"):
         run("fit", *flags, *CPU, "--trainer.max_steps", 8, "--ckpt_path", "last")
     (new,) = (tmp_path / "lightning_logs" / "version_1").rglob("*.ckpt")
     first, second = (torch.load(path, weights_only=True) for path in (OLD / "fit.ckpt", new))
@@ -64,14 +64,14 @@ def test_plain_peft_answers_with_its_export(old):
     tokenizer = processor.tokenizer
     special = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>", "<end_of_utterance>"])
     ids = model.generate(
-        input_ids=batch["prompt_input_ids"],
-        attention_mask=batch["prompt_attention_mask"],
-        pixel_values=batch["pixel_values"][batch["prompt_rows"]],
-        pixel_attention_mask=batch["pixel_attention_mask"][batch["prompt_rows"]],
+        input_ids=batch.prompts.input_ids,
+        attention_mask=batch.prompts.attention_mask,
+        pixel_values=batch.pixel_values[batch.question_rows],
+        pixel_attention_mask=batch.pixel_attention_mask[batch.question_rows],
         do_sample=False,
         max_new_tokens=32,
         eos_token_id=[tokenizer.eos_token_id, special[2]],
         bad_words_ids=[[token] for token in special[:2]],
     )
-    answers = tokenizer.batch_decode(ids[:, batch["prompt_input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(ids[:, batch.prompts.input_ids.shape[1] :], skip_special_tokens=True)
     assert [answer.strip() for answer in answers] == old
