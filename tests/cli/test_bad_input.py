@@ -254,7 +254,7 @@ def test_a_tokeniser_longer_than_the_embedding(fit_fails, tmp_path):
     processor.tokenizer.add_tokens(["<more>"])
     processor.save_pretrained(tmp_path / "base")
     args = ("--data.source", REAL, "--model.pretrained", "base")
-    match("model.pretrained 'base': its tokeniser has 265 tokens but the embedding only 264 rows", fit_fails(*args))
+    match("model.pretrained 'base': its tokenizer has 265 tokens but its embedding only 264 rows", fit_fails(*args))
 
 
 @pytest.fixture(scope="module")

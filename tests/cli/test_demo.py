@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from idefics_lit.cli.main import demo, main
+from idefics_lit.cli import demo
+from idefics_lit.cli.main import main
 from idefics_lit.data.sources.synthetic import SyntheticPages
 
 CPU = ("--trainer.accelerator", "cpu")

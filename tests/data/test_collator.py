@@ -211,7 +211,9 @@ def test_the_prompt_is_an_exact_prefix(processor, question, answer):
 
 def test_an_answer_on_a_page_that_the_question_does_not_have_is_named():
     example = Example(7, "Q?", [Image.new("L", (8, 8))], ["a"], answer_page=5)
-    with pytest.warns(UserWarning, match=r"question 7: its answer is on page 5, counted from 0, but it has 1: .* left out"):
+    with pytest.warns(
+        UserWarning, match=r"question 7: its answer is on page 5, counted from 0, but it has 1: .* left out"
+    ):
         assert collator._reference_page(example) is None
     with pytest.raises(ValueError, match="holds '-3' where the number of a page should be"):
         as_page(-3)

@@ -371,7 +371,7 @@ def test_a_fit_and_a_prediction(run, tiny, folder, capfd):
     run("fit", *flags, "--trainer.max_steps", 1, "--trainer.enable_checkpointing", "false")
     run("predict", *flags, "--data.predict_split", "train")
     submission = json.loads((folder.parent / "submission.json").read_text())
-    assert [answer["questionId"] for answer in submission] == ["007", 8, 9, 10]
+    assert [answer["questionId"] for answer in submission] == ["007", "8", "9", "10"]
     assert "Hashing pages" not in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run("fit", *flags, "--data.streaming", "true", "--data.limit_val", 1, "--trainer.max_steps", 1)

@@ -54,7 +54,7 @@ def test_questions_that_share_an_id_are_all_scored_and_written(run, source, capf
 def test_a_submission_has_an_answer_for_every_question_and_no_two_ids_become_one(run, source):
     folder = run("predict", *READER, *QUIET, "--data.source", source, "--data.predict_split", "val")
     submission = json.loads((folder / "submission.json").read_text())
-    assert [row["questionId"] for row in submission] == ["a.pdf", "a.pdf", "a.pdf", "007", 7, "²"]
+    assert [row["questionId"] for row in submission] == ["a.pdf", "a.pdf", "a.pdf", "007", "7", "²"]
     records = lines(folder / "predictions.jsonl")
     assert [record["question_id"] for record in records] == IDS
     assert [row["answer"] for row in submission] == [record["prediction"] for record in records]

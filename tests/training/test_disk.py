@@ -85,7 +85,7 @@ def test_a_full_disk_when_a_fit_begins(run, short_fit, small_disk, capfd):
         run(*short_fit("--trainer.logger", "false", "--trainer.default_root_dir", disk))
     assert caught.value.code == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {disk}/config.yaml can't be written: No space left on device; nothing is left")
+    assert error.startswith(f"error: {disk}/config.yaml can't be written: No space left on device; no file is left")
     assert {path.name for path in disk.iterdir()} == {".lock", "full"}
 
 

@@ -291,10 +291,10 @@ def test_weights_are_loaded_into_a_module_whose_model_is_not_there_yet(tiny):
     ours, other = module(tiny, quantization="none"), module(tiny, quantization="none")
     ours.configure_model()
     with torch.no_grad():
-        for _, parameter in ours._trainable():
+        for parameter in ours._trainable().values():
             parameter.fill_(0.5)
     other.load_state_dict(ours.state_dict())
-    assert all((parameter == 0.5).all() for _, parameter in other._trainable())
+    assert all((parameter == 0.5).all() for parameter in other._trainable().values())
 
 
 def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):

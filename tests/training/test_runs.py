@@ -190,7 +190,7 @@ class Elsewhere(CSVLogger):
 @pytest.mark.parametrize("options", [{"new": 1}, {"lr": "fast"}])
 def test_options_that_are_none_here_are_passed_over(in_effect, flags, command, options):
     changed("lightning_logs/version_1/checkpoints/theirs.ckpt", experiment=None, hyper_parameters=options)
-    with pytest.warns(UserWarning, match=r"Passed over: ckpt_path .*theirs.ckpt: .*(model.new|model.lr)"):
+    with pytest.warns(UserWarning, match=r"Skipped: ckpt_path .*theirs.ckpt: .*(model.new|model.lr)"):
         assert in_effect(command, *flags, *LAST).ckpt_path == MINE
 
 

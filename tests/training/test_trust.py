@@ -81,7 +81,7 @@ def test_pages_held_out_otherwise_than_in_training_are_named(run, short_fit, doc
     source = ("--data.source", tmp_path / "data", "--data.held_out", 0.2)
     folder = run(*short_fit(*source, "--trainer.max_steps", 2))
     validate = ("validate", "--ckpt_path", next(folder.rglob("*.ckpt")), "--trainer.accelerator", "cpu")
-    with pytest.warns(UserWarning, match=r"held out .* otherwise .*\(data.seed 0, here 1\): it has seen some"):
+    with pytest.warns(UserWarning, match=r"held out .* differently .*\(data.seed 0, here 1\): it was trained on some"):
         run(*validate, "--data.seed", 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*held out")

@@ -57,12 +57,10 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: compute the loss on the prompt's text too.
         image_splitting: encode four crops and the page, with 320 image tokens per page instead of 64.
-        image_size: resize a page's longest edge to this many pixels, from the model's patch size to the processor's
-            own size, which is the default.
+        image_size: resize a page's longest edge to this many pixels, at most the processor's size, the default.
         max_length: refuse longer sequences, in tokens; the error names the question.
         questions_per_page: in training, this many questions about one page follow one another. Those in one batch
-            share its image and the start of the prompt: the loss is the same, with much less computation, but batches
-            are less mixed.
+            share its image: the loss is the same, with much less computation, but batches are less mixed.
         batch_size: training examples per batch and device.
         eval_batch_size: examples per batch in validation, test and prediction; "auto" is 128 on a GPU, or as many as
             fit into memory, and 32 elsewhere; by default batch_size.
