@@ -6,7 +6,8 @@ from PIL import Image
 
 from idefics_lit.data import collator
 from idefics_lit.data.collator import Idefics2Collator
-from idefics_lit.data.example import Example, as_page
+from idefics_lit.data.example import Example
+from idefics_lit.data.sources.values import as_page
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import load_processor
 

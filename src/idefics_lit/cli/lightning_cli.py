@@ -109,8 +109,8 @@ class DocVQACLI(LightningCLI):
         explicit = path if options.ckpt_path not in (None, "last", "hpc", "best") else None
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and SLURMEnvironment.detect()
         if command == "fit" and explicit and requeued:  # rank 0 chooses for all ranks
-            path = find_newer_requeue_checkpoint(options, explicit, self._read_checkpoint) or explicit
-            path = path if rank == 0 else None
+            newer = find_newer_requeue_checkpoint(self.config[command], explicit, self._read_checkpoint)
+            path = newer or explicit if rank == 0 else None
         # Without a path until `before_instantiate_classes`: LightningCLI reads hyperparameters from it after this
         # method, and they would override the flags.
         self.ckpt_path = path
