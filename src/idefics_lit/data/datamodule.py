@@ -39,7 +39,7 @@ class DocVQADataModule(LightningDataModule):
         subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
         columns: the columns of a data set with names of its own: a mapping from question_id, question, image,
             answers, question_types, answer_page to a column.
-        language: the language of the questions, if a data set has several (nielsr/docvqa_1200_examples).
+        language: the language of the questions, in nielsr/docvqa_1200_examples for example.
         streaming: stream a Hub data set or a folder of parquet or arrow files, instead of storing it; training takes
             trainer.max_steps steps. The first limit_val or limit_test questions of a split are scored; without a
             validation split, those of the training split, and training skips their pages.
@@ -52,7 +52,7 @@ class DocVQADataModule(LightningDataModule):
             share a page stay together.
         limit_train: use only this many training questions, the first ones.
         limit_val: use only this many validation questions, the first ones.
-        val_in_fit: validate on this many questions during a fit, about pages drawn by the seed, and on all at its end.
+        val_in_fit: validate on this many questions during a fit, on pages drawn by the seed, and on all at its end.
         limit_test: use only this many test or prediction questions, the first ones.
         prompt_style: "recipe" or "idefics", see Idefics2Collator.
         train_on_prompt: compute the loss on the prompt's text too.

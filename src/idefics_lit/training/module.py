@@ -88,9 +88,9 @@ class Idefics2Module(LightningModule):
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
-        compile: compile the layers for training; the first step takes longer, later steps less.
+        compile: compile the layers for training; only the first step takes longer.
         max_new_tokens: the largest length of a generated answer, in tokens.
-        strip_period: remove full stops at the end of predictions before scoring, as the authors of Idefics2 do.
+        strip_period: remove full stops at the end of predictions before scoring, as Idefics2's authors do.
 
     Raises:
         InputError: the model can't be loaded or doesn't fit its tokenizer, the precision isn't 16-mixed, bf16-mixed or
