@@ -179,7 +179,9 @@ def test_the_screenshot_in_the_readme_has_the_layout_of_the_page(fitted, opened,
     with Image.open(DOCS / "report.png") as shown, Image.open(path) as taken:
         assert shown.size == taken.size
         # Tiles and upper half of the charts, below the title, whose texts differ: which pixels are background.
-        masks = [np.all(np.asarray(image.convert("RGB"))[100:450] == (246, 247, 249), axis=2) for image in (shown, taken)]
+        masks = [
+            np.all(np.asarray(image.convert("RGB"))[100:450] == (246, 247, 249), axis=2) for image in (shown, taken)
+        ]
         assert np.mean(masks[0] == masks[1]) > 0.99 and 0.2 < masks[0].mean() < 0.6
     assert (DOCS / "report.png").stat().st_size < 500_000
 
