@@ -23,16 +23,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, ProcessorMixin
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
+from idefics_lit.model.adapter import ADAPTER, read_adapter_options, read_prompt_options
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
-from idefics_lit.model.loading import LoRA, Quantization, load_model
+from idefics_lit.model.loading import load_model
+from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, load_examples, pair_questions
 from idefics_lit.training.checkpoint import (
@@ -42,6 +46,7 @@ from idefics_lit.training.checkpoint import (
     check_embedding,
     check_hyperparameters,
     check_weights,
+    model_fingerprint,
 )
 from idefics_lit.training.lightning_compat import exclude_from_ddp, scale_gradients
 from idefics_lit.training.optimizer import adamw_with_schedule
@@ -76,7 +81,9 @@ class Idefics2Module(LightningModule):
         quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: false keeps the vision tower in 16 bits, which is faster and takes 0.6 GiB more.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
-        lora: the adapter.
+        lora: the adapter; from Python also a peft ``LoraConfig``.
+        adapter: the folder or Hub id of a saved LoRA adapter to start from, such as one that `export` wrote; its own
+            options replace lora.
         lr: AdamW's learning rate after the warm-up.
         weight_decay: AdamW's weight decay for matrices; biases and norms have none.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
@@ -111,6 +118,7 @@ class Idefics2Module(LightningModule):
         quantize_vision: bool = True,
         dequantize: bool = False,
         lora: LoRA = LoRA(),  # noqa: B008
+        adapter: str | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         warmup_steps: int = 75,
@@ -125,8 +133,9 @@ class Idefics2Module(LightningModule):
     ) -> None:
         super().__init__()
         # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
-        lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
-        self.save_hyperparameters()
+        lora = _plain_options(lora, adapter)  # type: ignore[assignment]
+        self.save_hyperparameters(ignore="adapter")  # checkpoints hold the adapter's weights
+        self.adapter = adapter
         _check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
@@ -134,12 +143,21 @@ class Idefics2Module(LightningModule):
         self.state_prefix = ""  # of the names in the state dict that is being loaded
         self._step_totals: StepTotals | None = None
         self._restored: dict[str, Any] = {}  # totals and gradients of a checkpoint's unfinished optimizer step
-        self._prompt_options: Mapping[str, Any] = {}  # that the checkpoint's adapter was trained with
+        saved = read_prompt_options(adapter) if adapter else {}
+        self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
 
-    def configure_model(self) -> None:
-        """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
+    def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
+        """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
+
+        The Trainer calls it.
+
+        Args:
+            model: an Idefics2 that you loaded, to train instead of the one that ``pretrained`` names: a transformers
+                model, which gets a new adapter, or a peft model with a LoRA adapter, which is trained on. The processor
+                is that of ``pretrained``.
+        """
         if hasattr(self, "model"):
             return
         options = self.hparams
@@ -156,19 +174,29 @@ class Idefics2Module(LightningModule):
         else:
             device, precision = torch.device("cpu"), "32-true"
         if precision not in DTYPES:
-            raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
-        self.processor = load_processor(options.pretrained)
+            reason = ", since steps of an adapter in 16 bits are rounded away" if precision.endswith("16-true") else ""
+            raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}{reason}")
+        self.processor = self.load_processor()
+        if model is not None:
+            self._base_fingerprint = model_fingerprint(model)
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
             quantize_vision=options.quantize_vision,
             dequantize=options.dequantize,
             lora=LoRA(**options.lora),
+            adapter=self.adapter,
             dtype=DTYPES[precision],
             device=device,
             gradient_checkpointing=options.gradient_checkpointing,
             compiled=options.compile,
+            prepare_base=self.prepare_base,
+            model=model,
         )
+        if model is not None:
+            options.lora = asdict(LoRA.from_peft(self.model.peft_config[ADAPTER]))
+        if self.adapter is not None:
+            self._check_trained_with(read_prompt_options(self.adapter))
         self.backbone = Idefics2Backbone(
             self.model,
             open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
@@ -186,6 +214,20 @@ class Idefics2Module(LightningModule):
         # Every rank loads the frozen weights itself. DDP would broadcast them at the start, and buffers in every batch.
         tensors = chain(self.named_parameters(), self.named_buffers())
         exclude_from_ddp(self, [name for name, tensor in tensors if not tensor.requires_grad])
+
+    def load_processor(self, **options: Any) -> ProcessorMixin:  # noqa: ANN401
+        """Return the processor; override it to add tokens.
+
+        Args:
+            options: ``image_splitting`` and ``image_size`` of `idefics_lit.load_processor`.
+        """
+        return load_processor(self.hparams.pretrained, **options)
+
+    def prepare_base(self, model: PreTrainedModel) -> None:
+        """Change the base model before the adapter is added, such as its number of tokens; nothing by default.
+
+        Weights that this adds are in checkpoints only if they are trained: name them in ``LoRA.options``.
+        """
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits (R, T, V) of a batch."""
@@ -249,7 +291,7 @@ class Idefics2Module(LightningModule):
         trained_with = data.hparams if isinstance(data, LightningDataModule) else self._prompt_options
         options = {**{name: trained_with[name] for name in PROMPT_OPTIONS if name in trained_with}, **options}
         image_options = {name: options.pop(name) for name in ("image_splitting", "image_size") if name in options}
-        return Idefics2Collator(load_processor(self.hparams.pretrained, **image_options), train=train, **options)
+        return Idefics2Collator(self.load_processor(**image_options), train=train, **options)
 
     def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
@@ -439,17 +481,21 @@ class Idefics2Module(LightningModule):
                 f": give a checkpoint with the optimizer's state"
             )
         self._restored = checkpoint.get("accumulated", {})
-        self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
-        own = {"hyper_parameters": self.hparams}
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, LightningDataModule):
-            own["datamodule_hyper_parameters"] = data.hparams
-        check_hyperparameters(checkpoint, own, getattr(data, "held_out_by", {}))
+        self._check_trained_with(checkpoint)
         base = checkpoint.get("base")
         if isinstance(base, Tensor):
             check_embedding(base, self.model, self.hparams.pretrained)
         elif base is not None:
             check_base(base, self._base_fingerprint, self.hparams.pretrained)
+
+    def _check_trained_with(self, saved: Mapping[str, Any]) -> None:
+        """Keep the prompt options of an adapter's training, and warn if this run's options don't suit them."""
+        self._prompt_options = saved.get("datamodule_hyper_parameters", {})
+        own = {"hyper_parameters": self.hparams}
+        data = getattr(self._attached_trainer, "datamodule", None)
+        if isinstance(data, LightningDataModule):
+            own["datamodule_hyper_parameters"] = data.hparams
+        check_hyperparameters(saved, own, getattr(data, "held_out_by", {}))
 
     # Helpers
 
@@ -466,6 +512,22 @@ class Idefics2Module(LightningModule):
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _plain_options(lora: Any, adapter: str | None) -> dict[str, Any]:  # noqa: ANN401
+    """Return the adapter's options in plain types, since checkpoints load with weights_only.
+
+    Raises:
+        InputError: ``adapter`` isn't an adapter, or has other options than ``lora``.
+    """
+    if not isinstance(lora, LoRA):
+        lora = LoRA(**lora) if isinstance(lora, Mapping) else LoRA.from_peft(lora)
+    if adapter is not None:
+        saved = read_adapter_options(adapter)
+        if lora not in (LoRA(), saved):
+            raise InputError(f"model.lora: model.adapter {adapter} has other options, {saved}: leave model.lora out")
+        lora = saved
+    return asdict(lora)
 
 
 def _check_options(options: Any) -> None:  # noqa: ANN401
