@@ -24,7 +24,8 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import load_model
 from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import load_processor, resolve
-from idefics_lit.training.checkpoint import check_hyperparameters, read_checkpoint
+from idefics_lit.training.checkpoint import read_checkpoint
+from idefics_lit.training.checkpoint_checks import check_hyperparameters
 from idefics_lit.training.module import Idefics2Module
 
 # Files that an earlier export may have left in a repository; loaders would use both.

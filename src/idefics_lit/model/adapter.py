@@ -77,7 +77,7 @@ def read_adapter_options(adapter: str) -> LoRA:
     return LoRA.from_peft(config)
 
 
-def read_prompt_options(adapter: str) -> dict[str, Any]:
+def read_training_options(adapter: str) -> dict[str, Any]:
     """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
     try:
         file = cached_file(adapter, "idefics_lit.json")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.adapter import add_lora, load_adapter, take_adapter
@@ -64,18 +64,17 @@ def load_model(
         if model is None:
             model = _load_base(pretrained, quantization, quantize_vision, dequantize, dtype, device)
         _disable_inference_kernels(model)
-        embedding_rows = model.get_input_embeddings().num_embeddings
+        tokens = _embedding_rows(model)
         if prepare_base is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(0)  # new weights are the same each time: checkpoints hold only those that are trained
                 prepare_base(model)
         adapted, base = add_lora(model, lora), model
-        embedding: Any = base.get_input_embeddings()
-        is_trained = any(parameter.requires_grad for parameter in embedding.parameters())
-        if embedding.num_embeddings > embedding_rows and not is_trained:
+        added = _embedding_rows(base) - tokens
+        if added and not any(parameter.requires_grad for parameter in base.get_input_embeddings().parameters()):
             rank_zero_warn(
-                f"prepare_base added {embedding.num_embeddings - embedding_rows} rows to the embedding, which aren't "
-                f"trained and not in checkpoints: name embed_tokens and lm_head in model.lora.options.modules_to_save."
+                f"prepare_base added {added} rows to the embedding, which are neither trained nor in checkpoints: name "
+                f"embed_tokens and lm_head in model.lora.options.modules_to_save."
             )
         if adapter is not None:
             load_adapter(adapted, adapter)
@@ -124,6 +123,11 @@ def _load_base(
         with quiet_transformers():  # it warns about dequantization
             base = base.dequantize(dtype)
     return base
+
+
+def _embedding_rows(model: Any) -> int:  # noqa: ANN401
+    """Return the number of tokens of the embedding, which peft may have wrapped."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _disable_inference_kernels(base: nn.Module) -> None:
@@ -183,6 +187,20 @@ def _check_finite(pretrained: str, base: nn.Module) -> None:
                 f"model.pretrained {pretrained!r}: {name} holds numbers that aren't finite in {weight.dtype}: fetch or "
                 f"convert it again, or give another trainer.precision"
             )
+
+
+def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: peft.PeftModel) -> None:
+    """Check that the embedding has a row for each token of the tokenizer.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    tokens, rows = len(processor.tokenizer), _embedding_rows(model)
+    if tokens > rows:
+        raise InputError(
+            f"model.pretrained {pretrained!r}: its tokenizer has {tokens} tokens but its embedding only {rows} rows: "
+            f"give a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
+        )
 
 
 def is_vision_trained(model: peft.PeftModel) -> bool:
