@@ -140,11 +140,10 @@ def check_hyperparameters(
 
 def _scales(lora: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of an adapter that change the scale of its update; empty without options."""
-    options = lora.get("options", {})
-    names = ("use_rslora", "alpha_pattern", "rank_pattern")
-    return (
-        {"alpha": lora.get("alpha"), **{f"options.{name}": options.get(name) or {} for name in names}} if lora else {}
-    )
+    if not lora:
+        return {}
+    others, names = lora.get("options", {}), ("use_rslora", "alpha_pattern")
+    return {"alpha": lora.get("alpha"), **{f"options.{name}": others.get(name) or None for name in names}}
 
 
 def check_base(saved: Mapping[str, Any], own: Mapping[str, Any], pretrained: str) -> None:
