@@ -102,7 +102,8 @@ def test_an_adapter_of_pefts_is_the_start(tiny, base, adapter, batch, fit):
 
 
 def test_an_exported_adapter_is_the_start_on_the_command_line(run, short_fit, tiny, capsys):
-    folder = run(*short_fit("--trainer.max_steps", 1, "--data.prompt_style", "idefics"))
+    saving = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", 1)
+    folder = run(*short_fit("--trainer.max_steps", 1, "--data.prompt_style", "idefics", *saving))
     (path,) = folder.rglob("*.ckpt")
     run("export", "--ckpt_path", path, "--output", "mine")
     with pytest.warns(UserWarning, match=r"trained with data\.prompt_style 'idefics', here 'recipe'"):
@@ -171,9 +172,7 @@ def test_a_checkpoint_of_a_changed_base_needs_that_base(tiny, base, batch, fit):
 
 def test_a_peft_model_with_other_adapters_is_refused(tiny, base):
     model = get_peft_model(base, CONFIG, adapter_name="mine")
-    with pytest.raises(
-        InputError, match=r"has the adapters mine \(.*LORA\): give one with a LoRA adapter named default"
-    ):
+    with pytest.raises(InputError, match=r"has the adapters mine \(LORA\): give one with a LoRA adapter named"):
         Idefics2Module(tiny).configure_model(model)
 
 

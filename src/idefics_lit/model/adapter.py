@@ -49,7 +49,7 @@ def take_adapter(model: peft.PeftModel) -> peft.PeftModel:
     """
     configs = model.peft_config
     if [*configs] != [ADAPTER] or not isinstance(configs[ADAPTER], peft.LoraConfig):
-        kinds = ", ".join(f"{name} ({config.peft_type})" for name, config in configs.items())
+        kinds = ", ".join(f"{name} ({_kind(config)})" for name, config in configs.items())
         raise InputError(f"the peft model has the adapters {kinds}: give one with a LoRA adapter named {ADAPTER}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model.set_adapter(ADAPTER)  # peft loads adapters frozen
@@ -73,7 +73,7 @@ def read_adapter_options(adapter: str) -> LoRA:
             f"adapter_config.json, such as one that `export` writes"
         ) from error
     if not isinstance(config, peft.LoraConfig):
-        raise InputError(f"model.adapter {adapter!r} is of the kind {config.peft_type}: only LoRA can be trained")
+        raise InputError(f"model.adapter {adapter!r} is of the kind {_kind(config)}: only LoRA can be trained")
     return LoRA.from_peft(config)
 
 
@@ -113,6 +113,11 @@ def load_adapter(model: peft.PeftModel, adapter: str) -> None:
         )
     if broken := next((name for name, value in weights.items() if not value.isfinite().all()), None):
         raise InputError(f"model.adapter {adapter!r}: {broken} holds numbers that aren't finite")
+
+
+def _kind(config: Any) -> str:  # noqa: ANN401
+    """Return the name of an adapter's method, which is an enum or a string."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _train_in_float32(model: peft.PeftModel) -> peft.PeftModel:
