@@ -52,7 +52,7 @@ from idefics_lit.training.trained_weights import after_loading, before_loading, 
 class Idefics2Module(LightningModule):
     """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
 
-    Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls/TYPE``
+    Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
     for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
     test logs the same under ``test/``. Batches come from `Idefics2Collator`.
 
