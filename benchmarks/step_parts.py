@@ -32,15 +32,15 @@ CUDA = torch.cuda.is_available()
 QUESTION = "What is the {} amount that the third column of the table gives for the second quarter of the year?"
 
 
-def batch_of(processor: Any, pages: int, questions: int) -> Batch:
-    """Make a batch of noise: ``questions`` on each of ``pages`` pages."""
+def batch_of(processor: Any, pages: int, questions: int, *, train: bool = True, rows_of_one: bool = False) -> Batch:
+    """Return a batch with ``questions`` about each of ``pages`` pages of noise; ``rows_of_one`` packs none of them."""
     examples = [
-        Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=page)
+        Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=None if rows_of_one else page)
         for page in range(pages)
         for image in [Image.effect_noise(SIZES[page * 5 % len(SIZES)], 80).convert("RGB")]
         for i in range(questions)
     ]
-    batch = Idefics2Collator(processor, train=True)(examples)
+    batch = Idefics2Collator(processor, train=train)(examples)
     device = "cuda" if CUDA else "cpu"
     return batch.to(device)
 
