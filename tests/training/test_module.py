@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -12,7 +14,8 @@ from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
-from idefics_lit.training.module import Idefics2Module, StepTotals
+from idefics_lit.training.module import Idefics2Module
+from idefics_lit.training.trained_weights import trained_parameters
 
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
        "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
@@ -177,16 +180,20 @@ class Rates(Callback):
 def rates(tiny, monkeypatch):
     """Make so many steps and return the first group's learning rates, and the trainer."""
 
-    def training_step(self, batch, batch_idx):  # of no work: only rates are looked at
-        self._step_totals = StepTotals(torch.ones(()), torch.zeros(()))
-        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
+    def loss(self, batch):  # of no work: only rates are looked at
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0, torch.ones(())
 
-    monkeypatch.setattr(Idefics2Module, "training_step", training_step)
+    monkeypatch.setattr(Idefics2Module, "loss", loss)
 
     def rates(steps, ckpt_path=None, kind=Idefics2Module, **options):
         ours = kind(tiny, **{"quantization": "none", "lr": 1e-3, "warmup_steps": 2, **options})
         trainer = Trainer(**CPU, **(steps if isinstance(steps, dict) else {"max_steps": steps}), callbacks=[Rates()])
-        trainer.fit(ours, DataLoader(range(2)), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(
+            ours,
+            DataLoader([SimpleNamespace(is_empty=False)] * 2, batch_size=None),
+            ckpt_path=ckpt_path,
+            weights_only=True,
+        )
         return [group[0] for group in trainer.callbacks[0].values], trainer
 
     return rates
@@ -291,10 +298,10 @@ def test_weights_are_loaded_into_a_module_whose_model_is_not_there_yet(tiny):
     ours, other = module(tiny, quantization="none"), module(tiny, quantization="none")
     ours.configure_model()
     with torch.no_grad():
-        for parameter in ours._trainable().values():
+        for parameter in trained_parameters(ours).values():
             parameter.fill_(0.5)
     other.load_state_dict(ours.state_dict())
-    assert all((parameter == 0.5).all() for parameter in other._trainable().values())
+    assert all((parameter == 0.5).all() for parameter in trained_parameters(other).values())
 
 
 def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.tiny import build_tiny
-from idefics_lit.training.checkpoint import base_fingerprint, check_base
+from idefics_lit.training.checkpoint import base_fingerprint
+from idefics_lit.training.checkpoint_checks import check_base
 
 EMBEDDING = "model.text_model.embed_tokens.weight"
 

@@ -23,7 +23,8 @@ from idefics_lit.cli.model_card import SPLITTING_OFF, model_card
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import LoRA, load_model
 from idefics_lit.pretrained import load_processor, resolve
-from idefics_lit.training.checkpoint import check_hyperparameters, read_checkpoint
+from idefics_lit.training.checkpoint import read_checkpoint
+from idefics_lit.training.checkpoint_checks import check_hyperparameters
 from idefics_lit.training.module import Idefics2Module
 
 # Files that an earlier export may have left in a repository; loaders would use both.

@@ -17,7 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.compat import configure_compile
@@ -196,6 +196,20 @@ def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
         raise InputError(f"model.lora.target_modules {pattern!r} is not a regular expression: {error}") from error
     except Exception as error:
         raise InputError(f"model.lora: {error}") from error
+
+
+def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: PeftModel) -> None:
+    """Check that the embedding has a row for each token of the tokenizer.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+    if tokens > rows:
+        raise InputError(
+            f"model.pretrained {pretrained!r}: its tokenizer has {tokens} tokens but its embedding only {rows} rows: "
+            f"give a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
+        )
 
 
 def is_vision_trained(model: PeftModel) -> bool:

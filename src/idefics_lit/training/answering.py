@@ -2,17 +2,39 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.data.example import Example
 from idefics_lit.data.images import open_page
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.utils.texts import list_of_texts
 
+if TYPE_CHECKING:
+    from idefics_lit.training.module import Idefics2Module
+
 ImageSource: TypeAlias = Image.Image | str | PathLike[str]
+
+
+def answer_questions(
+    module: "Idefics2Module",
+    images: ImageSource | Sequence[ImageSource],
+    questions: str | Sequence[str],
+    batch_size: int,
+    collate: Idefics2Collator,
+) -> list[str]:
+    """Return the answers of `Idefics2Module.answer`, with batches of a collator."""
+    pairs = pair_questions(images, questions)
+    module.configure_model()
+    answers: list[str] = []
+    for start in range(0, len(pairs), batch_size):
+        batch = collate(load_examples(pairs[start : start + batch_size]))
+        answers += module.generate(module.transfer_batch_to_device(batch, module.model.device, 0))
+    module.evaluator.free_memory()
+    return answers
 
 
 def pair_questions(

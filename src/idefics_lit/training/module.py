@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -21,42 +21,28 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
-from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
+from idefics_lit.evaluation.answer import Answer
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
-from idefics_lit.model.loading import LoRA, Quantization, load_model
+from idefics_lit.model.loading import LoRA, Quantization, check_vocabulary, load_model
 from idefics_lit.pretrained import DTYPES, load_processor
-from idefics_lit.training.answering import ImageSource, load_examples, pair_questions
-from idefics_lit.training.checkpoint import (
-    PROMPT_OPTIONS,
-    base_fingerprint,
-    check_base,
-    check_embedding,
-    check_hyperparameters,
-    check_weights,
-)
-from idefics_lit.training.lightning_compat import exclude_from_ddp, scale_gradients
+from idefics_lit.training.answering import ImageSource, answer_questions
+from idefics_lit.training.checkpoint import base_fingerprint
+from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint
+from idefics_lit.training.lightning_compat import exclude_from_ddp
 from idefics_lit.training.optimizer import adamw_with_schedule
-from idefics_lit.utils.distributed import gather_objects, summed
-
-# The summed loss of a micro-batch is divided by this number of answer tokens, which keeps float16 gradients near their
-# usual size. A power of two doesn't change the bits of the mantissa.
-LOSS_SCALE_TOKENS = 64
-
-
-class StepTotals(NamedTuple):
-    """Sums over the micro-batches of an optimizer step on this rank, both 0-d."""
-
-    tokens: Tensor
-    loss: Tensor
+from idefics_lit.training.options import check_options
+from idefics_lit.training.scores import compute_scores
+from idefics_lit.training.token_mean import TokenMean
+from idefics_lit.training.trained_weights import after_loading, before_loading, keep_trained, trained_parameters
 
 
 class Idefics2Module(LightningModule):
@@ -127,16 +113,16 @@ class Idefics2Module(LightningModule):
         # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
         lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
         self.save_hyperparameters()
-        _check_options(self.hparams)
+        check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.answers = []
-        self.state_prefix = ""  # of the names in the state dict that is being loaded
-        self._step_totals: StepTotals | None = None
-        self._restored: dict[str, Any] = {}  # totals and gradients of a checkpoint's unfinished optimizer step
+        self._token_mean = TokenMean()
+        self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
         self._prompt_options: Mapping[str, Any] = {}  # that the checkpoint's adapter was trained with
-        self.register_load_state_dict_pre_hook(_before_loading)
-        self.register_load_state_dict_post_hook(_after_loading)
+        self.state_prefix = ""  # of the names in the state dict that is being loaded
+        self.register_load_state_dict_pre_hook(before_loading)
+        self.register_load_state_dict_post_hook(after_loading)
 
     def configure_model(self) -> None:
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
@@ -177,12 +163,7 @@ class Idefics2Module(LightningModule):
         self.evaluator = Evaluator(
             self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
-        tokens, rows = len(self.processor.tokenizer), self.model.get_input_embeddings().num_embeddings
-        if tokens > rows:
-            raise InputError(
-                f"model.pretrained {options.pretrained!r}: its tokenizer has {tokens} tokens but its embedding only "
-                f"{rows} rows: give a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
-            )
+        check_vocabulary(options.pretrained, self.processor, self.model)
         # Every rank loads the frozen weights itself. DDP would broadcast them at the start, and buffers in every batch.
         tensors = chain(self.named_parameters(), self.named_buffers())
         exclude_from_ddp(self, [name for name, tensor in tensors if not tensor.requires_grad])
@@ -226,15 +207,7 @@ class Idefics2Module(LightningModule):
         Raises:
             InputError: there are no images or questions, their numbers differ, or an image can't be read.
         """
-        pairs = pair_questions(images, questions)
-        self.configure_model()
-        collate = self.collator(train=False, **options)
-        answers: list[str] = []
-        for start in range(0, len(pairs), batch_size):
-            batch = collate(load_examples(pairs[start : start + batch_size]))
-            answers += self.generate(self.transfer_batch_to_device(batch, self.model.device, 0))
-        self.evaluator.free_memory()
-        return answers
+        return answer_questions(self, images, questions, batch_size, self.collator(train=False, **options))
 
     def collator(self, *, train: bool, **options: Any) -> Idefics2Collator:  # noqa: ANN401
         """Return a collator for this module, to be used as ``collate_fn`` of a DataLoader.
@@ -263,7 +236,7 @@ class Idefics2Module(LightningModule):
         rank_zero_info(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
         )
-        wrong = next((name for name, p in self._trainable().items() if p.dtype != torch.float32), None)
+        wrong = next((name for name, p in trained_parameters(self).items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
@@ -272,11 +245,7 @@ class Idefics2Module(LightningModule):
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
         if not self._restored:
             return
-        self._step_totals = StepTotals(*(value.to(self.device) for value in self._restored["step"]))
-        gradients = self._restored["gradients"]
-        for name, parameter in self._trainable().items():
-            if name in gradients:
-                parameter.grad = gradients[name].to(parameter)
+        self._token_mean.restore(self._restored, trained_parameters(self), self.device)
         self._restored = {}
 
     def on_fit_end(self) -> None:
@@ -286,34 +255,25 @@ class Idefics2Module(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # when Lightning starts to accumulate gradients
-            self._step_totals = None
+            self._token_mean.reset()
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss divided by `LOSS_SCALE_TOKENS`.
+        """Return the summed loss divided by `idefics_lit.training.token_mean.LOSS_SCALE_TOKENS`.
 
         Lightning averages over micro-batches and ranks; `on_before_optimizer_step` makes it the mean over tokens.
         """
         if batch.is_empty:  # all examples were skipped, but the other ranks wait for this one's gradients
-            loss = sum((p.sum() * 0 for p in self._trainable().values()), torch.zeros((), device=self.device))
+            loss = sum((p.sum() * 0 for p in trained_parameters(self).values()), torch.zeros((), device=self.device))
             tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         else:
             loss, tokens = self.loss(batch)
-        totals = self._step_totals or StepTotals(torch.zeros_like(tokens), torch.zeros_like(loss))
-        self._step_totals = StepTotals(totals.tokens + tokens, totals.loss + loss.detach())
-        return loss / LOSS_SCALE_TOKENS
+        return self._token_mean.add(loss, tokens)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the step's answer tokens instead of by micro-batches and ranks."""
-        assert self._step_totals is not None
-        totals = torch.stack([self._step_totals.tokens.double(), self._step_totals.loss.double()])
-        tokens, loss = summed(self.trainer, totals)
-        self._step_totals = None
-        tokens = tokens.clamp(min=1)
-        scale_gradients(
-            optimizer, self.trainer.accumulate_grad_batches * self.trainer.world_size * LOSS_SCALE_TOKENS / tokens
-        )
-        self.step_loss, self.step_lr = (loss / tokens).float(), optimizer.param_groups[0]["lr"]
+        self.step_loss = self._token_mean.average_gradients(optimizer, self.trainer)
+        self.step_lr = optimizer.param_groups[0]["lr"]
         self.log("train/loss", self.step_loss, prog_bar=True)
         # A CPU tensor: Lightning would copy a number to the GPU and wait for it.
         self.log("lr", torch.tensor(self.step_lr))
@@ -336,7 +296,7 @@ class Idefics2Module(LightningModule):
         """Return AdamW and its learning-rate schedule."""
         names = ("lr", "weight_decay", "warmup_steps", "schedule")
         optimizer, scheduler = adamw_with_schedule(
-            [*self._trainable().values()], self.trainer, **{name: self.hparams[name] for name in names}
+            [*trained_parameters(self).values()], self.trainer, **{name: self.hparams[name] for name in names}
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -371,44 +331,17 @@ class Idefics2Module(LightningModule):
         return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
-        answers = by_question(self.answers)
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         self.eval_loss.reset()
-        self.log(f"{stage}/anls", self._score(answers), sync_dist=True, prog_bar=True)
-        # All ranks must log the same names, also of types of which they have no questions.
-        groups = by_question_type(answers, name=_metric_name)
-        for name in sorted(set().union(*gather_objects(self.trainer, [*groups]))):
-            self.log(f"{stage}/anls/{name}", self._score(groups.get(name, {})), sync_dist=True)
-        page_is_correct = {
-            key: answer.answer_page == answer.reference_page
-            for key, answer in answers.items()
-            if answer.reference_page is not None
-        }
-        unique = {key: value for rank in gather_objects(self.trainer, page_is_correct) for key, value in rank.items()}
-        if unique:  # the same on every rank
-            self.log(f"{stage}/answer_page_accuracy", sum(unique.values()) / len(unique))
-
-    def _score(self, answers: Mapping[Any, Answer]) -> Tensor:
-        self.anls.update(
-            [answer.prediction for answer in answers.values()],
-            [answer.references for answer in answers.values()],
-            question_ids=[*answers],  # a question may be scored on two ranks
-        )
-        score = self.anls.compute()
-        self.anls.reset()
-        return score
+        for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
+            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls")
 
     # Checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """Return the trained weights alone, also as a child of another module; the base model's are on the Hub."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        prefix: str = kwargs.get("prefix", "")
-        trained = {prefix + name for name in self._trainable()}
-        for name in [name for name in state if name.startswith(prefix) and name not in trained]:
-            del state[name]
-        return state
+        return keep_trained(self, super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the base model's fingerprint and the gradients accumulated so far by all ranks; all must call it.
@@ -416,45 +349,25 @@ class Idefics2Module(LightningModule):
         Raises:
             InputError: a trained weight isn't finite.
         """
-        checkpoint["base"] = self._base_fingerprint
-        trainable = self._trainable()
+        checkpoint["base"] = self.base_fingerprint
+        trainable = trained_parameters(self)
         if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
-        if self._step_totals is not None:
-            ranks = self.trainer.world_size
-            checkpoint["accumulated"] = {
-                "step": [summed(self.trainer, value) / ranks for value in self._step_totals],
-                "gradients": {
-                    name: summed(self.trainer, p.grad) / ranks for name, p in trainable.items() if p.grad is not None
-                },
-            }
+        if self._token_mean.tokens is not None:
+            checkpoint["accumulated"] = self._token_mean.state(trainable, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another base model, another scale of the adapter, and a fit from weights alone; warn of the rest."""
         self.configure_model()
-        trainer = self._attached_trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("optimizer_states"):
-            raise InputError(
-                f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't resume"
-                f": give a checkpoint with the optimizer's state"
-            )
+        check_checkpoint(checkpoint, self, self._attached_trainer)
         self._restored = checkpoint.get("accumulated", {})
         self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
-        own = {"hyper_parameters": self.hparams}
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, LightningDataModule):
-            own["datamodule_hyper_parameters"] = data.hparams
-        check_hyperparameters(checkpoint, own, getattr(data, "held_out_by", {}))
-        base = checkpoint.get("base")
-        if isinstance(base, Tensor):
-            check_embedding(base, self.model, self.hparams.pretrained)
-        elif base is not None:
-            check_base(base, self._base_fingerprint, self.hparams.pretrained)
 
     # Helpers
 
     @cached_property
-    def _base_fingerprint(self) -> dict[str, Any]:
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What identifies the base model, see `idefics_lit.training.checkpoint.base_fingerprint`."""
         return base_fingerprint(self.hparams.pretrained)
 
     @property
@@ -463,42 +376,3 @@ class Idefics2Module(LightningModule):
             return self.trainer
         except RuntimeError:  # Lightning's: there is none
             return None
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-def _check_options(options: Any) -> None:  # noqa: ANN401
-    for name, minimum in (("warmup_steps", 0), ("max_new_tokens", 1)):
-        if options[name] < minimum:
-            raise InputError(f"model.{name} {options[name]}: give {minimum} or more")
-    if options.cuda_graphs and options.gradient_checkpointing:
-        raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
-    if options.lr <= 0:
-        raise InputError(f"model.lr {options.lr}: give a learning rate above 0")
-    if options.weight_decay < 0:
-        raise InputError(f"model.weight_decay {options.weight_decay}: give 0 or more")
-    if options.feature_cache_gb <= 0:
-        raise InputError(f"model.feature_cache_gb {options.feature_cache_gb}: give more than 0")
-    if options.lora["alpha"] <= 0:
-        raise InputError(f"model.lora.alpha {options.lora['alpha']}: give more than 0, the adapter's scale")
-
-
-def _before_loading(module: Idefics2Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
-    """Load the model and check that a state dict holds its trained weights, all of them."""
-    module.configure_model()
-    saved = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    check_weights(saved, trainable)
-    module.state_prefix = prefix
-
-
-def _after_loading(module: Idefics2Module, incompatible_keys: Any) -> None:  # noqa: ANN401
-    """Don't report the frozen weights as missing, neither here nor in a module that this is a child of."""
-    missing: list[str] = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if not name.startswith(module.state_prefix)]
-
-
-def _metric_name(question_type: str) -> str:
-    """Return a question type without what tables and loggers would take for markup: [ and ], line breaks."""
-    return "".join(c if c.isprintable() else " " for c in question_type).translate(str.maketrans("[]", "()"))

@@ -1,0 +1,26 @@
+"""Checks of the options of `Idefics2Module`."""
+
+from typing import Any
+
+from idefics_lit.errors import InputError
+
+
+def check_options(options: Any) -> None:  # noqa: ANN401
+    """Check the hyperparameters of an `Idefics2Module`.
+
+    Raises:
+        InputError: one is out of range, or two exclude each other.
+    """
+    for name, minimum in (("warmup_steps", 0), ("max_new_tokens", 1)):
+        if options[name] < minimum:
+            raise InputError(f"model.{name} {options[name]}: give {minimum} or more")
+    if options.cuda_graphs and options.gradient_checkpointing:
+        raise InputError("model.cuda_graphs can't capture model.gradient_checkpointing: leave one of them out")
+    if options.lr <= 0:
+        raise InputError(f"model.lr {options.lr}: give a learning rate above 0")
+    if options.weight_decay < 0:
+        raise InputError(f"model.weight_decay {options.weight_decay}: give 0 or more")
+    if options.feature_cache_gb <= 0:
+        raise InputError(f"model.feature_cache_gb {options.feature_cache_gb}: give more than 0")
+    if options.lora["alpha"] <= 0:
+        raise InputError(f"model.lora.alpha {options.lora['alpha']}: give more than 0, the adapter's scale")

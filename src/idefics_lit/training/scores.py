@@ -1,0 +1,56 @@
+"""The scores of a validation or test, over all ranks."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lightning import Trainer
+from torch import Tensor
+
+from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
+from idefics_lit.metrics import ANLS
+from idefics_lit.utils.distributed import gather_objects
+
+
+def compute_scores(answers: Collection[Answer], metric: ANLS, trainer: Trainer) -> dict[str, Tensor | float]:
+    """Return the scores of all ranks' answers, the same on every rank; all ranks must call it.
+
+    Args:
+        answers: this rank's.
+        metric: is reset.
+        trainer: of the ranks.
+
+    Returns:
+        ``anls``, ``anls/TYPE`` for every question type, and ``answer_page_accuracy`` if questions have a reference
+        page.
+    """
+    own = by_question(answers)
+    scores: dict[str, Tensor | float] = {"anls": _anls(own, metric)}
+    # All ranks must compute the same scores, also of types of which they have no questions.
+    groups = by_question_type(own, name=metric_name)
+    for name in sorted(set().union(*gather_objects(trainer, [*groups]))):
+        scores[f"anls/{name}"] = _anls(groups.get(name, {}), metric)
+    page_is_correct = {
+        key: answer.answer_page == answer.reference_page
+        for key, answer in own.items()
+        if answer.reference_page is not None
+    }
+    unique = {key: value for rank in gather_objects(trainer, page_is_correct) for key, value in rank.items()}
+    if unique:
+        scores["answer_page_accuracy"] = sum(unique.values()) / len(unique)
+    return scores
+
+
+def metric_name(question_type: str) -> str:
+    """Return a question type without what tables and loggers would take for markup: [ and ], line breaks."""
+    return "".join(c if c.isprintable() else " " for c in question_type).translate(str.maketrans("[]", "()"))
+
+
+def _anls(answers: Mapping[Any, Answer], metric: ANLS) -> Tensor:
+    metric.update(
+        [answer.prediction for answer in answers.values()],
+        [answer.references for answer in answers.values()],
+        question_ids=[*answers],  # a question may be scored on two ranks
+    )
+    score: Tensor = metric.compute()
+    metric.reset()
+    return score
