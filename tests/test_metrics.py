@@ -6,6 +6,7 @@ import torch.multiprocessing
 from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
 
 from idefics_lit.errors import InputError
 from idefics_lit.metrics import ANLS, anls
@@ -152,3 +153,14 @@ def test_pairs_without_an_id_count_one_by_one():
     metric.update(["a", "x", "b"], [["a"], ["y"], ["b"]], question_ids=[None, None, 7])
     metric.update(["b"], [["z"]], question_ids=[7])
     assert metric.compute() == pytest.approx(2 / 3)
+
+
+def test_scores_are_plotted_between_0_and_1():
+    metric = ANLS()
+    metric.update(["a", "x"], [["a"], ["y"]])
+    for plotted, scores in ((metric.plot(), [0.5]), (metric.plot([metric.compute(), torch.tensor(0.75)]), [0.5, 0.75])):
+        _, axes = plotted
+        assert [float(y) for line in axes.get_lines() for y in line.get_ydata()][: len(scores)] == scores
+        low, high = axes.get_ylim()
+        assert (low, high) == pytest.approx((0, 1), abs=0.11)
+    MetricCollection({"validation": metric}).plot()

@@ -100,6 +100,8 @@ class ANLS(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     question_ids: list[Tensor]
     scores: list[Tensor]
 
@@ -164,6 +166,18 @@ class ANLS(Metric):
         first[1:] = ids[1:] != ids[:-1]
         # Sorted, so that rounding doesn't depend on the distribution of questions over ranks.
         return dim_zero_cat(self.scores)[order][first].sort().values.mean()
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:  # noqa: ANN401
+        """Plot one score or several with matplotlib.
+
+        Args:
+            val: the score, or a list of scores, such as those of successive validations; by default that of `compute`.
+            ax: the matplotlib axes to draw on; by default those of a new figure.
+
+        Returns:
+            The figure and the axes.
+        """
+        return self._plot(val, ax)
 
     def _append(self, ids: list[int], scores: list[float]) -> None:
         self.question_ids.append(torch.tensor(ids, dtype=torch.int64, device=self.device))

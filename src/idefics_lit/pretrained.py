@@ -1,9 +1,12 @@
 """Find pretrained models and load their processors."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -47,8 +50,7 @@ def refuse_adapter(pretrained: str) -> None:
         )
     raise InputError(
         f"model.pretrained {pretrained!r} is an adapter (adapter_config.json) on the model {base}: give "
-        f"--model.pretrained {base} --ckpt_path CHECKPOINT, with the checkpoint that it was exported from; or the "
-        f"merged model that `export --ckpt_path CHECKPOINT --merge true --output FOLDER` writes"
+        f"--model.pretrained {base} --model.adapter {pretrained}"
     )
 
 
@@ -86,7 +88,8 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
     """
     refuse_adapter(pretrained)
     try:
-        processor = AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
+        with quiet_transformers():  # it warns about the form of the Hub's files
+            processor = AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
     images = processor.image_processor
@@ -103,6 +106,17 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
             )
         images.size = type(images.size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
     return processor
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def cannot_load(what: str, pretrained: str, error: Exception) -> InputError:

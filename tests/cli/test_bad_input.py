@@ -369,7 +369,7 @@ def test_text_of_the_data_is_no_markup(run, tiny, folder, capfd):
     written = run("fit", "--model.pretrained", tiny, *CPU, "--data.source", source, *flags)
     assert "[/list]" in capfd.readouterr().out
     names = next(written.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
-    assert {"val/anls/(/list)", "val/anls/(bold)x y"} <= set(names)
+    assert {"val/anls_(/list)", "val/anls_(bold)x y"} <= set(names)
 
 
 def test_debug_shows_the_traceback(run, monkeypatch):

@@ -446,7 +446,7 @@ def test_infographicvqa_is_scored_by_its_types(run, tiny, tmp_path, capfd):
     folder = run("validate", *flags(tiny, infographic_folder(tmp_path / "data")))
     screen = capfd.readouterr().out
     for kind in ("single span", "text", "non-extractive", "table/list", "figure", "counting"):
-        assert f"val/anls/{kind}" in screen
+        assert f"val/anls_{kind}" in screen
     run("predict", *flags(tiny, tmp_path / "data"))
     submission = json.loads((folder / "submission.json").read_text())
     assert [(*answer,) for answer in submission] == [("questionId", "answer")] * 2

@@ -77,7 +77,7 @@ def test_validate_repeats_the_fits_last_score_and_predict_answers_every_question
     run("validate", *flags(tiny, data), "--ckpt_path", checkpoint)
     assert scores(folder)[-1] == pytest.approx(scores(folder)[-2], abs=1e-6)
     assert scores(folder, "val/loss")[-1] == pytest.approx(scores(folder, "val/loss")[-2], abs=1e-6)
-    assert scores(folder, "val/anls/form")[-1] == pytest.approx(1)
+    assert scores(folder, "val/anls_form")[-1] == pytest.approx(1)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run, tiny, docvqa):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from PIL import Image
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -313,12 +312,3 @@ def test_another_adapters_checkpoint_is_refused(tmp_path, tiny):
         with pytest.raises(InputError, match=message):
             other.on_load_checkpoint({"hyper_parameters": dict(ours.hparams)})
             other.load_state_dict(ours.state_dict())
-
-
-@pytest.mark.parametrize("average", [WeightAveraging, EMAWeightAveraging])
-def test_averages_of_weights_are_refused_at_the_start(tiny, average):
-    """Their checkpoints hold the whole base, and can't be loaded."""
-    trainer = Trainer(**CPU, max_steps=1, callbacks=[average()])
-    with pytest.raises(InputError, match=r"trainer.callbacks: weight averaging .*: leave it out"):
-        trainer.fit(model := module(tiny, quantization="none"), [])
-    assert not hasattr(model, "model")

@@ -1,6 +1,6 @@
-"""Hide log messages and warnings of libraries that users of the command line can't act on.
+"""Hide log messages and warnings of Lightning's Trainer that users of the command line can't act on.
 
-Only the command line calls this: importing the package changes no filter.
+Only the command line calls this. What other libraries print is hidden where the package calls them.
 """
 
 import logging
@@ -12,11 +12,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 
 HIDDEN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\). is deprecated",
-    r".*gradient_checkpointing(_enable)?. is deprecated",
     # The length of a stream is the number of its training questions, independent of the workers.
     "Your `IterableDataset` has `__len__` defined",
-    # Raised in torchdata's StatefulDataLoader.
-    "'set_vital' is deprecated",
     # DDP reduces gradients on the stream on which CUDA graphs are replayed.
     "The AccumulateGrad node's stream does not match",
     # With float16 the first optimizer steps are skipped until the loss scale fits.
@@ -28,15 +25,9 @@ HIDDEN_WARNINGS_UNLESS_FIT = (
     "The dirpath has changed from",
 )
 HIDDEN_MESSAGES = re.compile(
-    "Failed to load CPU gemm_4bit_forward|💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_|"
-    "You are using a CUDA device .* that has Tensor Cores|Chat templates should be in a 'chat_template.jinja' file"
+    "💡 Tip: |TPU available: False|`Trainer.fit` stopped: `max_|You are using a CUDA device .* that has Tensor Cores"
 )
-FILTERED_LOGGERS = (
-    "bitsandbytes.backends.cpu.ops",
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "transformers.processing_utils",
-)
+FILTERED_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 
 
 def hide_noise(*, fit: bool, quiet: bool) -> None:

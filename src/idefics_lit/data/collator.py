@@ -78,7 +78,7 @@ class Idefics2Collator:
         self.seed = seed
         self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
-        self.special_tokens = list(tokenizer.get_added_vocab())
+        self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids: list[int] = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
 

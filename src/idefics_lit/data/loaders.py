@@ -4,6 +4,7 @@ Their state is the position in the data and the settings that the position depen
 of existing checkpoints.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,16 @@ from idefics_lit.errors import InputError
 from idefics_lit.utils.distributed import gather_objects
 
 
-class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
+class _QuietLoader(StatefulDataLoader):  # type: ignore[misc]
+    """torchdata's loader without its warning about an obsolete call in its constructor."""
+
+    def __init__(self, dataset: Any, **options: Any) -> None:  # noqa: ANN401
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            super().__init__(dataset, **options)
+
+
+class TrainingLoader(_QuietLoader):
     """A loader that resumes in the middle of an epoch.
 
     Its position is a number of batches, so it depends on the sampler's order, the batch size and the number of workers.
@@ -63,7 +73,7 @@ class TrainingLoader(StatefulDataLoader):  # type: ignore[misc]
         }
 
 
-class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
+class StreamLoader(_QuietLoader):
     """A loader of a stream, whose length is the length of training and whose state has the position of every rank.
 
     It has a length, because Lightning prefetches one batch of a loader without one, which a checkpoint would lose.

@@ -15,12 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 import torchvision
 import transformers
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -28,6 +26,7 @@ from torch import Tensor
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.compat import attention_implementation
 from idefics_lit.model.loading import is_vision_trained
+from idefics_lit.model.quiet_imports import bitsandbytes, peft
 from idefics_lit.utils.files import STALE_AFTER, replacing
 
 Device = torch.device | str
@@ -181,7 +180,7 @@ class FolderCache:
         return self.folder / f"{name}.safetensors"
 
 
-def open_cache(options: Any, model: PeftModel, dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
+def open_cache(options: Any, model: peft.PeftModel, dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
     """Return the cache that a module's options ask for.
 
     Args:
@@ -204,7 +203,7 @@ def open_cache(options: Any, model: PeftModel, dtype: torch.dtype) -> MemoryCach
     )
 
 
-def _features_key(model: PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
+def _features_key(model: peft.PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
     """Return a key of all that features depend on besides an image and the processor's options: weights and code.
 
     The weights are hashed, since a file's name, size and time don't identify them. For Idefics2-8b's vision tower, 0.8

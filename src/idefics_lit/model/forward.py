@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners import lora
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +18,7 @@ from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.loading import is_vision_trained
+from idefics_lit.model.quiet_imports import peft
 from idefics_lit.model.vision import embed_patches, resampler_index, resampler_layer
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
@@ -49,7 +48,7 @@ class Idefics2Backbone:
     """
 
     def __init__(
-        self, model: PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
+        self, model: peft.PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
     ) -> None:
         base: Any = model.get_base_model()
         self.model, self.feature_cache = model, feature_cache
@@ -297,5 +296,5 @@ def _disable_adapter_casts(model: torch.nn.Module, *_: object) -> None:
 
 def _set_adapter_casts(model: torch.nn.Module, enabled: bool) -> None:
     for layer in model.modules():
-        if isinstance(layer, lora.Linear):
+        if isinstance(layer, peft.tuners.lora.Linear):
             layer.cast_input_dtype_enabled = enabled

@@ -5,47 +5,21 @@ frozen vision tower into autograd. LoRA weights are float32 under mixed precisio
 kernels are disabled: they have no gradient and repack a layer's weight permanently.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-import transformers
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.adapter import add_lora, load_adapter, take_adapter
 from idefics_lit.model.compat import configure_compile
-from idefics_lit.pretrained import cannot_load, refuse_adapter, resolve
-
-Quantization = Literal["nf4", "none"]
-
-# From the recipe: the attention projections of text model and resampler, the modality projection, and the head.
-TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
-
-
-@dataclass
-class LoRA:
-    """Low-rank adaptation, https://arxiv.org/abs/2106.09685; the defaults are those of the recipe.
-
-    Args:
-        r: rank.
-        alpha: scale; the update is multiplied by alpha / r.
-        dropout: dropout probability of the adapter's input.
-        init: initialization of the adapter, see peft's ``init_lora_weights``.
-        target_modules: regular expression of the layers that get an adapter.
-    """
-
-    r: int = 8
-    alpha: int = 8
-    dropout: float = 0.1
-    init: str = "gaussian"
-    target_modules: str = TARGET_MODULES
+from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.model.quiet_imports import Linear4bit, Params4bit, peft
+from idefics_lit.pretrained import cannot_load, quiet_transformers, refuse_adapter, resolve
 
 
 def load_model(
@@ -55,12 +29,15 @@ def load_model(
     quantize_vision: bool = True,
     dequantize: bool = False,
     lora: LoRA,
+    adapter: str | None = None,
     dtype: torch.dtype,
     device: torch.device,
     gradient_checkpointing: bool = False,
     compiled: bool = False,
-) -> PeftModel:
-    """Load Idefics2 onto a device, in train mode, with all weights frozen but those of a new adapter.
+    prepare_base: Callable[[PreTrainedModel], None] | None = None,
+    model: PreTrainedModel | peft.PeftModel | None = None,
+) -> peft.PeftModel:
+    """Load Idefics2 onto a device, in train mode, with all weights frozen but those of an adapter.
 
     Args:
         pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
@@ -68,14 +45,59 @@ def load_model(
         quantize_vision: quantize the vision tower too.
         dequantize: dequantize the 4-bit weights once, instead of at every use.
         lora: the adapter.
+        adapter: the folder or Hub id of a saved adapter with the options ``lora``, to start from its weights.
         dtype: of weights that aren't quantized, and of computation.
         device: the target device.
         gradient_checkpointing: store one activation a layer and recompute the others.
         compiled: compile the layers, each kind once, and the other modules that process all patches.
+        prepare_base: called with the base model before the adapter is added.
+        model: a base model that is loaded already, or one with a LoRA adapter of peft's, to use instead of loading.
 
     Raises:
-        InputError: the model doesn't exist, is an adapter or lacks a weight, or ``target_modules`` matches no layer.
+        InputError: the model doesn't exist, is an adapter or lacks a weight, ``target_modules`` matches no layer, or
+            the saved adapter doesn't fit.
     """
+    if isinstance(model, peft.PeftModel):
+        adapted, base = take_adapter(model), model.get_base_model()
+        _disable_inference_kernels(base)
+    else:
+        if model is None:
+            model = _load_base(pretrained, quantization, quantize_vision, dequantize, dtype, device)
+        _disable_inference_kernels(model)
+        tokens = _embedding_rows(model)
+        if prepare_base is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # new weights are the same each time: checkpoints hold only those that are trained
+                prepare_base(model)
+        adapted, base = add_lora(model, lora), model
+        added = _embedding_rows(base) - tokens
+        if added and not any(parameter.requires_grad for parameter in base.get_input_embeddings().parameters()):
+            rank_zero_warn(
+                f"prepare_base added {added} rows to the embedding, which are neither trained nor in checkpoints: name "
+                f"embed_tokens and lm_head in model.lora.options.modules_to_save."
+            )
+        if adapter is not None:
+            load_adapter(adapted, adapter)
+    if gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable. is deprecated")  # peft calls it
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
+        adapted.disable_input_require_grads()
+    if compiled:
+        _compile(base)
+    # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
+    return adapted.train()
+
+
+def _load_base(
+    pretrained: str,
+    quantization: Quantization,
+    quantize_vision: bool,
+    dequantize: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
     refuse_adapter(pretrained)
     # Run no code of a model repository: neither Python modules nor pickles.
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
@@ -90,49 +112,40 @@ def load_model(
         )
     options |= {"output_loading_info": True}
     try:
-        with _quiet():  # `_check_complete` reports missing and unexpected weights
+        with quiet_transformers():  # `_check_complete` reports missing and unexpected weights
             loaded: Any = AutoModelForImageTextToText.from_pretrained(resolve(pretrained), **options)
     except Exception as error:
         raise cannot_load("model", pretrained, error) from error
     base: PreTrainedModel = loaded[0]
     _check_complete(pretrained, loaded[1])
     _check_finite(pretrained, base)
-    if device.type == "cpu":
-        for layer in base.modules():
-            if isinstance(layer, Linear4bit):
-                # The first evaluation would permanently repack the weight for a kernel without autograd.
-                layer.support_avx512bf16_for_cpu = False
     if dequantize and quantization != "none":
-        with _quiet():  # it warns about dequantization
+        with quiet_transformers():  # it warns about dequantization
             base = base.dequantize(dtype)
-    model = add_lora(base, lora)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
-        model.disable_input_require_grads()
-    if compiled:
-        configure_compile()
-        resampler = base.model.connector.perceiver_resampler
-        for module in (
-            *base.model.vision_model.encoder.layers,
-            base.model.connector.modality_projection,
-            *(layer.input_context_norm for layer in resampler.layers),
-            *base.model.text_model.layers,
-        ):
-            module.compile(dynamic=True)
-    # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
-    return model.train()
+    return base
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+def _embedding_rows(model: Any) -> int:  # noqa: ANN401
+    """Return the number of tokens of the embedding, which peft may have wrapped."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _disable_inference_kernels(base: nn.Module) -> None:
+    """Keep the first evaluation from permanently repacking 4-bit weights on a CPU, for a kernel without autograd."""
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _compile(base: Any) -> None:  # noqa: ANN401
+    configure_compile()
+    for module in (
+        *base.model.vision_model.encoder.layers,
+        base.model.connector.modality_projection,
+        *(layer.input_context_norm for layer in base.model.connector.perceiver_resampler.layers),
+        *base.model.text_model.layers,
+    ):
+        module.compile(dynamic=True)
 
 
 def _check_complete(pretrained: str, report: Mapping[str, Collection[str]]) -> None:
@@ -176,35 +189,13 @@ def _check_finite(pretrained: str, base: nn.Module) -> None:
             )
 
 
-def add_lora(base: nn.Module, lora: LoRA) -> PeftModel:
-    """Freeze a model and add a new adapter.
-
-    Raises:
-        InputError: ``target_modules`` is not a regular expression or matches no layer.
-    """
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        init_lora_weights=lora.init,  # type: ignore[arg-type]
-        target_modules=lora.target_modules,
-    )
-    try:
-        return get_peft_model(base, config)
-    except re.error as error:
-        pattern = lora.target_modules
-        raise InputError(f"model.lora.target_modules {pattern!r} is not a regular expression: {error}") from error
-    except Exception as error:
-        raise InputError(f"model.lora: {error}") from error
-
-
-def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: PeftModel) -> None:
+def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: peft.PeftModel) -> None:
     """Check that the embedding has a row for each token of the tokenizer.
 
     Raises:
         InputError: it doesn't.
     """
-    tokens, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+    tokens, rows = len(processor.tokenizer), _embedding_rows(model)
     if tokens > rows:
         raise InputError(
             f"model.pretrained {pretrained!r}: its tokenizer has {tokens} tokens but its embedding only {rows} rows: "
@@ -212,7 +203,7 @@ def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: PeftMode
         )
 
 
-def is_vision_trained(model: PeftModel) -> bool:
+def is_vision_trained(model: peft.PeftModel) -> bool:
     """Whether the vision tower has an adapter."""
     base: Any = model.get_base_model()
     return any(parameter.requires_grad for parameter in base.model.vision_model.parameters())

@@ -8,12 +8,11 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.errors import first_line
 from idefics_lit.reporting.history import History
-from idefics_lit.reporting.logger_media import log_tensorboard_images, log_wandb_table
+from idefics_lit.reporting.logger_media import log_answers
 from idefics_lit.reporting.page_gallery import Card, add_images, group_by_page
 from idefics_lit.reporting.prediction_writers import EvaluationWriter
 from idefics_lit.reporting.report_page import render_report, score_section, tiles, training_charts
@@ -24,9 +23,10 @@ from idefics_lit.utils.files import replacing
 class Report(Callback):
     """Record the curves of a fit, and write ``report.html`` at the end of a fit, a validation or a test.
 
-    The file is self-contained. Weights & Biases gets a table of the same answers, TensorBoard images of the pages with
-    the lowest scores. The curves are part of checkpoints, so the report of a resumed run covers all its steps. If the
-    report can't be written, it warns and the run goes on. Requires `Idefics2Module`; pages require `DocVQADataModule`.
+    The file is self-contained. Weights & Biases, MLflow, Comet and TensorBoard get a table of the same answers and
+    images of the pages with the lowest scores. The curves are part of checkpoints, so the report of a resumed run
+    covers all its steps. If the report can't be written, it warns and the run goes on. Requires `Idefics2Module`; pages
+    require `DocVQADataModule`.
 
     Args:
         writer: the `EvaluationWriter` of the same Trainer, before this callback in its list.
@@ -108,12 +108,8 @@ class Report(Callback):
                 file.write(page)
             self.path = path
         for logger in trainer.loggers if selected else []:
-            if isinstance(logger, WandbLogger):
-                with _warn_on_error("table for Weights & Biases"):
-                    log_wandb_table(logger, f"{stage}/answers", selected, trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                with _warn_on_error("images for TensorBoard"):
-                    log_tensorboard_images(logger, f"{stage}/worst", selected, trainer.global_step)
+            with _warn_on_error(f"answers in {type(logger).__name__}"):
+                log_answers(logger, stage, selected, trainer.global_step)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import io
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -16,6 +17,10 @@ from torch import Tensor
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.pretrained import weight_files
 from idefics_lit.utils.files import replacing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 FINGERPRINT_VALUES = 8  # of each weight
 
@@ -111,14 +116,35 @@ def base_fingerprint(pretrained: str, revision: str | None = None) -> dict[str, 
                 weight = file.get_slice(name)
                 shape = weight.get_shape()
                 if shape and weight.get_dtype() in ("F16", "BF16", "F32"):
-                    index = [slice(0, FINGERPRINT_VALUES) for _ in shape]
-                    if len(shape) > 1:  # the middle row: the first rows of an embedding are often untrained
-                        index[0] = slice(shape[0] // 2, shape[0] // 2 + 1)
-                    first = weight[tuple(index)].flatten()[:FINGERPRINT_VALUES].float()
-                    values[name] = torch.nn.functional.pad(first, (0, FINGERPRINT_VALUES - len(first)))
+                    values[name] = _first_values(weight, shape)
                     dtypes.add(weight.get_dtype())
     if paths and paths[0].parent.parent.name == "snapshots":  # the Hub's cache names the folder by the commit
         revision = paths[0].parent.name
+    return _fingerprint(values, dtypes, revision)
+
+
+def model_fingerprint(model: "PreTrainedModel | PeftModel") -> dict[str, Any]:
+    """Return what `base_fingerprint` returns for a base model that is loaded already, without its quantized weights."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # a peft model has a base
+    kinds = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    weights = {
+        re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): weight.detach()
+        for name, weight in base.named_parameters()
+        if weight.dtype in kinds and weight.ndim and not re.search(r"\.(lora_\w+|modules_to_save)\.", name)
+    }
+    values = {name: _first_values(weight, weight.shape).cpu() for name, weight in weights.items()}
+    return _fingerprint(values, {kinds[weight.dtype] for weight in weights.values()}, None)
+
+
+def _first_values(weight: Any, shape: Sequence[int]) -> Tensor:  # noqa: ANN401
+    index = [slice(0, FINGERPRINT_VALUES) for _ in shape]
+    if len(shape) > 1:  # the middle row: the first rows of an embedding are often untrained
+        index[0] = slice(shape[0] // 2, shape[0] // 2 + 1)
+    first = weight[tuple(index)].flatten()[:FINGERPRINT_VALUES].float()
+    return torch.nn.functional.pad(first, (0, FINGERPRINT_VALUES - len(first)))
+
+
+def _fingerprint(values: Mapping[str, Tensor], dtypes: Iterable[str], revision: str | None) -> dict[str, Any]:
     names = sorted(values)
     stacked = torch.stack([values[name] for name in names]) if names else torch.empty(0, FINGERPRINT_VALUES)
     return {"names": names, "values": stacked, "dtype": " ".join(sorted(dtypes)), "revision": revision}

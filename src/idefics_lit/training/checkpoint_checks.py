@@ -35,15 +35,26 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: Any, trainer: Traine
     """
     if trainer is not None:
         check_resumable(checkpoint, trainer)
-    own, data = {"hyper_parameters": module.hparams}, getattr(trainer, "datamodule", None)
-    if isinstance(data, LightningDataModule):
-        own["datamodule_hyper_parameters"] = data.hparams
-    check_hyperparameters(checkpoint, own, getattr(data, "held_out_by", {}))
+    check_training_options(checkpoint, module, trainer)
     base = checkpoint.get("base")
     if isinstance(base, Tensor):
         check_embedding(base, module.model, module.hparams.pretrained)
     elif base is not None:
         check_base(base, module.base_fingerprint, module.hparams.pretrained)
+
+
+def check_training_options(saved: Mapping[str, Any], module: Any, trainer: Trainer | None) -> None:  # noqa: ANN401
+    """Check the options that an adapter was trained with, as `check_hyperparameters` does.
+
+    Args:
+        saved: ``hyper_parameters`` and ``datamodule_hyper_parameters`` of the training, as in a checkpoint.
+        module: the module that goes on with the adapter.
+        trainer: the module's, if there is one.
+    """
+    own, data = {"hyper_parameters": module.hparams}, getattr(trainer, "datamodule", None)
+    if isinstance(data, LightningDataModule):
+        own["datamodule_hyper_parameters"] = data.hparams
+    check_hyperparameters(saved, own, getattr(data, "held_out_by", {}))
 
 
 def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
@@ -93,9 +104,11 @@ def check_hyperparameters(
         InputError: the adapter was trained with another scale.
     """
     saved = checkpoint.get("hyper_parameters", {})
-    alpha, own_alpha = saved.get("lora", {}).get("alpha"), own["hyper_parameters"]["lora"]["alpha"]
-    if alpha not in (None, own_alpha):
-        raise InputError(f"the checkpoint was trained with model.lora.alpha {alpha}, this run has {own_alpha}")
+    scales, own_scales = (_scales(options.get("lora", {})) for options in (saved, own["hyper_parameters"]))
+    for name, value in scales.items():
+        if value != own_scales[name]:
+            here = own_scales[name]
+            raise InputError(f"the checkpoint was trained with model.lora.{name} {value}, this run has {here}")
     differing = [
         f"{part}.{name} {saved_part[name]!r}, here {own[key][name]!r}"
         for key, (part, names) in REPORTED_OPTIONS.items()
@@ -123,6 +136,14 @@ def check_hyperparameters(
             f"({'; '.join(changed)}): it was trained on some of them, and the score is too high. Give the same "
             f"options, or a split."
         )
+
+
+def _scales(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an adapter that change the scale of its update; empty without options."""
+    if not lora:
+        return {}
+    others, names = lora.get("options", {}), ("use_rslora", "alpha_pattern")
+    return {"alpha": lora.get("alpha"), **{f"options.{name}": others.get(name) or None for name in names}}
 
 
 def check_base(saved: Mapping[str, Any], own: Mapping[str, Any], pretrained: str) -> None:

@@ -42,7 +42,7 @@ NEUTRAL_CALLBACKS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
     *(ProgressBar, ThroughputMonitor, Timer),
 )
-PATH_OPTIONS = ("model.pretrained", "data.source")  # folders, or names on the Hub
+PATH_OPTIONS = ("model.pretrained", "model.adapter", "data.source")  # folders, or names on the Hub
 
 
 def describe(options: Mapping[str, Any]) -> Experiment:
@@ -86,10 +86,10 @@ def differences(saved: Experiment, own: Experiment) -> list[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted name; ``columns`` is kept as one value."""
+    """Return nested values by dotted name; ``columns`` and ``model.lora.options`` are kept as one value."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        nested = isinstance(value, Mapping) and name != "columns"
+        nested = isinstance(value, Mapping) and name not in ("columns", "options")
         flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
 

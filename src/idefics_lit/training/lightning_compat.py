@@ -6,13 +6,14 @@ check the effect would be silent; for example, a run would no longer react to SI
 
 import inspect
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -51,7 +52,9 @@ require_private(CSVLogger, "_version")
 require_private(WandbLogger, "_wandb_init")
 require_private(RichProgressBar, "_get_train_description")
 require_private(TensorBoardLogger, "_version")
-require_private(DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model")
+require_private(LightningModule, "_current_fx_name")
+require_private(WeightAveraging, "_average_model", "_swap_models")
+require_private(DistributedDataParallel, "_ddp_params_and_buffers_to_ignore")
 require_private(torch, "_foreach_mul_")
 
 
@@ -130,21 +133,54 @@ def forget_version(logger: CSVLogger | TensorBoardLogger) -> None:
     logger._version = None
 
 
-def exclude_from_ddp(module: nn.Module, names: Collection[str]) -> None:
-    """Keep DDP from synchronising parameters and buffers, by name.
+class FrozenModelExcludedFromDDP(nn.Module):
+    """A module with a ``model``, whose frozen parameters and buffers DDP doesn't synchronise.
 
-    ``DDPStrategy(init_sync=False, broadcast_buffers=False)`` is the public way, but it needs a strategy object, and
-    ``strategy="ddp"`` would broadcast the frozen model from rank 0.
+    DDP reads their names when it wraps the module, so that they are those that are frozen then. It would broadcast
+    them from rank 0 at the start, and buffers in every batch. ``DDPStrategy(init_sync=False, broadcast_buffers=False)``
+    is the public way, but it needs a strategy object, and ``strategy="ddp"`` would broadcast the frozen model.
     """
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+    model: Any
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        tensors = chain(self.model.named_parameters(), self.model.named_buffers())
+        return [f"model.{name}" for name, tensor in tensors if not tensor.requires_grad]
 
 
-def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
-    """Multiply all gradients of an optimizer by a 0-d tensor in one call.
+def is_in_setup_hook(module: LightningModule) -> bool:
+    """Whether a Trainer is calling the ``setup`` hooks of the callbacks or the module."""
+    return module._current_fx_name == "setup"
+
+
+def on_average_swap(trainer: Trainer, on_swap: Callable[[], None]) -> None:
+    """Call a function when a weight-averaging callback swaps current and averaged weights, around a validation."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._swap_models = partial(_swap_and_call, callback, on_swap)  # type: ignore[method-assign]
+
+
+def _swap_and_call(callback: WeightAveraging, on_swap: Callable[[], None], module: LightningModule) -> None:
+    type(callback)._swap_models(callback, module)
+    on_swap()
+
+
+def forget_averages(trainer: Trainer) -> None:
+    """Make weight-averaging callbacks forget the weights of an earlier fit.
+
+    In ``Trainer.validate`` Lightning would score them instead of the weights that were loaded.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = None
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by a 0-d tensor in one call.
 
     A loop over the parameters would launch a kernel for each, which takes the CPU as long as the optimizer's step.
     """
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
 

@@ -12,43 +12,43 @@ What is special here:
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from itertools import chain
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning import LightningDataModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, ProcessorMixin
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
+from idefics_lit.model.adapter import ADAPTER, read_training_options
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
-from idefics_lit.model.loading import LoRA, Quantization, check_vocabulary, load_model
+from idefics_lit.model.loading import check_vocabulary, load_model
+from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
-from idefics_lit.training.checkpoint import base_fingerprint
-from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint
-from idefics_lit.training.lightning_compat import exclude_from_ddp
+from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
+from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint, check_training_options
 from idefics_lit.training.optimizer import adamw_with_schedule
-from idefics_lit.training.options import check_options
+from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
-from idefics_lit.training.trained_weights import after_loading, before_loading, keep_trained, trained_parameters
+from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
 
 
-class Idefics2Module(LightningModule):
+class Idefics2Module(TrainedWeightsModule):
     """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
 
-    Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls/TYPE``
+    Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
     for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
     test logs the same under ``test/``. Batches come from `Idefics2Collator`.
 
@@ -62,7 +62,9 @@ class Idefics2Module(LightningModule):
         quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: false keeps the vision tower in 16 bits, which is faster and takes 0.6 GiB more.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
-        lora: the adapter.
+        lora: the adapter; from Python also a peft ``LoraConfig``.
+        adapter: the folder or Hub id of a saved LoRA adapter to start from, such as one that `export` wrote; its own
+            options replace lora.
         lr: AdamW's learning rate after the warm-up.
         weight_decay: AdamW's weight decay for matrices; biases and norms have none.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
@@ -97,6 +99,7 @@ class Idefics2Module(LightningModule):
         quantize_vision: bool = True,
         dequantize: bool = False,
         lora: LoRA = LoRA(),  # noqa: B008
+        adapter: str | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         warmup_steps: int = 75,
@@ -111,50 +114,63 @@ class Idefics2Module(LightningModule):
     ) -> None:
         super().__init__()
         # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
-        lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
-        self.save_hyperparameters()
+        lora = plain_lora_options(lora, adapter)  # type: ignore[assignment]
+        self.save_hyperparameters(ignore="adapter")  # checkpoints hold the adapter's weights
+        self.hparams.lora = lora  # LightningCLI saves its config instead
+        self.adapter = adapter
         check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.answers = []
         self._token_mean = TokenMean()
+        self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
-        self._prompt_options: Mapping[str, Any] = {}  # that the checkpoint's adapter was trained with
-        self.state_prefix = ""  # of the names in the state dict that is being loaded
-        self.register_load_state_dict_pre_hook(before_loading)
-        self.register_load_state_dict_post_hook(after_loading)
+        saved = read_training_options(adapter) if adapter else {}
+        self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
 
-    def configure_model(self) -> None:
-        """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
+    def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
+        """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
+
+        The Trainer calls it.
+
+        Args:
+            model: an Idefics2 that you loaded, to train instead of the one that ``pretrained`` names: a transformers
+                model, which gets a new adapter, or a peft model with a LoRA adapter, which is trained on. The processor
+                is that of ``pretrained``.
+        """
         if hasattr(self, "model"):
             return
         options = self.hparams
-        if (trainer := self._attached_trainer) is not None:
-            fits = trainer.state.fn == TrainerFn.FITTING
-            if fits and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                raise InputError(
-                    "trainer.callbacks: weight averaging (WeightAveraging, EMAWeightAveraging) writes checkpoints that "
-                    "this version can't load: leave it out"
-                )
+        if (trainer := self.attached_trainer) is not None:
             device, precision = trainer.strategy.root_device, str(trainer.precision)
         elif torch.cuda.is_available():
             device, precision = torch.device("cuda"), "bf16-mixed"
         else:
             device, precision = torch.device("cpu"), "32-true"
         if precision not in DTYPES:
-            raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
-        self.processor = load_processor(options.pretrained)
+            reason = ", since steps of an adapter in 16 bits are rounded away" if precision.endswith("16-true") else ""
+            raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}{reason}")
+        self.processor = self.load_processor()
+        if model is not None:
+            self.base_fingerprint = model_fingerprint(model)
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
             quantize_vision=options.quantize_vision,
             dequantize=options.dequantize,
             lora=LoRA(**options.lora),
+            adapter=self.adapter,
             dtype=DTYPES[precision],
             device=device,
             gradient_checkpointing=options.gradient_checkpointing,
             compiled=options.compile,
+            prepare_base=self.prepare_base,
+            model=model,
         )
+        if model is not None:
+            options.lora = asdict(LoRA.from_peft(self.model.peft_config[ADAPTER]))
+        if self.adapter is not None:
+            check_training_options(read_training_options(self.adapter), self, trainer)
         self.backbone = Idefics2Backbone(
             self.model,
             open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
@@ -164,9 +180,20 @@ class Idefics2Module(LightningModule):
             self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
         check_vocabulary(options.pretrained, self.processor, self.model)
-        # Every rank loads the frozen weights itself. DDP would broadcast them at the start, and buffers in every batch.
-        tensors = chain(self.named_parameters(), self.named_buffers())
-        exclude_from_ddp(self, [name for name, tensor in tensors if not tensor.requires_grad])
+
+    def load_processor(self, **options: Any) -> ProcessorMixin:  # noqa: ANN401
+        """Return the processor; override it to add tokens.
+
+        Args:
+            options: ``image_splitting`` and ``image_size`` of `idefics_lit.load_processor`.
+        """
+        return load_processor(self.hparams.pretrained, **options)
+
+    def prepare_base(self, model: PreTrainedModel) -> None:
+        """Change the base model before the adapter is added, such as its number of tokens; nothing by default.
+
+        Weights that this adds are in checkpoints only if they are trained: name them in ``LoRA.options``.
+        """
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits (R, T, V) of a batch."""
@@ -218,11 +245,11 @@ class Idefics2Module(LightningModule):
                 `load_processor`. The prompt style and the image options default to those that the module was trained
                 with, if it was loaded from a checkpoint or trained with a data module.
         """
-        data = getattr(self._attached_trainer, "datamodule", None)
+        data = getattr(self.attached_trainer, "datamodule", None)
         trained_with = data.hparams if isinstance(data, LightningDataModule) else self._prompt_options
         options = {**{name: trained_with[name] for name in PROMPT_OPTIONS if name in trained_with}, **options}
         image_options = {name: options.pop(name) for name in ("image_splitting", "image_size") if name in options}
-        return Idefics2Collator(load_processor(self.hparams.pretrained, **image_options), train=train, **options)
+        return Idefics2Collator(self.load_processor(**image_options), train=train, **options)
 
     def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
@@ -239,7 +266,6 @@ class Idefics2Module(LightningModule):
         wrong = next((name for name, p in trained_parameters(self).items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
-        self._seed = torch.initial_seed()
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
@@ -254,15 +280,19 @@ class Idefics2Module(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # when Lightning starts to accumulate gradients
-            self._token_mean.reset()
+        if torch.initial_seed() != self._batch_seed:
+            self._seed = torch.initial_seed()
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
+        self._batch_seed = torch.initial_seed()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss divided by `idefics_lit.training.token_mean.LOSS_SCALE_TOKENS`.
+        """Return the mean loss over the batch's answer tokens; a subclass may add to it.
 
-        Lightning averages over micro-batches and ranks; `on_before_optimizer_step` makes it the mean over tokens.
+        Lightning averages over micro-batches and ranks; `backward` and `on_before_optimizer_step` make it the mean over
+        all answer tokens of the optimizer step.
         """
+        if self.automatic_optimization and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._token_mean.begin(is_first=batch_idx == 0)
         if batch.is_empty:  # all examples were skipped, but the other ranks wait for this one's gradients
             loss = sum((p.sum() * 0 for p in trained_parameters(self).values()), torch.zeros((), device=self.device))
             tokens = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -270,11 +300,16 @@ class Idefics2Module(LightningModule):
             loss, tokens = self.loss(batch)
         return self._token_mean.add(loss, tokens)
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Propagate the loss of a micro-batch, weighted with its number of answer tokens."""
+        super().backward(self._token_mean.weighted(loss), *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the step's answer tokens instead of by micro-batches and ranks."""
-        self.step_loss = self._token_mean.average_gradients(optimizer, self.trainer)
+        """Divide the gradients by the step's answer tokens instead of by micro-batches and ranks; log the loss."""
+        if self._token_mean.tokens is not None:  # unless a subclass computes its own loss, or has several optimizers
+            self.step_loss = self._token_mean.average_gradients(trained_parameters(self).values(), self.trainer)
+            self.log("train/loss", self.step_loss, prog_bar=True)
         self.step_lr = optimizer.param_groups[0]["lr"]
-        self.log("train/loss", self.step_loss, prog_bar=True)
         # A CPU tensor: Lightning would copy a number to the GPU and wait for it.
         self.log("lr", torch.tensor(self.step_lr))
 
@@ -339,16 +374,13 @@ class Idefics2Module(LightningModule):
 
     # Checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
-        """Return the trained weights alone, also as a child of another module; the base model's are on the Hub."""
-        return keep_trained(self, super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the base model's fingerprint and the gradients accumulated so far by all ranks; all must call it.
 
         Raises:
             InputError: a trained weight isn't finite.
         """
+        super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self.base_fingerprint
         trainable = trained_parameters(self)
         if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
@@ -359,7 +391,7 @@ class Idefics2Module(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another base model, another scale of the adapter, and a fit from weights alone; warn of the rest."""
         self.configure_model()
-        check_checkpoint(checkpoint, self, self._attached_trainer)
+        check_checkpoint(checkpoint, self, self.attached_trainer)
         self._restored = checkpoint.get("accumulated", {})
         self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
 
@@ -369,10 +401,3 @@ class Idefics2Module(LightningModule):
     def base_fingerprint(self) -> dict[str, Any]:
         """What identifies the base model, see `idefics_lit.training.checkpoint.base_fingerprint`."""
         return base_fingerprint(self.hparams.pretrained)
-
-    @property
-    def _attached_trainer(self) -> Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # Lightning's: there is none
-            return None

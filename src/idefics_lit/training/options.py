@@ -1,8 +1,12 @@
 """Checks of the options of `Idefics2Module`."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.adapter import read_adapter_options
+from idefics_lit.model.lora import LoRA
 
 
 def check_options(options: Any) -> None:  # noqa: ANN401
@@ -24,3 +28,23 @@ def check_options(options: Any) -> None:  # noqa: ANN401
         raise InputError(f"model.feature_cache_gb {options.feature_cache_gb}: give more than 0")
     if options.lora["alpha"] <= 0:
         raise InputError(f"model.lora.alpha {options.lora['alpha']}: give more than 0, the adapter's scale")
+
+
+def plain_lora_options(lora: Any, adapter: str | None) -> dict[str, Any]:  # noqa: ANN401
+    """Return the adapter's options in plain types, since checkpoints load with weights_only.
+
+    Args:
+        lora: a `LoRA`, a peft ``LoraConfig``, or the options of a `LoRA` by name.
+        adapter: a saved adapter, whose options replace ``lora``.
+
+    Raises:
+        InputError: ``adapter`` isn't an adapter, or ``lora`` has other options than it.
+    """
+    if not isinstance(lora, LoRA):
+        lora = LoRA(**lora) if isinstance(lora, Mapping) else LoRA.from_peft(lora)
+    if adapter is not None:
+        saved = read_adapter_options(adapter)
+        if lora not in (LoRA(), saved):
+            raise InputError(f"model.lora: model.adapter {adapter} has other options, {saved}: leave model.lora out")
+        lora = saved
+    return asdict(lora)

@@ -20,7 +20,7 @@ def compute_scores(answers: Collection[Answer], metric: ANLS, trainer: Trainer) 
         trainer: of the ranks.
 
     Returns:
-        ``anls``, ``anls/TYPE`` for every question type, and ``answer_page_accuracy`` if questions have a reference
+        ``anls``, ``anls_TYPE`` for every question type, and ``answer_page_accuracy`` if questions have a reference
         page.
     """
     own = by_question(answers)
@@ -28,7 +28,7 @@ def compute_scores(answers: Collection[Answer], metric: ANLS, trainer: Trainer) 
     # All ranks must compute the same scores, also of types of which they have no questions.
     groups = by_question_type(own, name=metric_name)
     for name in sorted(set().union(*gather_objects(trainer, [*groups]))):
-        scores[f"anls/{name}"] = _anls(groups.get(name, {}), metric)
+        scores[f"anls_{name}"] = _anls(groups.get(name, {}), metric)
     page_is_correct = {
         key: answer.answer_page == answer.reference_page
         for key, answer in own.items()
