@@ -13,8 +13,8 @@ from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import StreamLoader, TrainingLoader
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
-from idefics_lit.data.sources.streaming import StreamedQuestions
 from idefics_lit.data.split_roles import SplitRoles
+from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.data.subset import Subset, sample_pages
 from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
