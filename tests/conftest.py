@@ -18,6 +18,18 @@ from idefics_lit.model.tiny import build_tiny
 DATA = Path(__file__).parent / "assets"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide the GPUs, so that a test is the same on every machine, unless it is marked `gpu`."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setattr("torch.cuda.device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that the test starts
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A randomly initialised small Idefics2 in the Hub's form."""

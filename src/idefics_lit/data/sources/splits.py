@@ -28,9 +28,9 @@ def find_splits(
     """
     name, _, families = source.partition(":")
     if name == "synthetic":
-        options = {"families": families.split(",")} if families else {}
+        chosen = {"families": families.split(",")} if families else {}
         return {
-            split: partial(SyntheticPages, split, pages, seed, **options) for split, pages in SYNTHETIC_PAGES.items()
+            split: partial(SyntheticPages, split, pages, seed, **chosen) for split, pages in SYNTHETIC_PAGES.items()
         }
     if not is_saved(source):
         if official := find_official_splits(Path(source)):
@@ -45,9 +45,9 @@ def find_splits(
             return {
                 split: partial(TableDocVQA, files, columns, language, Path(folder)) for split, files in nested.items()
             }
-    local_folder = source if Path(source).exists() else None
+    options = {"columns": columns, "language": language, "folder": source if Path(source).exists() else None}
     return {
-        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, local_folder)
+        split: partial(HubDocVQA, rows, f"{source} {split}", **options)
         for split, rows in load_splits(source, subset).items()
     }
 

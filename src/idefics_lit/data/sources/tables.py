@@ -157,7 +157,8 @@ class TableDocVQA(HubDocVQA):
         for column in mapping.image_columns:
             cells = zip(self.locations, values[column], strict=True)
             values[column] = [_image_paths(cell, file.parent, folder) for (file, *_), cell in cells]
-        super().__init__(_to_dataset(values, mapping, name), name, columns, language, str(folder))
+        dataset = _to_dataset(values, mapping, name)
+        super().__init__(dataset, name, columns=columns, language=language, folder=str(folder))
         images_of_rows = zip(*(values[column] for column in mapping.image_columns), strict=True)
         faults = [_image_fault([image for cell in cells for image in cell or ()], folder) for cells in images_of_rows]
         for index, (row, _) in enumerate(self.rows):
