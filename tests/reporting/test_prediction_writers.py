@@ -17,7 +17,7 @@ def answer(index, question_id, score=1.0, **pages):
 
 
 def write(answers, folder):
-    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder)
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder, fast_dev_run=0)
     PredictionWriter().write_on_epoch_end(trainer, None, [answers], [])
 
 

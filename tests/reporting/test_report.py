@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +232,6 @@ def test_questions_and_answers_are_escaped(run, tiny, docvqa, tmp_path, opened):
     "flags",
     [
         ["--trainer.limit_val_batches", "0"],
-        ["--trainer.fast_dev_run", "true"],
         ["--trainer.logger", "false"],
     ],
 )
@@ -241,9 +241,20 @@ def test_every_fit_writes_a_report(run, short_fit, opened, flags, capsys, monkey
     (path,) = folder.rglob("report.html")
     assert str(path.relative_to(folder)) in capsys.readouterr().out
     page = opened(path)
-    steps = 1 if "--trainer.fast_dev_run" in flags else 2
-    assert [x for x, _ in curve(page, "Learning rate", "c1")] == pytest.approx(range(1, steps + 1), abs=0.01)
+    assert [x for x, _ in curve(page, "Learning rate", "c1")] == pytest.approx([1, 2], abs=0.01)
     assert bool(visible(page)) == ("--trainer.limit_val_batches" not in flags)
+
+
+@pytest.mark.parametrize("logger", [["false"], ["CSVLogger", "--trainer.logger.version", "3"]], ids=["none", "csv"])
+def test_fast_dev_run_writes_nothing_into_the_current_folder(run, short_fit, logger, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "report.html").write_text("another run's")
+    (tmp_path / "val_predictions.jsonl").write_text("another run's")
+    run(*short_fit("--trainer.fast_dev_run", "true", "--trainer.logger", *logger))
+    (path,) = re.findall(r"report +(\S+report.html)", capsys.readouterr().out)
+    assert "<article>" in Path(path).read_text()
+    assert {path.name for path in tmp_path.rglob("*")} == {"report.html", "val_predictions.jsonl"}
+    assert (tmp_path / "report.html").read_text() == "another run's"
 
 
 def test_a_failed_report_does_not_end_the_fit(run, short_fit, monkeypatch):
