@@ -23,6 +23,7 @@ from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.data.subset import Subset
+from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import LENGTH_MULTIPLE
 
@@ -181,6 +182,7 @@ def compute_statistics(
         batch_sampler=batches,
         collate_fn=StatisticsCollator(collator),
         num_workers=datamodule.workers(),
+        worker_init_fn=ignore_group_signals,
     )
     statistics: dict[int, QuestionStatistics] = {}
     start = time.perf_counter()

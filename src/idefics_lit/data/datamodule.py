@@ -16,6 +16,7 @@ from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_f
 from idefics_lit.data.sources.streaming import StreamedQuestions
 from idefics_lit.data.split_roles import SplitRoles
 from idefics_lit.data.subset import Subset, sample_pages
+from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 
@@ -223,6 +224,7 @@ class DocVQADataModule(LightningDataModule):
             "collate_fn": SkippingCollator(collator) if self._skips_bad_examples else collator,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
+            "worker_init_fn": ignore_group_signals,
             "pin_memory": torch.cuda.is_available(),
         }
 
