@@ -48,6 +48,14 @@ def test_every_answer_has_a_page_if_one_has(tmp_path):
     assert [(line["answer_page"], line.get("reference_page")) for line in lines] == [(0, None), (2, 1)]
 
 
+@pytest.mark.parametrize(
+    ("scores", "printed"), [([None, None], ""), ([None, 0.25], "ANLS 0.2500 (questions with references: 1)")]
+)
+def test_the_score_is_that_of_the_questions_with_references(tmp_path, capsys, scores, printed):
+    write([answer(i, "a", score) for i, score in enumerate(scores)], tmp_path)
+    assert ("ANLS" in (out := capsys.readouterr().out)) == bool(printed) and printed in out
+
+
 @pytest.mark.parametrize("name", ["submission.json", "predictions.jsonl"])
 def test_a_file_that_cannot_be_written_does_not_prevent_the_other(tmp_path, name):
     (tmp_path / name).mkdir()

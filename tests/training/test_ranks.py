@@ -65,9 +65,9 @@ def test_two_processes_score_as_one(run, tmp_path, capsys):
         answers.append([json.loads(line) for line in lines])
         scored = sum(record["score"] for record in answers[-1]) / 33
         printed = re.search(r"val/anls +│ +(\S+)", table)
-        assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-6)
+        assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-4)
         losses.append(float(re.search(r"val/loss +│ +(\S+)", table)[1]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert answers[0] == answers[1] and len(answers[0]) == 33
     assert scored > 0.8
 

@@ -218,17 +218,17 @@ class DocVQACLI(LightningCLI):
             self.trainer.fit(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
             if self.datamodule.hparams.val_in_fit is not None:
                 best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-                self.trainer.validate(**kwargs, ckpt_path=best or None, weights_only=True)
+                self.trainer.validate(**kwargs, ckpt_path=best or None, verbose=False, weights_only=True)
 
     def validate(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Score the validation split."""
         with self._run_folder():
-            self.trainer.validate(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+            self.trainer.validate(**kwargs, ckpt_path=self.ckpt_path, verbose=False, weights_only=True)
 
     def test(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Score the test split."""
         with self._run_folder():
-            self.trainer.test(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+            self.trainer.test(**kwargs, ckpt_path=self.ckpt_path, verbose=False, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Answer the questions of a split."""
