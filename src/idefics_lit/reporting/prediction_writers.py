@@ -100,7 +100,8 @@ class EvaluationWriter(Callback):
             self._write(trainer, answers, "val_predictions.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
-        """Gather and write the answers."""
+        """Gather and write the answers, which may have the indices and ids of the sanity check's questions."""
+        self.sanity_check_answers = {}
         self._write(trainer, gather_answers(trainer, pl_module.answers), "test_predictions.jsonl")
 
     def _write(self, trainer: Trainer, answers: Answers, name: str) -> None:
