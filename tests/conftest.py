@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -129,6 +130,7 @@ class Ranks:
                 env={name: value.replace("{rank}", str(rank)) for name, value in environment.items()},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
             )
             for rank, log in enumerate(self.logs)
         ]

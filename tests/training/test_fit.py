@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import pytest
 import torch
@@ -147,3 +148,13 @@ def test_a_few_batches_are_overfitted(run, short_fit):
     run(*few, "--trainer.max_steps", "2", "--ckpt_path", str(saved))
     (saved,) = folder.rglob("*step=2.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(1, 0), (2, 1)])
+def test_a_warmup_that_is_longer_than_the_training_is_said(run, tiny, docvqa, warmup_steps, warned):
+    short = ["--data.limit_train", 4, "--trainer.limit_val_batches", 0, "--trainer.max_steps", 2]
+    with warnings.catch_warnings(record=True) as caught:
+        run("fit", *flags(tiny, docvqa, *short, "--model.warmup_steps", warmup_steps))
+    messages = [str(warning.message) for warning in caught if "model.warmup_steps" in str(warning.message)]
+    assert len(messages) == warned
+    assert all(m.startswith(f"model.warmup_steps {warmup_steps}: training takes 2 optimizer steps") for m in messages)

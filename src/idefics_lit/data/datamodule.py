@@ -55,7 +55,8 @@ class DocVQADataModule(LightningDataModule):
         limit_val: use only this many validation questions, the first ones.
         val_in_fit: validate on this many questions during a fit, on pages drawn by the seed, and on all at its end.
         limit_test: use only this many test or prediction questions, the first ones.
-        prompt_style: "recipe" or "idefics", see Idefics2Collator.
+        prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
+            answer.", the prompt that the model's authors evaluate with.
         train_on_prompt: compute the loss on the prompt's text too.
         image_splitting: encode four crops and the page, with 320 image tokens per page instead of 64.
         image_size: resize a page's longest edge to this many pixels, at most the processor's size, the default.

@@ -54,7 +54,7 @@ class Idefics2Module(TrainedWeightsModule):
 
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
     `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
-    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnSigterm``, and
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``, and
     `idefics_lit.training.checkpoint.EpochProgressRepair`.
 
     Args:
