@@ -42,7 +42,7 @@ NEUTRAL_CALLBACKS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
     *(ProgressBar, ThroughputMonitor, Timer),
 )
-PATH_OPTIONS = ("model.pretrained", "data.source")  # folders, or names on the Hub
+PATH_OPTIONS = ("model.pretrained", "data.source", "data.image_root")  # folders, or names on the Hub
 
 
 def describe(options: Mapping[str, Any]) -> Experiment:

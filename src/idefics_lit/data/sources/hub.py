@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Hashable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.page_keys import file_keys
 from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.features import text_conversions, undecoded
-from idefics_lit.data.sources.stored_images import locate_image, stored_key
+from idefics_lit.data.sources.stored_images import path_keys, stored_key
 from idefics_lit.errors import InputError, first_line
 
 # What is written as a list, or as a tuple, a set or an array of texts in Python.
@@ -147,12 +145,7 @@ class HubDocVQA(Examples):
     def _image_keys(self, images: datasets.Dataset, folder: str | None) -> list[tuple[Hashable, ...]]:
         """Return the keys of each row's images: of their content, or of the file of a path."""
         keys_of_rows = self._stored_keys(images)
-        locations = {}
-        for path in {key for keys in keys_of_rows for key in keys}:
-            with suppress(ValueError):  # a wrong path is reported when its example is requested
-                locations[path] = locate_image(path, folder)
-        files = file_keys(dict.fromkeys(location for location in locations.values() if isinstance(location, Path)))
-        key_of_path: dict[str, Hashable] = {path: files.get(location, path) for path, location in locations.items()}
+        key_of_path = path_keys({key for keys in keys_of_rows for key in keys}, folder)
         return [
             tuple(key_of_path.get(key, key) for key in keys) or (f"row {row}",)  # no other row has this key
             for row, keys in enumerate(keys_of_rows)
