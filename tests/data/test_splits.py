@@ -126,3 +126,13 @@ def test_held_out_pages_are_said_where_another_split_might_be_meant(folder, tiny
     ):
         assert fit(folder, tiny) == [(19, {"train.csv"}), (1, {"train.csv"})]
     assert fit(folder, tiny, val_split="test") == [(20, {"train.csv"}), (20, {"test.csv"})]
+
+
+@pytest.mark.parametrize("name", ["questions.xlsx", "questions.txt", "z.png"])
+def test_a_folder_without_questions_says_what_was_seen(folder, name):
+    (folder / "pages").mkdir()
+    for page in folder.glob("*.png"):
+        page.rename(folder / "pages" / page.name)
+    (folder / name).write_bytes((folder / "pages" / "0.png").read_bytes() if name == "z.png" else b"text")
+    with pytest.raises(InputError, match=rf"no questions in pages, {name}: add train.csv, with the columns question"):
+        find_splits(str(folder), None, None, "en", 0)

@@ -15,6 +15,8 @@ from idefics_lit.data.sources.tables import COMPRESSED, TableDocVQA, find_nested
 from idefics_lit.data.sources.text_files import TABLE_SUFFIXES
 from idefics_lit.errors import InputError
 
+# The columns that `datasets` makes of a folder of images or texts.
+WITHOUT_QUESTIONS = {"image", "label", "text"}
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
 
@@ -57,10 +59,17 @@ def find_splits(
                 split: partial(TableDocVQA, files, columns, language, Path(folder), root)
                 for split, files in nested.items()
             }
-    local_folder = image_root or (source if Path(source).exists() else None)
+    splits = load_splits(source, subset)
+    local_folder = source if Path(source).exists() else None
+    if local_folder and all({*rows.column_names} <= WITHOUT_QUESTIONS for rows in splits.values()):
+        files = sorted(path.name for path in Path(source).iterdir() if not path.name.startswith("."))
+        raise InputError(
+            f"{source}: no questions in {', '.join(files[:3])}: add train.csv, with the columns question, image and "
+            f"answers"
+        )
     return {
-        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, local_folder)
-        for split, rows in load_splits(source, subset).items()
+        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, image_root or local_folder)
+        for split, rows in splits.items()
     }
 
 
