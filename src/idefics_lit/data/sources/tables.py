@@ -207,9 +207,9 @@ class TableDocVQA(HubDocVQA):
                 f"spell. The first: {in_python[0]}"
             )
 
-    def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
+    def _decode(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         texts = self.mapping.text_columns
-        return {name: json.loads(v) if name in texts else v for name, v in super()._row(dataset, row).items()}
+        return {name: json.loads(v) if name in texts else v for name, v in super()._decode(stored).items()}
 
     def _row_name(self, row: int, turn: int | None = None) -> str:
         file, number, line = self.locations[row]
