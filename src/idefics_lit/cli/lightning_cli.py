@@ -173,9 +173,13 @@ class DocVQACLI(LightningCLI):
             trainer.devices, trainer.num_nodes = _first_device(trainer.devices), 1
             trainer.limit_predict_batches, trainer.fast_dev_run, trainer.overfit_batches = None, False, 0.0
             self.trainer_defaults["callbacks"] = []
+        has_gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
+        if command == "check" and not has_gpu:
+            from idefics_lit.cli.check import use_cpu
+
+            use_cpu(trainer)
         prepare_loggers(trainer, command)
-        on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
-        if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
+        if not has_gpu and trainer.accelerator in ("auto", "cpu") and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401

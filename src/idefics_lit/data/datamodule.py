@@ -40,13 +40,15 @@ class DocVQADataModule(LightningDataModule):
         subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
         columns: the columns of a data set with names of its own: a mapping from question_id, question, image,
             answers, question_types, answer_page to a column.
+        image_root: the folder that image paths are relative to and may not leave; by default the data's own folder.
         language: the language of the questions, in nielsr/docvqa_1200_examples for example.
         streaming: stream a Hub data set or a folder of parquet or arrow files, instead of storing it; training takes
             trainer.max_steps steps. The first limit_val or limit_test questions of a split are scored; without a
             validation split, those of the training split, and training skips their pages.
         train_split: the split to train on; "train" by default.
-        val_split: the split to validate on; by default "validation" or "val", or else held-out training pages, also if
-            that is the training split; for nielsr/docvqa_1200_examples, which has neither, its 200 test questions.
+        val_split: the split to validate on; by default the one that is called validation, valid, val, dev or eval, or
+            else held-out training pages, also if that is the training split; for nielsr/docvqa_1200_examples, which has
+            none, its 200 test questions.
         test_split: the split to test on; "test" by default.
         predict_split: the split to predict; by default the test split, or else the validation split.
         held_out: the fraction of the training pages to validate on if there is no validation split; questions that
@@ -85,6 +87,7 @@ class DocVQADataModule(LightningDataModule):
         *,
         subset: str | None = None,
         columns: dict[str, str] | None = None,
+        image_root: str | None = None,
         language: str = "en",
         streaming: bool = False,
         train_split: str | None = None,

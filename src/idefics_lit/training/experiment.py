@@ -42,7 +42,8 @@ NEUTRAL_CALLBACKS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
     *(ProgressBar, ThroughputMonitor, Timer),
 )
-PATH_OPTIONS = ("model.pretrained", "model.adapter", "data.source")  # folders, or names on the Hub
+# Folders, or names on the Hub.
+PATH_OPTIONS = ("model.pretrained", "model.adapter", "data.source", "data.image_root")
 
 
 def describe(options: Mapping[str, Any]) -> Experiment:

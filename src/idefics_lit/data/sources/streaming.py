@@ -108,7 +108,7 @@ class Stream(DatasetSplit):
 
 
 def find_streams(
-    source: str, subset: str | None, columns: Mapping[str, str] | None, language: str
+    source: str, subset: str | None, columns: Mapping[str, str] | None, language: str, image_root: str | None = None
 ) -> dict[str, Stream]:
     """Return the stream of each split; see `DocVQADataModule` for the arguments.
 
@@ -125,7 +125,8 @@ def find_streams(
             f"change some, such as 0.10 and N/A: leave data.streaming out, or save them as parquet files"
         )
     splits = hub.load_splits(source, subset, streaming=True)
-    options = {"columns": columns, "language": language, "folder": source if path.exists() else None}
+    folder = image_root or (source if path.exists() else None)
+    options = {"columns": columns, "language": language, "folder": folder}
     return {split: Stream(rows, f"{source} {split}", **options) for split, rows in splits.items()}
 
 
