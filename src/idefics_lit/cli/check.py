@@ -19,9 +19,7 @@ from rich.table import Table
 from idefics_lit.cli.gpu_estimates import (
     is_measured_model,
     load_config,
-    peak_gib,
     questions_per_second,
-    weights_gib,
 )
 from idefics_lit.cli.split_statistics import (
     BatchStatistics,
@@ -31,6 +29,7 @@ from idefics_lit.cli.split_statistics import (
 )
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.model.memory import peak_gib, weights_gib
 from idefics_lit.pretrained import DTYPES
 from idefics_lit.training.run_folder import run_folder
 

@@ -29,6 +29,7 @@ from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, rea
 from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.model.execution import default_precision
 from idefics_lit.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from idefics_lit.training.experiment import flatten
 from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
@@ -175,6 +176,8 @@ class DocVQACLI(LightningCLI):
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
+        if trainer.precision is None:
+            trainer.precision = default_precision(gpu=not on_cpu)
         if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
 

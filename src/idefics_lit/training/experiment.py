@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from idefics_lit.data.optimizer_step import DEFAULT_GLOBAL_BATCH_SIZE
 from idefics_lit.errors import InputError
 
 Experiment = dict[str, Any]
@@ -33,7 +34,7 @@ MAY_CHANGE = {
     *("model.dequantize", "model.gradient_checkpointing", "model.feature_cache", "model.feature_cache_gb"),
     *("model.cuda_graphs", "model.compile", "model.max_new_tokens", "model.strip_period", "data.pretrained"),
     *("data.num_workers", "data.batch_size", "data.eval_batch_size", "data.on_bad_example", "data.limit_val"),
-    *("data.val_in_fit", "data.limit_test", "data.test_split", "data.predict_split"),
+    *("data.val_in_fit", "data.val_every_n_steps", "data.limit_test", "data.test_split", "data.predict_split"),
 }
 # The Trainer's options that change it.
 TRAINER_OPTIONS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
@@ -58,8 +59,11 @@ def describe(options: Mapping[str, Any]) -> Experiment:
     if "callbacks" in trainer:
         experiment["trainer.callbacks"] = _training_callbacks(trainer["callbacks"])
     if "accumulate_grad_batches" in trainer and "batch_size" in data:  # only their product changes what is trained
-        examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
-        experiment["data.batch_size x trainer.accumulate_grad_batches"] = examples
+        if data.get("global_batch_size") is None and data["batch_size"] is not None:
+            examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
+            experiment["data.batch_size x trainer.accumulate_grad_batches"] = examples
+        else:
+            experiment["data.global_batch_size"] = data.get("global_batch_size") or DEFAULT_GLOBAL_BATCH_SIZE
     if type(seed := options.get("seed_everything")) is int:  # true stands for a random seed
         experiment["seed_everything"] = seed
     for name in PATH_OPTIONS:

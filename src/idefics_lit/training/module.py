@@ -43,6 +43,7 @@ from idefics_lit.training.checkpoint import (
     check_hyperparameters,
     check_weights,
 )
+from idefics_lit.training.execution import describe, find_batch_size, options_in_effect
 from idefics_lit.training.lightning_compat import exclude_from_ddp, scale_gradients
 from idefics_lit.training.optimizer import adamw_with_schedule
 from idefics_lit.utils.distributed import gather_objects, summed
@@ -66,6 +67,9 @@ class Idefics2Module(LightningModule):
     for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
     test logs the same under ``test/``. Batches come from `Idefics2Collator`.
 
+    ``dequantize``, ``gradient_checkpointing``, ``cuda_graphs`` and ``compile`` are worked out where they are None: see
+    `idefics_lit.model.execution`. They don't change the loss.
+
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
     `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
     `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnSigterm``, and
@@ -74,7 +78,7 @@ class Idefics2Module(LightningModule):
     Args:
         pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
         quantization: "nf4" (4-bit base model, double quantization) or "none".
-        quantize_vision: false keeps the vision tower in 16 bits, which is faster and takes 0.6 GiB more.
+        quantize_vision: quantize the vision tower too: 0.6 GiB less, slower, and less exact.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
         lora: the adapter.
         lr: AdamW's learning rate after the warm-up.
@@ -84,7 +88,8 @@ class Idefics2Module(LightningModule):
             trainer.max_time alone, it stays constant.
         gradient_checkpointing: compute activations twice to save memory.
         feature_cache: keep the vision tower's features of each page, in "memory" or in a folder, for the page's other
-            questions and for later epochs. Off by default.
+            questions and for later epochs; or "off". By default "memory" if a fit reads pages again and half of the
+            free memory suffices for all of them.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
@@ -108,18 +113,18 @@ class Idefics2Module(LightningModule):
         pretrained: str = "HuggingFaceM4/idefics2-8b",
         *,
         quantization: Quantization = "nf4",
-        quantize_vision: bool = True,
-        dequantize: bool = False,
+        quantize_vision: bool = False,
+        dequantize: bool | None = None,
         lora: LoRA = LoRA(),  # noqa: B008
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         warmup_steps: int = 75,
         schedule: Literal["linear", "cosine"] = "linear",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = None,
         feature_cache: str | None = None,
         feature_cache_gb: float = 20,
-        cuda_graphs: bool = False,
-        compile: bool = False,
+        cuda_graphs: bool | None = None,
+        compile: bool | None = None,
         max_new_tokens: int = 32,
         strip_period: bool = False,
     ) -> None:
@@ -158,6 +163,11 @@ class Idefics2Module(LightningModule):
         if precision not in DTYPES:
             raise InputError(f"trainer.precision {precision}: choose one of {', '.join(DTYPES)}")
         self.processor = load_processor(options.pretrained)
+        own_trainer = trainer if trainer is not None and trainer.lightning_module is self else None
+        data = getattr(own_trainer, "datamodule", None)
+        options = self.options = options_in_effect(options, device, precision, own_trainer, data)
+        if own_trainer is not None and own_trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(describe(self.hparams, options, own_trainer, device))
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
@@ -171,7 +181,7 @@ class Idefics2Module(LightningModule):
         )
         self.backbone = Idefics2Backbone(
             self.model,
-            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
+            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache != "off" else None,
             graphs=options.cuda_graphs and device.type == "cuda",
         )
         self.evaluator = Evaluator(
@@ -258,7 +268,7 @@ class Idefics2Module(LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Print the number of trained parameters and check that their gradients can be scaled."""
+        """Print the number of trained parameters, check that their gradients can be scaled, and try the batch size."""
         trainable, total = self.model.get_nb_trainable_parameters()
         rank_zero_info(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
@@ -267,6 +277,7 @@ class Idefics2Module(LightningModule):
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
+        find_batch_size(self, self.trainer)
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
