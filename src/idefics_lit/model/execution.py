@@ -33,11 +33,13 @@ class Device(NamedTuple):
         name: as its driver calls it.
         type: "cuda" or "cpu".
         gib: memory that this process can use.
+        ram_gib: main memory that this process can use.
     """
 
     name: str
     type: str
     gib: float
+    ram_gib: float = 0.0
 
 
 class Workload(NamedTuple):
@@ -83,10 +85,11 @@ CANDIDATES = (
 
 def find_device(device: torch.device) -> Device:
     """Return a device's name and memory; a limit of this process and the memory of others are left out."""
+    ram = available_ram_bytes() / GIB
     if device.type == "cuda":
-        own = torch.cuda.memory_reserved(device)
-        return Device(torch.cuda.get_device_name(device), "cuda", (free_gpu_bytes(device) + own) / GIB)
-    return Device("CPU", device.type, available_ram_bytes() / GIB)
+        usable = free_gpu_bytes(device) + torch.cuda.memory_reserved(device)
+        return Device(torch.cuda.get_device_name(device), "cuda", usable / GIB, ram)
+    return Device("CPU", device.type, ram, ram)
 
 
 def default_precision(*, gpu: bool) -> str:

@@ -1,6 +1,6 @@
 """The options that a run leaves open: they are worked out for its device, and tried before the first step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from transformers import AutoConfig, PretrainedConfig
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.workload import count_pages, largest_batch, workload
 from idefics_lit.errors import InputError
-from idefics_lit.model.execution import EXECUTION_OPTIONS, Workload, choose_execution, find_device
+from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
 from idefics_lit.model.fsdp import FSDP2Strategy
-from idefics_lit.model.memory import available_ram_bytes, count_weights
+from idefics_lit.model.memory import GIB, count_weights
 from idefics_lit.pretrained import DTYPES, cannot_load, resolve
 from idefics_lit.utils.distributed import gather_objects
 
@@ -25,7 +25,7 @@ RAM_SHARE = 0.5  # of the free memory, that cached features may take
 
 def options_in_effect(
     options: Mapping[str, Any],
-    device: torch.device,
+    devices: Sequence[Device],
     precision: str,
     trainer: Trainer | None = None,
     datamodule: LightningDataModule | None = None,
@@ -34,7 +34,7 @@ def options_in_effect(
 
     Args:
         options: the module's hyperparameters.
-        device: this rank's device; of several ranks, the one with the least memory decides.
+        devices: those of all ranks, of which the one with the least memory decides.
         precision: the Trainer's precision.
         trainer: the Trainer that calls the module; without one CUDA graphs and compiled layers are left out, because
             they restrict the order of its calls.
@@ -47,45 +47,55 @@ def options_in_effect(
         config = AutoConfig.from_pretrained(resolve(options["pretrained"]), trust_remote_code=False)
     except Exception as error:
         raise cannot_load("configuration", options["pretrained"], error) from error
-    weights = count_weights(config, options)
-    fit = datamodule if isinstance(datamodule, DocVQADataModule) and datamodule.step else None
+    weights, given = count_weights(config, options), dict(options)
     if trainer is None:
-        given = {**options, "cuda_graphs": bool(options["cuda_graphs"]), "compile": bool(options["compile"])}
-        devices, is_sharded = [find_device(device)], False
-    else:
-        given, devices = dict(options), gather_objects(trainer, find_device(device))
-        is_sharded = isinstance(trainer.strategy, FSDP2Strategy)
-    smallest, load = min(devices, key=lambda found: found.gib), workload(fit) if fit else UNKNOWN_WORKLOAD
-    execution = choose_execution(smallest, config, weights, given, precision, load, is_sharded=is_sharded)
+        given |= {"cuda_graphs": bool(options["cuda_graphs"]), "compile": bool(options["compile"])}
+    fit = datamodule if isinstance(datamodule, DocVQADataModule) and datamodule.step else None
+    load = workload(fit) if fit else UNKNOWN_WORKLOAD
+    execution = choose_execution(
+        min(devices, key=lambda device: device.gib),
+        config,
+        weights,
+        given,
+        precision,
+        load,
+        is_sharded=trainer is not None and isinstance(trainer.strategy, FSDP2Strategy),
+    )
     if trainer and fit and fit.step:
         fit.step.set_batch_size(execution.batch_size)
         if given["feature_cache"] is None and not weights.is_vision_trained and _pages_recur(trainer, fit, load):
-            page_bytes = _page_bytes(config, load, precision)
-            limit = min(RAM_SHARE * available_ram_bytes() / trainer.num_devices, given["feature_cache_gb"] * 1e9)
-            if all(gather_objects(trainer, count_pages(fit) * page_bytes <= limit)):
+            gigabytes = count_pages(fit) * _page_bytes(config, load, precision) / 1e9
+            ram = min(device.ram_gib for device in devices) * GIB / 1e9 / trainer.num_devices
+            if gigabytes <= min(RAM_SHARE * ram, given["feature_cache_gb"]):
                 given["feature_cache"] = "memory"
     given["feature_cache"] = given["feature_cache"] or "off"
     return AttributeDict({**given, **execution.model_options})
 
 
-def describe(given: Mapping[str, Any], options: Mapping[str, Any], trainer: Trainer, device: torch.device) -> str:
+def describe(
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    devices: Sequence[Device],
+    trainer: Trainer,
+    datamodule: LightningDataModule | None,
+) -> str:
     """Return a line with the options of a fit that were worked out, by their names on the command line.
 
     Args:
         given: the module's hyperparameters.
         options: its `options_in_effect`.
+        devices: those of all ranks.
         trainer: the fit's Trainer.
-        device: this rank's device.
+        datamodule: the Trainer's data module.
     """
-    found, values = find_device(device), {"trainer.precision": str(trainer.precision)}
-    datamodule = getattr(trainer, "datamodule", None)
+    smallest, values = min(devices, key=lambda device: device.gib), {"trainer.precision": str(trainer.precision)}
     if isinstance(datamodule, DocVQADataModule) and datamodule.step:
         values["data.batch_size"] = str(datamodule.step.batch_size)
         values["trainer.accumulate_grad_batches"] = str(trainer.accumulate_grad_batches)
     open_options = [name for name in (*EXECUTION_OPTIONS, "feature_cache") if given[name] is None]
     values |= {f"model.{name}": str(options[name]).lower() for name in open_options}
     texts = (f"{name} {value}" for name, value in values.items())
-    return f"{found.name}, {found.gib:.0f} GiB free: {', '.join(texts)}; each can be given as a flag"
+    return f"{smallest.name}, {smallest.gib:.0f} GiB free: {', '.join(texts)}; each can be given as a flag"
 
 
 def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401

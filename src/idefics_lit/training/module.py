@@ -30,6 +30,7 @@ from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
+from idefics_lit.model.execution import find_device
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, Quantization, load_model
@@ -165,9 +166,9 @@ class Idefics2Module(LightningModule):
         self.processor = load_processor(options.pretrained)
         own_trainer = trainer if trainer is not None and trainer.lightning_module is self else None
         data = getattr(own_trainer, "datamodule", None)
-        options = self.options = options_in_effect(options, device, precision, own_trainer, data)
-        if own_trainer is not None and own_trainer.state.fn == TrainerFn.FITTING:
-            rank_zero_info(describe(self.hparams, options, own_trainer, device))
+        found = find_device(device)
+        self.devices = gather_objects(own_trainer, found) if own_trainer else [found]
+        options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
@@ -268,7 +269,7 @@ class Idefics2Module(LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Print the number of trained parameters, check that their gradients can be scaled, and try the batch size."""
+        """Print the number of trained parameters, check that their gradients can be scaled, and find the batch size."""
         trainable, total = self.model.get_nb_trainable_parameters()
         rank_zero_info(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
@@ -278,6 +279,8 @@ class Idefics2Module(LightningModule):
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
         find_batch_size(self, self.trainer)
+        data = getattr(self.trainer, "datamodule", None)
+        rank_zero_info(describe(self.hparams, self.options, self.devices, self.trainer, data))
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
