@@ -99,9 +99,10 @@ def describe(
 
 
 def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
-    """Train on the largest batch that a fit can have; as long as it doesn't fit into a GPU, take smaller batches.
+    """Try forward and backward of the largest batch that a fit can have; while it doesn't fit, take smaller batches.
 
-    The optimizer step stays: smaller batches are accumulated. Nothing is tried on a CPU, and with sharded weights.
+    The optimizer step stays: smaller batches are accumulated. Nothing is tried with sharded weights, or if the batches
+    aren't those of `DocVQADataModule`.
 
     Args:
         module: the `Idefics2Module`, on its device.
@@ -111,10 +112,9 @@ def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
         InputError: a batch of one question doesn't fit.
     """
     datamodule = getattr(trainer, "datamodule", None)
-    if module.device.type != "cuda" or isinstance(trainer.strategy, FSDP2Strategy):
+    if isinstance(trainer.strategy, FSDP2Strategy) or not isinstance(datamodule, DocVQADataModule):
         return
-    if not isinstance(datamodule, DocVQADataModule) or not datamodule.step:
-        return
+    assert datamodule.step is not None
     step = datamodule.step
     while not all(gather_objects(trainer, _fits(module, trainer, datamodule))):
         smaller = [size for size in step.batch_sizes if size < step.batch_size]
@@ -140,7 +140,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     backbone = module.backbone
     cache, backbone.feature_cache = backbone.feature_cache, None
     fits = True
-    with torch.random.fork_rng(devices=[module.device]):
+    with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
             for _ in range(2 if backbone.has_graphs else 1):  # a CUDA graph is captured at the second call

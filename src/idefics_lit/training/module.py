@@ -278,7 +278,8 @@ class Idefics2Module(LightningModule):
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
         self._seed = torch.initial_seed()
-        find_batch_size(self, self.trainer)
+        if self.device.type == "cuda":
+            find_batch_size(self, self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         rank_zero_info(describe(self.hparams, self.options, self.devices, self.trainer, data))
 
