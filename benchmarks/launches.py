@@ -2,7 +2,7 @@
 
     python benchmarks/launches.py --results benchmarks/results/launches.json
 
-the options of a card of 80 GB, 16 questions a step on pages drawn by the package, alone and in DDP with one rank. At full
+The options of a card of 80 GB, 16 questions a step on drawn pages, alone and in DDP with one rank. At full
 size the GPU is busy longer than that, unless the process has to wait for it, or shares its core.
 """
 

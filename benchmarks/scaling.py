@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --tokenizer tokenizer.model --results benchmarks/results/scaling.json
 
-The options of a card of 80 GB on the pages of train_throughput.py, without dropout. Speed is questions a second, all GPUs
-together, 16 questions a batch on each. "losses" are of steps of 32 questions, a batch on each of two GPUs or two on
-one, which see the same questions; "anls" is the score of the reader that comes with the package.
+The options of a card of 80 GB on the pages of train_throughput.py, without dropout. Speed is questions a second, all
+GPUs together, 16 questions a batch on each. "losses" are of steps of 32 questions, a batch on each of two GPUs or two
+on one, which see the same questions; "anls" is the score of the reader that comes with the package.
 
 "profile" is what the GPUs of two ranks do in eight steps of training: a step's span, the time in which kernels run, in
 which NCCL's run (a rank that is early waits in them) and in which nothing runs.

@@ -2,13 +2,13 @@
 
     python benchmarks/train_throughput.py --tokenizer tokenizer.model --results benchmarks/results/train_throughput.json
 
-Every contender trains on the same 640 questions, four on each of 160 pages of 14 shapes around 1700 x 2200 px, with 16
-questions a step (64 where its name says so) and 12 loader workers, in bfloat16, the recipe and the options of small cards in float16; "headline" is docvqa.yaml
-alone. Seconds are from step to step, loading included; the first steps (compiling, capturing; for the
-feature cache the first epoch) are left out. ``--image_splitting`` compares with 320 image tokens a page. "agreement" is
-how far losses lie from those of transformers' own forward with every question in a row of its own; before transformers
-5.21 that places patches wrongly in 16 bits, and losses differ by that too. Needs what full_size.py needs, and trl;
-``--tiny`` tries it on a CPU.
+Every contender trains on the same 640 questions, four on each of 160 pages of 14 shapes around 1700 x 2200 px, with
+16 questions a step (64 where its name says so) and 12 loader workers, in bfloat16, the recipe and the options of
+small cards in float16; "headline" is docvqa.yaml alone. Seconds are from step to step, loading included; the first
+steps (compiling, capturing; for the feature cache the first epoch) are left out. ``--image_splitting`` compares with
+320 image tokens a page. "agreement" is how far losses lie from those of transformers' own forward with every question
+in a row of its own; before transformers 5.21 that places patches wrongly in 16 bits, and losses differ by that too.
+Needs what full_size.py needs, and trl; ``--tiny`` tries it on a CPU.
 """
 
 import argparse

@@ -178,17 +178,8 @@ def main() -> None:
         return [sys.executable, __file__, *map(str, arguments)]
 
     def ours(options_of: list[str], *more: object) -> list[str]:
-        changed = [
-            *options_of,
-            "--data.global_batch_size",
-            "null",
-            "--model.pretrained",
-            model,
-            "--data.source",
-            data,
-            "--data.val_split",
-            "train",
-        ]
+        changed = [*options_of, "--data.global_batch_size", "null"]
+        changed += ["--model.pretrained", model, "--data.source", data, "--data.val_split", "train"]
         changed += ["--data.num_workers", 0 if options.tiny else 12, "--model.max_new_tokens", NEW_TOKENS]
         changed += ["--trainer.logger", "false", "--trainer.callbacks", "validation.BatchTimes"]
         changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
