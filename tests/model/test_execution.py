@@ -23,13 +23,13 @@ def config(hub_files):
 def choose(config):
     counted = {}
 
-    def choose(gib, precision="bf16-mixed", batch_sizes=STEP, *, kind="cuda", sharded=False, load=(), **given):
+    def choose(gib, precision="bf16-mixed", batch_sizes=STEP, *, device=(), sharded=False, load=(), **given):
         options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN, **given}
         key = str((options["quantize_vision"], options["lora"]))
         counted[key] = counted.get(key) or count_weights(config, options)
         workload = Workload(batch_sizes, **{"questions_per_row": 4.0, **dict(load)})
-        device = Device("a card", kind, gib, 64)
-        return choose_execution(device, config, counted[key], options, precision, workload, is_sharded=sharded)
+        card = Device("a card", "cuda", gib, 64)._replace(**dict(device))
+        return choose_execution(card, config, counted[key], options, precision, workload, is_sharded=sharded)
 
     return choose
 
@@ -99,11 +99,13 @@ def test_what_cannot_be_captured_or_compiled_is_left_out(choose):
     assert sharded == (8, False, False, False, False)
     assert not choose(79, quantization="none").dequantize
     assert choose(79, quantization="none").cuda_graphs
+    without_compiler = choose(79, device={"can_compile": False})
+    assert without_compiler.dequantize and not without_compiler.compile
 
 
 def test_a_cpu_runs_plain(choose):
-    assert choose(900, "32-true", kind="cpu") == (16, False, False, False, False)
-    assert choose(64, "32-true", kind="cpu", batch_sizes=[8]).batch_size == 8
+    assert choose(900, "32-true", device={"type": "cpu"}) == (16, False, False, False, False)
+    assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
 
 
 def test_what_does_not_fit_at_all_gets_the_least(choose):

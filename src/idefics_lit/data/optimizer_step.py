@@ -48,7 +48,7 @@ class OptimizerStep:
         """Set the training examples per batch and device; the step and the validation interval in steps stay."""
         self.batch_size = batch_size
         self.trainer.accumulate_grad_batches = self.examples_per_device // batch_size
-        if self.val_every_n_steps is not None:
+        if self.val_every_n_steps is not None and not getattr(self.trainer, "fast_dev_run", False):
             self.trainer.val_check_interval = self.val_every_n_steps * self.trainer.accumulate_grad_batches
             self.trainer.check_val_every_n_epoch = None
 

@@ -4,7 +4,10 @@ None of these options changes the loss of an optimizer step. `choose_execution` 
 fastest first, that fits the device's memory by the estimate of `idefics_lit.model.memory`.
 """
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +37,14 @@ class Device(NamedTuple):
         type: "cuda" or "cpu".
         gib: memory that this process can use.
         ram_gib: main memory that this process can use.
+        can_compile: there are Triton and a C compiler, which it calls.
     """
 
     name: str
     type: str
     gib: float
     ram_gib: float = 0.0
+    can_compile: bool = True
 
 
 class Workload(NamedTuple):
@@ -88,7 +93,9 @@ def find_device(device: torch.device) -> Device:
     ram = available_ram_bytes() / GIB
     if device.type == "cuda":
         usable = free_gpu_bytes(device) + torch.cuda.memory_reserved(device)
-        return Device(torch.cuda.get_device_name(device), "cuda", usable / GIB, ram)
+        compilers = filter(None, (os.environ.get("CC"), "gcc", "cc", "clang"))
+        can_compile = find_spec("triton") is not None and any(map(shutil.which, compilers))
+        return Device(torch.cuda.get_device_name(device), "cuda", usable / GIB, ram, can_compile)
     return Device("CPU", device.type, ram, ram)
 
 
@@ -129,7 +136,7 @@ def choose_execution(
         given = {"dequantize": False, "cuda_graphs": False, "compile": False, **given}
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
         given.setdefault("cuda_graphs", False)
-    if precision != "bf16-mixed":
+    if precision != "bf16-mixed" or not device.can_compile:
         given.setdefault("compile", False)
     if is_sharded:
         given.setdefault("gradient_checkpointing", False)
