@@ -170,7 +170,7 @@ def main() -> None:
 
     for dequantize in (True, False):
         variant = "unpacked" if dequantize else "nf4"
-        module = Idefics2Module(str(model), quantize_vision=False, dequantize=dequantize, compile=True)
+        module = Idefics2Module(str(model), dequantize=dequantize, compile=True)
         module.configure_model()
         measure_parts(module, dict(list(batches.items())[: 3 if dequantize else 1]), variant, note)
         del module

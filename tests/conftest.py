@@ -94,6 +94,7 @@ def short_fit(tiny, docvqa):
         flags = ["fit", "--model.pretrained", tiny, "--model.quantization", "none", "--model.max_new_tokens", 2]
         flags += ["--model.lr", "1e-2", "--model.warmup_steps", 0, "--data.source", docvqa, "--data.image_size", 112]
         flags += ["--data.limit_train", 10, "--data.limit_val", 2, "--data.num_workers", 0]
+        flags += ["--data.batch_size", 2, "--data.questions_per_page", 1]
         flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         flags += ["--trainer.max_steps", 9, "--trainer.max_epochs", 4, "--trainer.val_check_interval", 3]
         flags += ["--trainer.accumulate_grad_batches", 2, "--trainer.num_sanity_val_steps", 0]

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from idefics_lit.cli.check import TOKEN_BINS
-from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, peak_gib, weights_gib
+from idefics_lit.cli.gpu_estimates import is_measured_model, load_config
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.model.memory import peak_gib, weights_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
 from idefics_lit.training.module import Idefics2Module
 

@@ -87,12 +87,6 @@ def test_every_config_is_printed_whole(capsys, command, config):
                 assert printed[group][name] == value
 
 
-def test_image_splitting_goes_with_cuda_graphs(in_effect):
-    names = ("docvqa", "image_splitting", "gpu_80gb")
-    options = in_effect("fit", *(arg for name in names for arg in ("--config", ROOT / "configs" / f"{name}.yaml")))
-    assert options.data.image_splitting and options.model.cuda_graphs and not options.model.gradient_checkpointing
-
-
 def test_a_checkpoint_is_the_default(in_effect, checkpoint, tiny):
     options = in_effect("validate", "--ckpt_path", checkpoint)
     assert (options.model.pretrained, options.data.pretrained) == (tiny, tiny)

@@ -24,7 +24,8 @@ def scores(folder, column="val/anls"):
 
 def steps(tiny, source, *more):
     """Two epochs of two steps of two batches, a checkpoint each."""
-    more = ["--data.limit_train", 8, "--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 2, *more]
+    sizes = ["--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2]
+    more = ["--data.limit_train", 8, "--trainer.max_steps", 4, *sizes, *more]
     callback = "--trainer.callbacks"
     more += [f"{callback}+=ModelCheckpoint", f"{callback}.save_top_k", -1, f"{callback}.every_n_train_steps", 2]
     return flags(tiny, source, *more)

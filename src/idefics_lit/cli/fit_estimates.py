@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from rich.markup import escape
 from rich.table import Table
 
-from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, peak_gib, questions_per_second, weights_gib
+from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, questions_per_second
 from idefics_lit.cli.split_statistics import BatchStatistics, SplitStatistics, first_epoch_batches, loader_rate
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.model.execution import find_device
+from idefics_lit.model.memory import peak_gib, weights_gib
 from idefics_lit.pretrained import DTYPES
+from idefics_lit.training.execution import describe, options_in_effect
 
 if TYPE_CHECKING:
     from idefics_lit.training.module import Idefics2Module
@@ -29,10 +32,14 @@ def fit_table(
         datamodule: the data; its training loader is timed.
     """
     table = Table("a fit", "", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    devices, options = [find_device(trainer.strategy.root_device)], module.hparams
+    if not isinstance(load_config(options.pretrained), str):
+        options = options_in_effect(options, devices, str(trainer.precision), trainer, datamodule)
+        table.add_row("options", escape(describe(module.hparams, options, devices, trainer, datamodule)))
     if "train" not in splits:
         table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
         return table
-    batches = first_epoch_batches(splits["train"], datamodule.hparams, trainer.world_size)
+    batches = first_epoch_batches(splits["train"], datamodule.hparams, datamodule.batch_size, trainer.world_size)
     if not batches:
         table.add_row("training", "no question is left to train on")
         return table
@@ -55,7 +62,7 @@ def fit_table(
         f"{_duration(device_questions / rate)}: {device_questions:,} questions a device at {rate:,.1f} questions/s, "
         f"measured with a fit's loader here, {workers} worker{'s' * (workers != 1)}",
     )
-    for name, text in _gpu_rows(batches, questions, trainer, module, datamodule):
+    for name, text in _gpu_rows(batches, questions, trainer, options, datamodule):
         table.add_row(name, text)
     return table
 
@@ -64,11 +71,11 @@ def _gpu_rows(
     batches: Sequence[BatchStatistics],
     questions: int,
     trainer: Trainer,
-    module: "Idefics2Module",
+    options: Any,  # noqa: ANN401
     datamodule: DocVQADataModule,
 ) -> Iterator[tuple[str, str]]:
     """Yield the estimates of GPU memory and time, or why there are none."""
-    options, precision = module.hparams, str(trainer.precision)
+    precision = str(trainer.precision)
     config = load_config(options.pretrained)
     if isinstance(config, str):
         yield "GPU", f"no estimate: the model's configuration can't be loaded ({escape(config)})"
@@ -82,16 +89,19 @@ def _gpu_rows(
     if not is_measured_model(config):
         yield "GPU", "no estimate of memory and time: they were measured with Idefics2-8b only"
         return
-    if "FSDP" in type(trainer.strategy).__name__ or DTYPES.get(precision, None) in (None, DTYPES["32-true"]):
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    gpu_precision = precision if on_gpu else "bf16-mixed"  # a CPU's is not that of the GPU that the fit is for
+    if "FSDP" in type(trainer.strategy).__name__ or DTYPES.get(gpu_precision, None) in (None, DTYPES["32-true"]):
         yield "GPU memory", "no estimate: memory was measured with 16-bit precision on one GPU only"
     else:
-        checkpointing = options.gradient_checkpointing
-        peak, largest = max((peak_gib(weights, b.patches, b.padded_tokens, checkpointing), b) for b in batches)
+        held = (options.gradient_checkpointing, options.cuda_graphs)
+        weights = weights_gib(config, options, gpu_precision)
+        peak, largest = max((peak_gib(weights, b.patches, b.padded_tokens, *held), b) for b in batches)
         yield (
             "GPU memory",
             f"about {peak:.1f} GiB at the largest batch: {largest.questions} questions, {largest.rows} rows, "
             f"{largest.padded_tokens:,} tokens, {largest.patches:,} patches; an estimate from the weights and from "
-            f"peaks measured on one H100: 16-mixed, LoRA of rank 8, no compile, no CUDA graphs (docs/memory.md)",
+            f"peaks measured on one H100: 16-mixed, LoRA of rank 8, no compile (docs/memory.md)",
         )
     for name, rate in questions_per_second(image_splitting=datamodule.hparams.image_splitting).items():
         seconds = questions / trainer.world_size / rate

@@ -30,6 +30,7 @@ from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, rea
 from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.model.execution import default_precision
 from idefics_lit.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from idefics_lit.training.experiment import flatten
 from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
@@ -179,6 +180,8 @@ class DocVQACLI(LightningCLI):
 
             use_cpu(trainer)
         prepare_loggers(trainer, command)
+        if trainer.precision is None:
+            trainer.precision = default_precision(gpu=has_gpu)
         if not has_gpu and trainer.accelerator in ("auto", "cpu") and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
 

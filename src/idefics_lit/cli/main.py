@@ -26,8 +26,8 @@ from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
 from idefics_lit.training.preemption import PreemptionSync, SaveOnInterrupt
 
 OUT_OF_MEMORY = (
-    "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
-    "give --model.gradient_checkpointing true, or for an evaluation lower data.eval_batch_size"
+    "the GPU's memory doesn't suffice: give a smaller data.batch_size, whose batches are accumulated to the same "
+    "step, or --model.gradient_checkpointing true, or for an evaluation a smaller data.eval_batch_size"
 )
 
 

@@ -255,6 +255,7 @@ class BatchStatistics(NamedTuple):
 def first_epoch_batches(
     split: SplitStatistics,
     options: Any,  # noqa: ANN401
+    batch_size: int,
     world_size: int,
     patch_size: int = 14,
 ) -> list[BatchStatistics]:
@@ -263,6 +264,7 @@ def first_epoch_batches(
     Args:
         split: the statistics of the training split.
         options: the data module's options.
+        batch_size: of each device.
         world_size: the number of devices.
         patch_size: edge of a patch, in pixels.
     """
@@ -271,8 +273,8 @@ def first_epoch_batches(
     sampler = TrainSampler(examples, options.questions_per_page, seed=options.seed, num_replicas=world_size, rank=0)
     order = [index for index, *_ in sampler]
     batches = []
-    for start in range(0, len(order), options.batch_size):
-        batch = order[start : start + options.batch_size]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         rows = [[i] for i in batch] if options.train_on_prompt else _group_by_page(examples.page_ids, batch)
         lengths = [questions[row[0]].page.tokens + sum(questions[i].question_tokens for i in row) for row in rows]
         padded_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

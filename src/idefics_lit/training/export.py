@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.loading import LoRA, load_model
+from idefics_lit.model.loading import load_model
+from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import resolve
 from idefics_lit.training.checkpoint import check_weights
 from idefics_lit.training.model_card import model_card
