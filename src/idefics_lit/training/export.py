@@ -16,7 +16,7 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import load_model
 from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import resolve
-from idefics_lit.training.checkpoint import check_weights
+from idefics_lit.training.checkpoint_checks import check_weights
 from idefics_lit.training.model_card import model_card
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
