@@ -37,6 +37,8 @@ def command(tiny: Path, steps: int) -> list[str]:
         "--data.limit_train": 10,
         "--data.limit_val": 2,
         "--data.num_workers": 2,
+        "--data.batch_size": 2,
+        "--data.questions_per_page": 1,
         "--trainer.accelerator": "cpu",
         "--trainer.precision": "32-true",
         "--trainer.accumulate_grad_batches": 2,

@@ -2,7 +2,7 @@
 
     python benchmarks/launches.py --results benchmarks/results/launches.json
 
-``configs/gpu_80gb.yaml``, 16 questions a step on pages drawn by the package, alone and in DDP with one rank. At full
+The options of a card of 80 GB, 16 questions a step on drawn pages, alone and in DDP with one rank. At full
 size the GPU is busy longer than that, unless the process has to wait for it, or shares its core.
 """
 
@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from full_size import arguments, build, command, measure, save, versions
+from full_size import GPU_80GB, arguments, build, command, measure, save, versions
 from train_throughput import build_data
 
 from idefics_lit.model.loading import tiny
@@ -37,7 +37,7 @@ def main() -> None:
     report: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "versions": versions()}
     report["contenders"] = found = {}
     for name, more in {"alone": [], "ddp": ["--trainer.strategy", "ddp"]}.items():
-        result = measure(name, command("fit", ["docvqa.yaml", "gpu_80gb.yaml"], *changed, *more), options.work)
+        result = measure(name, command("fit", ["docvqa.yaml"], *GPU_80GB, *changed, *more), options.work)
         steps = result.get("step_s", [])[WARM_UP:]
         found[name] = (
             {"median_ms": round(1000 * statistics.median(steps), 1)} if steps else {"failed": result["failed"]}

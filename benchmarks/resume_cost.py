@@ -116,9 +116,7 @@ def main() -> None:
         "MB a checkpoint": round(size / 1e6, 1),
         "ms a step of the quickstart": round(1000 * step, 1),
         "percent of that step, a checkpoint every 25 steps": round(100 * (loader + saving / 25) / step, 3),
-        "percent of a step of 138 ms (gpu_80gb.yaml on an H100, another run)": round(
-            100 * (loader + saving / 25) / 0.138, 3
-        ),
+        "percent of a step of 138 ms (packed, on an H100, another run)": round(100 * (loader + saving / 25) / 0.138, 3),
     }
     print(json.dumps(result, indent=2))
     if results:

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --tokenizer tokenizer.model --results benchmarks/results/scaling.json
 
-``configs/gpu_80gb.yaml`` on the pages of train_throughput.py, without dropout. Speed is questions a second, all GPUs
-together, 16 questions a batch on each. "losses" are of steps of 32 questions, a batch on each of two GPUs or two on
-one, which see the same questions; "anls" is the score of the reader that comes with the package.
+The options of a card of 80 GB on the pages of train_throughput.py, without dropout. Speed is questions a second, all
+GPUs together, 16 questions a batch on each. "losses" are of steps of 32 questions, a batch on each of two GPUs or two
+on one, which see the same questions; "anls" is the score of the reader that comes with the package.
 
 "profile" is what the GPUs of two ranks do in eight steps of training: a step's span, the time in which kernels run, in
 which NCCL's run (a rank that is early waits in them) and in which nothing runs.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import arguments, build, command, devices, measure, save, versions
+from full_size import GPU_80GB, arguments, build, command, devices, measure, save, versions
 from lightning import Callback
 from train_throughput import build_data
 
@@ -108,7 +108,7 @@ def main() -> None:
         changed += ["--data.num_workers", 0 if options.tiny else 12 // (1 + (shared and ranks == 2))]
         changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
         changed += ["--trainer.accelerator", "cpu", "--model.compile", "false"] if options.tiny else []
-        return command(name, ["docvqa.yaml", "gpu_80gb.yaml"], *changed, *more)
+        return command(name, ["docvqa.yaml"], *GPU_80GB, "--data.global_batch_size", "null", *changed, *more)
 
     def train(name: str, ranks: int, *more: object, steps: int = STEPS) -> dict[str, Any]:
         fixed = ["--trainer.limit_val_batches", 0, "--model.lora.dropout", 0]

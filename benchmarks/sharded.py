@@ -61,7 +61,7 @@ def main() -> None:
         common += ["--trainer.accelerator", "cpu"]
 
     fit = ["--model.pretrained", model, "--data.source", data, *devices(2), "--trainer.max_steps", STEPS]
-    fit += ["--trainer.val_check_interval", STEPS, "--trainer.callbacks+=full_size.StepTimes", *common]
+    fit += ["--data.val_every_n_steps", STEPS, "--trainer.callbacks+=full_size.StepTimes", *common]
     if options.tiny:
         fit += ["--data.image_size", 112, *precision]
     trained = measure("fit", command("fit", ["docvqa.yaml", "fsdp.yaml"], *fit), work, LIMIT)

@@ -32,15 +32,21 @@ CUDA = torch.cuda.is_available()
 QUESTION = "What is the {} amount that the third column of the table gives for the second quarter of the year?"
 
 
-def batch_of(processor: Any, pages: int, questions: int) -> Batch:
-    """Make a batch of noise: ``questions`` on each of ``pages`` pages."""
+def batch_of(processor: Any, pages: int, questions: int, *, train: bool = True, rows_of_one: bool = False) -> Batch:
+    """Return a batch with ``questions`` about each of ``pages`` pages of noise; ``rows_of_one`` packs none of them."""
     examples = [
-        Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=page)
+        Example(
+            4 * page + i,
+            QUESTION.format("total " * (i + page % 3)),
+            [image],
+            ["$1,234.56"],
+            page_id=None if rows_of_one else page,
+        )
         for page in range(pages)
         for image in [Image.effect_noise(SIZES[page * 5 % len(SIZES)], 80).convert("RGB")]
         for i in range(questions)
     ]
-    batch = Idefics2Collator(processor, train=True)(examples)
+    batch = Idefics2Collator(processor, train=train)(examples)
     device = "cuda" if CUDA else "cpu"
     return batch.to(device)
 
@@ -170,7 +176,7 @@ def main() -> None:
 
     for dequantize in (True, False):
         variant = "unpacked" if dequantize else "nf4"
-        module = Idefics2Module(str(model), quantize_vision=False, dequantize=dequantize, compile=True)
+        module = Idefics2Module(str(model), dequantize=dequantize, compile=True)
         module.configure_model()
         measure_parts(module, dict(list(batches.items())[: 3 if dequantize else 1]), variant, note)
         del module

@@ -23,7 +23,8 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.sources.streaming import SHUFFLE_WINDOW, Stream, StreamedQuestions, find_streams
+from idefics_lit.data.sources.streaming import Stream, find_streams
+from idefics_lit.data.streamed_questions import SHUFFLE_WINDOW, StreamedQuestions
 
 RANKS, WORKERS, BATCH, FILES, QUESTIONS = 2, 2, 20, 32, 2
 

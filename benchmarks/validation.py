@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import arguments, build, command, measure, save, versions
+from full_size import GPU_15GB, GPU_80GB, arguments, build, command, measure, save, versions
 from lightning import Callback
 from train_throughput import build_data
 
@@ -177,23 +177,24 @@ def main() -> None:
         arguments += ["--tiny"] if options.tiny else []
         return [sys.executable, __file__, *map(str, arguments)]
 
-    def ours(config: str, *more: object) -> list[str]:
-        changed = ["--model.pretrained", model, "--data.source", data, "--data.val_split", "train"]
+    def ours(options_of: list[str], *more: object) -> list[str]:
+        changed = [*options_of, "--data.global_batch_size", "null"]
+        changed += ["--model.pretrained", model, "--data.source", data, "--data.val_split", "train"]
         changed += ["--data.num_workers", 0 if options.tiny else 12, "--model.max_new_tokens", NEW_TOKENS]
         changed += ["--trainer.logger", "false", "--trainer.callbacks", "validation.BatchTimes"]
         changed += ["--data.image_size", 112, "--trainer.precision", "32-true"] if options.tiny else []
-        return command("validate", ["docvqa.yaml", config], *changed, *more)
+        return command("validate", ["docvqa.yaml"], *changed, *more)
 
     contenders = {
-        "ours": ours("gpu_80gb.yaml"),
+        "ours": ours(GPU_80GB),
         "generate_16": child("generate", 16),
         "generate_64": child("generate", 64),
         "generate_128": child("generate", 128),
         "generate_64_unpacked": child("generate", 64, "--unpacked"),
         "generate_128_unpacked": child("generate", 128, "--unpacked"),
-        "ours_16": ours("gpu_80gb.yaml", "--data.eval_batch_size", 16),
-        "ours_256": ours("gpu_80gb.yaml", "--data.eval_batch_size", 256),
-        "ours_15gb": ours("gpu_15gb.yaml"),
+        "ours_16": ours(GPU_80GB, "--data.eval_batch_size", 16),
+        "ours_256": ours(GPU_80GB, "--data.eval_batch_size", 256),
+        "ours_15gb": ours(GPU_15GB),
         "agreement": child("agreement"),
     }
     report: dict[str, Any] = {

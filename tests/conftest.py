@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from idefics_lit.model.tiny import build_tiny
 
 DATA = Path(__file__).parent / "assets"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide the GPUs, so that a test is the same on every machine, unless it is marked `gpu`."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setattr("torch.cuda.device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that the test starts
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +94,7 @@ def short_fit(tiny, docvqa):
         flags = ["fit", "--model.pretrained", tiny, "--model.quantization", "none", "--model.max_new_tokens", 2]
         flags += ["--model.lr", "1e-2", "--model.warmup_steps", 0, "--data.source", docvqa, "--data.image_size", 112]
         flags += ["--data.limit_train", 10, "--data.limit_val", 2, "--data.num_workers", 0]
+        flags += ["--data.batch_size", 2, "--data.questions_per_page", 1]
         flags += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         flags += ["--trainer.max_steps", 9, "--trainer.max_epochs", 4, "--trainer.val_check_interval", 3]
         flags += ["--trainer.accumulate_grad_batches", 2, "--trainer.num_sanity_val_steps", 0]
@@ -117,6 +131,7 @@ class Ranks:
                 env={name: value.replace("{rank}", str(rank)) for name, value in environment.items()},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
             )
             for rank, log in enumerate(self.logs)
         ]

@@ -183,4 +183,4 @@ def test_two_ranks_end_after_the_same_batch(two_ranks, tmp_path, environment, no
     ranks.processes[1].send_signal(signal.SIGTERM)
     assert ranks.end() == [128 + signal.SIGTERM] * 2, ranks.printed()
     assert ranks.printed().count("stopped by SIGTERM at step") == 1
-    torch.load(next(tmp_path.rglob("sigterm.ckpt")), weights_only=True)
+    torch.load(next(tmp_path.rglob("interrupted.ckpt")), weights_only=True)

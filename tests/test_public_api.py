@@ -9,7 +9,7 @@ import idefics_lit
 
 EXPORTED = {
     *("ANLS", "DocVQADataModule", "Example", "Idefics2Collator", "Idefics2Module", "InputError", "LoRA"),
-    *("anls", "load_processor"),
+    *("anls", "export_adapter", "load_processor"),
 }
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from idefics_lit.metrics import ANLS, anls
     from idefics_lit.model.lora import LoRA
     from idefics_lit.pretrained import load_processor
+    from idefics_lit.training.export import export_adapter
     from idefics_lit.training.module import Idefics2Module
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "InputError",
     "LoRA",
     "anls",
+    "export_adapter",
     "load_processor",
 ]
 
@@ -38,6 +40,7 @@ _MODULES = {
     "InputError": "errors",
     "LoRA": "model.lora",
     "anls": "metrics",
+    "export_adapter": "training.export",
     "load_processor": "pretrained",
 }
 

@@ -11,7 +11,8 @@ from PIL import Image
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.sources.hub import HubDocVQA
 from idefics_lit.data.sources.splits import find_splits
-from idefics_lit.data.sources.streaming import StreamedQuestions, find_streams
+from idefics_lit.data.sources.streaming import find_streams
+from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.errors import InputError
 
 

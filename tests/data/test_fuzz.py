@@ -232,7 +232,7 @@ def open_table(rows, columns, language, decoded, collators):
     else:
         reject()
     try:
-        examples = HubDocVQA(table, "my set", columns, language)
+        examples = HubDocVQA(table, "my set", columns=columns, language=language)
     except InputError as error:
         named(error, "data.columns" if "data.columns" in str(error) else "my set")
         return

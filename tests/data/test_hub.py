@@ -219,7 +219,7 @@ def test_text_in_no_known_encoding_is_named(column):
 def test_named_columns_win():
     columns = {"question": "ask", "image": "scan", "question_id": "number", "answers": "reply"}
     names = {"query": "ask", "image": "scan", "id": "number", "answers": "reply"}
-    rows = HubDocVQA(make(FORMS["nielsr"]).rename_columns(names), "set", columns)
+    rows = HubDocVQA(make(FORMS["nielsr"]).rename_columns(names), "set", columns=columns)
     assert (rows[0].question, rows[0].question_id, rows[0].answers) == ("What?", "train_0", ["a", "b"])
 
 
@@ -232,7 +232,7 @@ def test_named_columns_win():
 )
 def test_a_wrong_mapping_is_refused(columns, message):
     with pytest.raises(InputError, match=message):
-        HubDocVQA(make(FORMS["nielsr"]), "set", columns)
+        HubDocVQA(make(FORMS["nielsr"]), "set", columns=columns)
 
 
 @pytest.mark.parametrize("column", ["query", "image"])

@@ -183,7 +183,7 @@ def tiff(*frames):
 def test_a_tiff_of_several_pages_is_refused(tmp_path, read):
     """`ask` reads them all."""
     content = tiff((COLOUR, 0), (GREY, 0), (GREY, 0))
-    with pytest.raises(InputError, match=r"row 0.*can't be read: .*is a TIFF of 3 pages: save each as an image"):
+    with pytest.raises(InputError, match=r"row 0.*can't be read: .*is a TIFF of 3 pages: "):
         read(tmp_path / "data", content)
     (tmp_path / "page.tif").write_bytes(content)
     assert count_pages(str(tmp_path / "page.tif")) == 3

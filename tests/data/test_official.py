@@ -192,9 +192,9 @@ def test_a_broken_page_is_named_when_it_is_asked_for(tmp_path):
     ("text", "message"),
     [
         ('{"data": [{"questionId": 1, "que', "not a readable JSON file"),
-        ('[{"questionId": 1}]', "not of the official DocVQA form"),
+        ('{"questions": [{"questionId": 1}]}', "not of the official DocVQA form"),
         ('{"data": {"questions": []}}', "not of the official DocVQA form"),
-        ("[" * 100_000, "not a readable JSON file"),
+        ('{"data": ' + "[" * 100_000, "not a readable JSON file"),
         ('{"data": [], "dataset_split": ["a"]}', "'dataset_split' holds list where a text should be"),
     ],
 )

@@ -12,10 +12,11 @@ from lightning import Trainer
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from idefics_lit.data import streamed_questions
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.loaders import StreamLoader
-from idefics_lit.data.sources import streaming
-from idefics_lit.data.sources.streaming import StreamedQuestions, find_streams
+from idefics_lit.data.sources.streaming import find_streams
+from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.errors import InputError
 
 
@@ -29,7 +30,7 @@ PAGE = page(255)
 
 @pytest.fixture(autouse=True)
 def window(monkeypatch):
-    monkeypatch.setattr(streaming, "SHUFFLE_WINDOW", 16)
+    monkeypatch.setattr(streamed_questions, "SHUFFLE_WINDOW", 16)
 
 
 def turns(number):

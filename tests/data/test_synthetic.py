@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from idefics_lit.data.pages import FAMILIES, page_questions
+from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.synthetic import SyntheticPages, write_docvqa
 from idefics_lit.errors import InputError
 
@@ -78,3 +79,8 @@ def test_written_pages_read_back(tmp_path):
     read = official.OfficialDocVQA(write_docvqa(data, tmp_path))
     assert len(read) == len(data)
     assert read[0].question == data[0].question and read[0].answers == data[0].answers
+
+
+def test_predict_answers_a_test_split_of_a_minute():
+    """The quickstart's checkpoint doesn't limit it."""
+    assert 150 < len(find_splits("synthetic:id_card", None, None, "en", 0)["test"]()) < 250

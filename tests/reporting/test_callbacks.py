@@ -47,11 +47,15 @@ def test_evaluation_writer(evaluate, tmp_path):
     assert (tmp_path / "test_predictions.jsonl").read_text() == (tmp_path / "val_predictions.jsonl").read_text()
 
 
-def test_prediction_writer(evaluate, tmp_path):
+def test_prediction_writer(evaluate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     batches = evaluate("predict", PredictionWriter())
     submission = json.loads((tmp_path / "submission.json").read_text())
     answers = [answer for batch in batches for answer in batch]
     assert submission == [{"questionId": answer.question_id, "answer": answer.prediction} for answer in answers]
+    (validated,) = evaluate("validate")
+    printed = capsys.readouterr().out
+    assert f"ANLS {validated['val/anls']:.4f} (questions with references: 3)\n3 answers in " in printed
 
 
 def test_report_and_summary(evaluate, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ def answer(index, question_id, score=1.0, **pages):
 
 
 def write(answers, folder):
-    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder)
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder, fast_dev_run=0)
     PredictionWriter().write_on_epoch_end(trainer, None, [answers], [])
 
 
@@ -46,6 +46,14 @@ def test_every_answer_has_a_page_if_one_has(tmp_path):
     assert [row["answer_page"] for row in submission] == [0, 2]
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [(line["answer_page"], line.get("reference_page")) for line in lines] == [(0, None), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "printed"), [([None, None], ""), ([None, 0.25], "ANLS 0.2500 (questions with references: 1)")]
+)
+def test_the_score_is_that_of_the_questions_with_references(tmp_path, capsys, scores, printed):
+    write([answer(i, "a", score) for i, score in enumerate(scores)], tmp_path)
+    assert ("ANLS" in (out := capsys.readouterr().out)) == bool(printed) and printed in out
 
 
 @pytest.mark.parametrize("name", ["submission.json", "predictions.jsonl"])

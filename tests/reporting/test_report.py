@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,16 +109,36 @@ def test_curves_show_the_logged_values(fitted, opened):
     assert types == page.locator(".table tbody tr").count() - 1 >= 3
 
 
-def test_the_values_under_the_pointer_are_shown(fitted, opened):
+def test_the_values_under_the_pointer_are_those_of_their_own_step(fitted, opened):
     page = opened(fitted / "report.html")
-    chart = page.locator('svg[aria-label="ANLS"]')
-    box = chart.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
-    figure = page.locator("figure", has=chart)
-    assert figure.locator("small").text_content() == f"step {MAX_STEPS}"
-    assert float(figure.locator(".legend .c0 b").text_content()) == pytest.approx(
-        logged(fitted, "val/anls")[-1][1], abs=0.002
+    chart = page.locator('svg[aria-label="Loss"]')
+    figure, box = page.locator("figure", has=chart), chart.bounding_box()
+    left, right = 46 / 400, 392 / 400  # of the plot
+    losses, validations = dict(logged(fitted, "train/loss")), dict(logged(fitted, "val/loss"))
+    for step in (VAL_CHECK_INTERVAL + 1, MAX_STEPS):
+        x = box["x"] + box["width"] * (left + (right - left) * step / MAX_STEPS)
+        page.mouse.move(x, box["y"] + box["height"] / 2)
+        assert figure.locator("small").text_content() == f"step {step}"
+        assert figure.locator(".legend .c1 b").text_content() == f"{losses[step - 1]:.4g}"
+        validated, *own_step = figure.locator(".legend .c2 b").text_content().split(" (step ")
+        validation_step = MAX_STEPS if step == MAX_STEPS else VAL_CHECK_INTERVAL
+        assert own_step == ([] if step == MAX_STEPS else [f"{validation_step})"])
+        assert validated == f"{validations[validation_step - 1]:.4g}"
+
+
+def test_hyperparameters_and_the_answers_before_training_are_shown(fitted, opened):
+    page = opened(fitted / "report.html")
+    page.get_by_text("Hyperparameters").click()
+    shown = dict(
+        page.locator("details dl div").evaluate_all("all => all.map(div => [...div.children].map(e => e.innerText))")
     )
+    expected = {"model.lr": "0.001", "model.lora.r": "8", "data.limit_train": "64", "trainer.max_steps": str(MAX_STEPS)}
+    assert shown.items() >= expected.items() and "data.limit_test" not in shown
+    before = page.locator("li dt", has_text="before").count()
+    assert before == page.locator("li").count() > 0
+    scores = page.locator("li dd small").all_text_contents()
+    (row,) = page.locator(".table tbody tr", has_text="all").all()
+    assert sum(map(float, scores)) / before == pytest.approx(float(row.locator("td").nth(1).text_content()), abs=0.005)
 
 
 def test_the_histogram_counts_the_questions(fitted, opened):
@@ -231,7 +252,6 @@ def test_questions_and_answers_are_escaped(run, tiny, docvqa, tmp_path, opened):
     "flags",
     [
         ["--trainer.limit_val_batches", "0"],
-        ["--trainer.fast_dev_run", "true"],
         ["--trainer.logger", "false"],
     ],
 )
@@ -241,9 +261,20 @@ def test_every_fit_writes_a_report(run, short_fit, opened, flags, capsys, monkey
     (path,) = folder.rglob("report.html")
     assert str(path.relative_to(folder)) in capsys.readouterr().out
     page = opened(path)
-    steps = 1 if "--trainer.fast_dev_run" in flags else 2
-    assert [x for x, _ in curve(page, "Learning rate", "c1")] == pytest.approx(range(1, steps + 1), abs=0.01)
+    assert [x for x, _ in curve(page, "Learning rate", "c1")] == pytest.approx([1, 2], abs=0.01)
     assert bool(visible(page)) == ("--trainer.limit_val_batches" not in flags)
+
+
+@pytest.mark.parametrize("logger", [["false"], ["CSVLogger", "--trainer.logger.version", "3"]], ids=["none", "csv"])
+def test_fast_dev_run_writes_nothing_into_the_current_folder(run, short_fit, logger, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "report.html").write_text("another run's")
+    (tmp_path / "val_predictions.jsonl").write_text("another run's")
+    run(*short_fit("--trainer.fast_dev_run", "true", "--trainer.logger", *logger))
+    (path,) = re.findall(r"report +(\S+report.html)", capsys.readouterr().out)
+    assert "<article>" in Path(path).read_text()
+    assert {path.name for path in tmp_path.rglob("*")} == {"report.html", "val_predictions.jsonl"}
+    assert (tmp_path / "report.html").read_text() == "another run's"
 
 
 def test_a_failed_report_does_not_end_the_fit(run, short_fit, monkeypatch):

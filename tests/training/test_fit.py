@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def scores(folder, column="val/anls"):
 
 def steps(tiny, source, *more):
     """Two epochs of two steps of two batches, a checkpoint each."""
-    more = ["--data.limit_train", 8, "--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 2, *more]
+    sizes = ["--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2]
+    more = ["--data.limit_train", 8, "--trainer.max_steps", 4, *sizes, *more]
     callback = "--trainer.callbacks"
     more += [f"{callback}+=ModelCheckpoint", f"{callback}.save_top_k", -1, f"{callback}.every_n_train_steps", 2]
     return flags(tiny, source, *more)
@@ -147,3 +149,13 @@ def test_a_few_batches_are_overfitted(run, short_fit):
     run(*few, "--trainer.max_steps", "2", "--ckpt_path", str(saved))
     (saved,) = folder.rglob("*step=2.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(1, 0), (2, 1)])
+def test_a_warmup_that_is_longer_than_the_training_is_said(run, tiny, docvqa, warmup_steps, warned):
+    short = ["--data.limit_train", 4, "--trainer.limit_val_batches", 0, "--trainer.max_steps", 2]
+    with warnings.catch_warnings(record=True) as caught:
+        run("fit", *flags(tiny, docvqa, *short, "--model.warmup_steps", warmup_steps))
+    messages = [str(warning.message) for warning in caught if "model.warmup_steps" in str(warning.message)]
+    assert len(messages) == warned
+    assert all(m.startswith(f"model.warmup_steps {warmup_steps}: training takes 2 optimizer steps") for m in messages)

@@ -65,9 +65,9 @@ def test_two_processes_score_as_one(run, tmp_path, capsys):
         answers.append([json.loads(line) for line in lines])
         scored = sum(record["score"] for record in answers[-1]) / 33
         printed = re.search(r"val/anls +│ +(\S+)", table)
-        assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-6)
+        assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-4)
         losses.append(float(re.search(r"val/loss +│ +(\S+)", table)[1]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert answers[0] == answers[1] and len(answers[0]) == 33
     assert scored > 0.8
 
@@ -92,8 +92,15 @@ def last_adapter(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("validation", [pytest.param(False, marks=pytest.mark.long), True], ids=["train", "validation"])
-def test_sigterm_to_one_rank_ends_both_behind_the_same_batch(two_ranks, tmp_path, validation):
+@pytest.mark.parametrize(
+    ("validation", "name"),
+    [
+        pytest.param(False, "SIGTERM", marks=pytest.mark.long),
+        (True, "SIGTERM"),
+        pytest.param(False, "Ctrl-C", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_one_rank_ends_both_behind_the_same_batch(two_ranks, tmp_path, validation, name):
     """Though neither waits for the other in a batch, and one may be through with a validation."""
     options = ["--trainer.devices", "2", "--trainer.val_check_interval", "4"]
     options += ["--data.limit_val", "200"] if validation else ["--data.limit_val", "4"]
@@ -101,10 +108,11 @@ def test_sigterm_to_one_rank_ends_both_behind_the_same_batch(two_ranks, tmp_path
     ranks.wait_for("*step=2.ckpt")
     if validation:  # it comes behind the second step, and is long
         time.sleep(0.5)
-    ranks.processes[1].send_signal(signal.SIGTERM)
-    assert ranks.end() == [128 + signal.SIGTERM] * 2
-    assert ranks.printed().count("stopped by SIGTERM at step 2" if validation else "stopped by SIGTERM at step") == 1
-    torch.load(next(tmp_path.rglob("sigterm.ckpt")), weights_only=True)
+    signal_ = signal.SIGINT if name == "Ctrl-C" else signal.SIGTERM
+    ranks.processes[1].send_signal(signal_)
+    assert ranks.end() == [128 + signal_] * 2
+    assert ranks.printed().count(f"stopped by {name} at step{' 2' if validation else ''}") == 1
+    torch.load(next(tmp_path.rglob("interrupted.ckpt")), weights_only=True)
     assert not list(tmp_path.rglob("val_predictions.jsonl" if validation else "*step=12.ckpt"))
 
 

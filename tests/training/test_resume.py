@@ -18,6 +18,8 @@ from lightning import Callback
 
 from idefics_lit.cli.main import DocVQACLI
 
+SIGNALS = {"sigterm": [signal.SIGTERM], "sigint": [signal.SIGINT], "sigint twice": [signal.SIGINT] * 2}
+
 
 class Stop(Exception):
     pass
@@ -40,8 +42,9 @@ class CutOff(Callback):
         self.save(trainer, f"{trainer.current_epoch}-{batch_idx}")
         if self.left == 0 and self.place == "batch":
             raise Stop
-        if self.left == 0 and self.place == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.left == 0 and self.place in SIGNALS:
+            for signal_ in SIGNALS[self.place]:
+                os.kill(os.getpid(), signal_)
 
     def on_validation_end(self, trainer, module):
         if self.left <= 0 and self.place == "validation":
@@ -61,6 +64,7 @@ def cut(run, monkeypatch):
     def cut(args, place=None, batches=0):
         callback = CutOff(place, batches)
         before = DocVQACLI.before_instantiate_classes
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 
         def with_callback(cli):
             cli.trainer_defaults["callbacks"].append(callback)
@@ -68,7 +72,10 @@ def cut(run, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(DocVQACLI, "before_instantiate_classes", with_callback)
-            folder = run(*args)
+            try:
+                folder = run(*args)
+            finally:
+                assert signal.signal(signal.SIGINT, previous) in (signal.default_int_handler, signal.SIG_IGN)
         return folder, callback
 
     return cut
@@ -97,6 +104,7 @@ def assert_same(first, second):
         ("batch", [1, 2], 2),
         ("batch", [5, 5, 1], 0),
         ("sigterm", [3, 2, 5], 0),
+        ("sigint", [3, 2], 0),
         ("validation", [3, 2], 0),
         ("epoch", [5, 5], 2),
     ],
@@ -108,12 +116,20 @@ def test_it_goes_on_from_anywhere_and_from_there_again(cut, short_fit, place, ba
     for left in batches:
         with pytest.raises((Stop, SystemExit)) as caught:
             cut(args, place, left)
-        assert caught.type is Stop or caught.value.code == 128 + signal.SIGTERM
-        saved = folder.glob(f"{place}-*.ckpt") if place != "sigterm" else folder.rglob("sigterm.ckpt")
+        assert caught.type is Stop or caught.value.code == 128 + SIGNALS[place][0]
+        saved = folder.rglob("interrupted.ckpt") if place in SIGNALS else folder.glob(f"{place}-*.ckpt")
         newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
         args = [*short_fit("--data.num_workers", workers), "--ckpt_path", newest]
     _, callback = cut(args)
     assert_same(whole, load(callback.path))
+
+
+def test_a_second_ctrl_c_ends_the_fit_at_once(cut, short_fit, tmp_path, capfd):
+    with pytest.raises(SystemExit) as caught:
+        cut(short_fit(), "sigint twice", 3)
+    assert caught.value.code == 128 + signal.SIGINT
+    assert not list(tmp_path.rglob("interrupted.ckpt"))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_another_number_of_workers(cut, short_fit, monkeypatch):
@@ -171,6 +187,8 @@ class Process:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
         )
         self.folder = folder
 
@@ -182,9 +200,9 @@ class Process:
             time.sleep(0.01)
 
     def end(self, signal_=None):
-        """Send a signal; returns the exit code and what was printed."""
+        """Send a signal, to the workers too, as a terminal does; returns the exit code and what was printed."""
         if signal_:
-            self.process.send_signal(signal_)
+            os.killpg(self.process.pid, signal_)
         code = self.process.wait(120)
         return code, (self.folder / "log").read_text()
 
@@ -213,20 +231,32 @@ def uninterrupted(run, short_fit):
     return args, whole
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    """With a worker that waits for the next validation since the sanity check."""
     args, whole = uninterrupted
-    args = [*args, "--ckpt_path", "last"]
+    args = [*args, "--data.num_workers", "1", "--trainer.num_sanity_val_steps", "1", "--ckpt_path", "last"]
     first = Process(tmp_path, args)
     first.wait_for("lightning_logs/version_0/checkpoints/*.ckpt")
-    code, printed = first.end(signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM
+    code, printed = first.end(signal.SIGINT)
+    assert code == 128 + signal.SIGINT, printed
     assert "no checkpoint in lightning_logs yet: the fit begins" in printed
-    assert "stopped by SIGTERM at step" in printed and "Traceback" not in printed
-    saved = tmp_path / "lightning_logs/version_0/checkpoints/sigterm.ckpt"
+    assert printed.count("press Ctrl-C again to stop at once") == 1
+    assert "stopped by Ctrl-C at step" in printed and "Traceback" not in printed
+    saved = tmp_path / "lightning_logs/version_0/checkpoints/interrupted.ckpt"
     assert 0 < load(saved)["global_step"] < whole["global_step"]
     code, printed = Process(tmp_path, args).end()
     assert code == 0 and f"last checkpoint: {saved.relative_to(tmp_path)}" in printed
     assert_same(whole, last_weights(tmp_path / "lightning_logs"))
+
+
+@pytest.mark.parametrize("seconds", [1, 8])
+def test_ctrl_c_before_training_ends_without_a_traceback(tmp_path, seconds):
+    """In the imports, and later."""
+    process = Process(tmp_path, ["predict", "--model.pretrained", "tiny", "--data.source", "synthetic"])
+    time.sleep(seconds)
+    code, printed = process.end(signal.SIGINT)
+    # The shell's code is 130 in both cases; Python ends itself by SIGINT if it interrupted an `exec` of a text.
+    assert code in (128 + signal.SIGINT, -signal.SIGINT) and "Traceback" not in printed, printed
 
 
 @pytest.mark.long

@@ -30,7 +30,7 @@ def trained(tiny, tmp_path_factory):
     docvqa = Path(__file__).parents[1] / "assets" / "docvqa-public-domain"
     flags = ["--model.pretrained", tiny, "--model.quantization", "none", "--model.max_new_tokens", 2, *ONE]
     flags += ["--data.source", docvqa, "--data.image_size", 112, "--data.limit_train", 10, "--data.limit_val", 2]
-    flags += ["--data.num_workers", 0, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    flags += ["--data.num_workers", 0, "--data.batch_size", 2, "--trainer.accelerator", "cpu"]
     flags += ["--trainer.max_steps", 1, "--trainer.num_sanity_val_steps", 0, "--trainer.limit_val_batches", 1]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -116,7 +116,8 @@ def test_what_may_change(in_effect, flags, more):
     ("more", "why"),
     [
         (["--data.seed", 1], "data.seed 0, here 1"),
-        (["--data.batch_size", 4], "data.batch_size x trainer.accumulate_grad_batches 2, here 4"),
+        (["--data.batch_size", 4], "data.global_batch_size 2, here 4"),
+        (["--data.batch_size", "null"], "data.global_batch_size 2, here 16"),
         (["--trainer.gradient_clip_val", 1], "trainer.gradient_clip_val None, here 1"),
         (["--seed_everything", 1], "seed_everything 0, here 1"),
         (

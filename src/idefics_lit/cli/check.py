@@ -6,39 +6,33 @@ Every figure is measured in the run itself, counted, or given with the measureme
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
 from lightning import Trainer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from idefics_lit.cli.gpu_estimates import (
-    is_measured_model,
-    load_config,
-    peak_gib,
-    questions_per_second,
-    weights_gib,
-)
+from idefics_lit.cli.fit_estimates import fit_table
 from idefics_lit.cli.split_statistics import (
-    BatchStatistics,
     SplitStatistics,
     compute_statistics,
-    first_epoch_batches,
 )
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
-from idefics_lit.pretrained import DTYPES
 from idefics_lit.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from idefics_lit.training.module import Idefics2Module
 
 SPLIT_NAMES = {"train": "training", "val": "validation"}
-MAX_SHOWN = 3  # broken rows, ids and pages on the screen
+MAX_SHOWN = 3  # broken rows of a kind, ids and pages on the screen
+MAX_KINDS = 10  # of broken rows on the screen
 SHOWN_EXAMPLES = 5  # questions of each split on the screen
 TOKEN_BINS = (1, 2, 4, 8, 16, 32, 64)  # upper limits of the histogram of answer lengths
 
@@ -55,7 +49,7 @@ def check(trainer: Trainer, module: "Idefics2Module", datamodule: DocVQADataModu
 
     Raises:
         InputError: a split can't be opened.
-        SystemExit: with code 1 if there are broken rows that would end a fit.
+        SystemExit: with code 1 if a fit couldn't start: there are broken rows that would end it, or no row is left.
     """
     if not trainer.is_global_zero:
         return
@@ -76,15 +70,34 @@ def check(trainer: Trainer, module: "Idefics2Module", datamodule: DocVQADataModu
             console.print(table, "")
     for line in _warnings(splits, module.hparams["max_new_tokens"]):
         console.print(escape(line), soft_wrap=True)
-    console.print(_fit_table(splits, trainer, module, datamodule))
+    console.print(fit_table(splits, trainer, module, datamodule))
     lines = [line for split in splits.values() for line in split.errors.values()]
     if lines:
         _print_errors(console, splits, lines, run_folder(trainer) / "check.txt")
-    if lines and datamodule.hparams.on_bad_example == "raise":
-        print(
-            f"broken rows: {len(lines)}; fix them, or leave them out with --data.on_bad_example skip", file=sys.stderr
-        )
+    reason = ""
+    if empty := [SPLIT_NAMES[name] for name, split in splits.items() if not split.questions]:
+        reason = f"no {' and no '.join(empty)} question is left: fix the broken rows"
+    elif lines and datamodule.hparams.on_bad_example == "raise":
+        reason = f"broken rows: {len(lines)}; fix them, or leave them out with --data.on_bad_example skip"
+    if reason:
+        print(reason, file=sys.stderr)
         raise SystemExit(1)
+
+
+def use_cpu(trainer: Namespace) -> None:
+    """Replace the options of the Trainer that need a GPU, for `check`, which reads only their numbers.
+
+    Args:
+        trainer: the options of the Trainer, which are changed.
+    """
+    trainer.accelerator = "cpu"
+    # A number, a list of indices in either notation, or all devices, of which there are none here.
+    devices = str(trainer.devices).strip(" ,[]")
+    trainer.devices = (
+        len(devices.split(",")) if "," in str(trainer.devices) else int(devices) if devices.isdecimal() else 1
+    )
+    if str(trainer.precision) in ("16", "16-mixed"):
+        trainer.precision = "bf16-mixed"  # as many bytes
 
 
 def _advance(bar: Progress, name: str, total: int) -> Callable[[int], None]:
@@ -183,94 +196,21 @@ def _warnings(splits: Splits, max_new_tokens: int) -> Iterator[str]:
 
 
 def _print_errors(console: Console, splits: Splits, lines: Sequence[str], file: Path) -> None:
-    """Print the broken rows by kind and the first of them; write all of them to a file."""
-    kinds = [split.error_kinds for split in splits.values()]
+    """Print the kinds of broken rows, the most frequent first, with examples; write all broken rows to a file."""
+    kinds = [split.errors_by_kind for split in splits.values()]
+    counts = Counter({kind: sum(len(k.get(kind, ())) for k in kinds) for kind in chain.from_iterable(kinds)})
+    shown = [kind for kind, _ in counts.most_common(MAX_KINDS)]
     table = _split_table("broken rows", splits)
-    for kind, _ in sum(kinds, Counter()).most_common():
-        table.add_row(escape(kind), *(f"{counter[kind]:,}" for counter in kinds))
+    for kind in shown:
+        table.add_row(escape(kind), *(f"{len(k.get(kind, ())):,}" for k in kinds))
+    if others := counts.keys() - {*shown}:
+        table.add_row("other kinds", *(f"{sum(len(k.get(kind, ())) for kind in others):,}" for k in kinds))
     console.print("", table)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    for line in lines[:MAX_SHOWN]:
-        console.print(f"  {escape(line)}", soft_wrap=True)
+    for kind in shown:
+        for line in [line for k in kinds for line in k.get(kind, ())][:MAX_SHOWN]:
+            console.print(f"  {escape(line)}", soft_wrap=True)
     console.print(f"all {len(lines)} lines: {file}", soft_wrap=True)
-
-
-def _fit_table(splits: Splits, trainer: Trainer, module: "Idefics2Module", datamodule: DocVQADataModule) -> Table:
-    """Steps, time and memory of the fit."""
-    table = Table("a fit", "", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    pages_per_second = sum(s.processed_pages for s in splits.values()) / sum(s.seconds for s in splits.values())
-    workers = datamodule.num_workers
-    table.add_row(
-        "the loader here",
-        f"{pages_per_second:,.1f} pages/s with their questions, {workers} worker{'s' * (workers != 1)}, starting "
-        f"included",
-    )
-    if "train" not in splits:
-        table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
-        return table
-    batches = first_epoch_batches(splits["train"], datamodule.hparams, trainer.world_size)
-    if not batches:
-        table.add_row("training", "no question is left to train on")
-        return table
-    limit = trainer.limit_train_batches
-    batches = batches[: limit if isinstance(limit, int) else int(len(batches) * limit)] or batches[:1]
-    steps_per_epoch = ceil(len(batches) / trainer.accumulate_grad_batches)
-    limits = [trainer.max_steps / steps_per_epoch] if trainer.max_steps >= 0 else []
-    limits += [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
-    # Without limits, 1000 epochs are Lightning's default; of endless training, one epoch is shown.
-    epochs = min(limits, default=1000 if trainer.max_epochs is None else 1)
-    questions = round(epochs * sum(batch.questions for batch in batches) * trainer.world_size)
-    table.add_row("steps", f"{ceil(epochs * steps_per_epoch):,}, of {steps_per_epoch:,} an epoch: {epochs:,.2f} epochs")
-    table.add_row("questions", f"{questions:,} seen on {trainer.world_size} device{'s' * (trainer.world_size > 1)}")
-    padding = 1 - sum(batch.tokens for batch in batches) / sum(batch.padded_tokens for batch in batches)
-    table.add_row("padding", f"{padding:.0%} of the tokens, with every question's longest answer")
-    pages = epochs * sum(batch.rows for batch in batches)
-    table.add_row(
-        "time of the data",
-        f"{_duration(pages / pages_per_second)}: {round(pages):,} pages a device at the loader's rate here",
-    )
-    for name, text in _gpu_rows(batches, questions, trainer, module, datamodule):
-        table.add_row(name, text)
-    return table
-
-
-def _gpu_rows(
-    batches: Sequence[BatchStatistics],
-    questions: int,
-    trainer: Trainer,
-    module: "Idefics2Module",
-    datamodule: DocVQADataModule,
-) -> Iterator[tuple[str, str]]:
-    """Yield the estimates of GPU memory and time, or why there are none."""
-    options, precision = module.hparams, str(trainer.precision)
-    config = load_config(options.pretrained)
-    if isinstance(config, str):
-        yield "GPU", f"no estimate: the model's configuration can't be loaded ({escape(config)})"
-        return
-    longest = max(batch.padded_tokens // batch.rows for batch in batches)
-    max_length = config.text_config.max_position_embeddings
-    if longest > max_length:
-        yield "too long", f"a row of {longest:,} tokens, the model takes {max_length:,}: lower data.max_length"
-    weights = weights_gib(config, options, precision)
-    yield "weights", f"{weights:.2f} GiB, counted: base, adapter, its gradients and AdamW's moments"
-    if not is_measured_model(config):
-        yield "GPU", "no estimate of memory and time: they were measured with Idefics2-8b only"
-        return
-    if "FSDP" in type(trainer.strategy).__name__ or DTYPES.get(precision, None) in (None, DTYPES["32-true"]):
-        yield "GPU memory", "no estimate: memory was measured with 16-bit precision on one GPU only"
-    else:
-        checkpointing = options.gradient_checkpointing
-        peak, largest = max((peak_gib(weights, b.patches, b.padded_tokens, checkpointing), b) for b in batches)
-        yield (
-            "GPU memory",
-            f"about {peak:.1f} GiB at the largest batch: {largest.questions} questions, {largest.rows} rows, "
-            f"{largest.padded_tokens:,} tokens, {largest.patches:,} patches; an estimate from the weights and from "
-            f"peaks measured on one H100: 16-mixed, LoRA of rank 8, no compile, no CUDA graphs (docs/memory.md)",
-        )
-    for name, rate in questions_per_second(image_splitting=datamodule.hparams.image_splitting).items():
-        seconds = questions / trainer.world_size / rate
-        yield "time of the GPU", f"{_duration(seconds)} at {rate} questions/s, which one H100 did with {name}"
-    yield "", "those rates: pages around 1700 x 2200 pixels, see benchmarks/NOTES.md"
 
 
 def _split_table(title: str, splits: Splits) -> Table:
@@ -293,8 +233,3 @@ def _quantiles(values: Sequence[int]) -> str:
 def _first_ones(values: Sequence[object]) -> str:
     more = f" and {len(values) - MAX_SHOWN} more" if len(values) > MAX_SHOWN else ""
     return ", ".join(map(str, values[:MAX_SHOWN])) + more
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

@@ -1,21 +1,14 @@
-"""Estimates of the GPU memory and time of a fit: weights are counted, the rest is scaled from measurements."""
+"""What `check` estimates the time of a fit from: measured throughput, and whether it holds for a model."""
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from idefics_lit.errors import first_line
-from idefics_lit.pretrained import DTYPES, resolve
-
-# NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3): 4 bits per weight, an 8-bit scale per 64 weights
-# and a 32-bit scale per 256 of those scales.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+from idefics_lit.pretrained import resolve
 
 
 @cache
@@ -45,46 +38,3 @@ def load_config(pretrained: str) -> PretrainedConfig | str:
         return AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
         return first_line(error)
-
-
-def weights_gib(config: PretrainedConfig, options: Mapping[str, Any], precision: str) -> float:
-    """Count the GiB of weights, adapter, its gradients and AdamW's two moments, without loading any.
-
-    Args:
-        config: the model's configuration.
-        options: the options of `Idefics2Module`.
-        precision: the Trainer's precision.
-
-    Raises:
-        InputError: ``lora.target_modules`` match no layer.
-    """
-    from idefics_lit.model.adapter import add_lora
-    from idefics_lit.model.lora import LoRA
-
-    with torch.device("meta"):
-        base = AutoModelForImageTextToText.from_config(config)
-    quantized = 0
-    if options["quantization"] == "nf4" and not options["dequantize"]:
-        unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
-        layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
-        quantized = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-    unquantized_weights = sum(p.numel() for p in base.parameters()) - quantized
-    adapted = add_lora(base, LoRA(**options["lora"]))
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    bytes_per_weight = DTYPES.get(precision, torch.float32).itemsize
-    # A trainable weight has four float32 values: itself, its gradient and AdamW's two moments.
-    return (quantized * NF4_BYTES + unquantized_weights * bytes_per_weight + trainable * 16) / 2**30
-
-
-def peak_gib(weights: float, patches: int, tokens: int, gradient_checkpointing: bool) -> float:
-    """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
-
-    Args:
-        weights: `weights_gib`.
-        patches: image patches of the batch.
-        tokens: tokens of the batch with padding.
-        gradient_checkpointing: the module's option.
-    """
-    key = "gradient_checkpointing" if gradient_checkpointing else "no_gradient_checkpointing"
-    peak = _measurements()["peak_memory"][key]
-    return weights + peak["fixed_gib"] + (patches * peak["mib_per_patch"] + tokens * peak["mib_per_token"]) / 1024

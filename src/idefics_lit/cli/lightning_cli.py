@@ -19,6 +19,7 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,6 +30,7 @@ from idefics_lit.cli.parser import COMMAND_OPTIONS, COMMANDS, CommandParser, rea
 from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.model.execution import default_precision
 from idefics_lit.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from idefics_lit.training.experiment import flatten
 from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
@@ -167,23 +169,32 @@ class DocVQACLI(LightningCLI):
             raise InputError("trainer.val_check_interval 0: give 1 or more batches, or a fraction of an epoch to 1.0")
         if command in WITHOUT_RUN:
             trainer.logger = trainer.enable_progress_bar = False
+            trainer.callbacks = None  # among them may be a progress bar
             # One process handles all pages; a config may set several devices and limits for runs.
             trainer.devices, trainer.num_nodes = _first_device(trainer.devices), 1
             trainer.limit_predict_batches, trainer.fast_dev_run, trainer.overfit_batches = None, False, 0.0
             self.trainer_defaults["callbacks"] = []
+        has_gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
+        if command == "check" and not has_gpu:
+            from idefics_lit.cli.check import use_cpu
+
+            use_cpu(trainer)
         prepare_loggers(trainer, command)
-        if trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].insert(0, ProgressBar())
-        on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
-        if on_cpu and str(trainer.precision) in ("16", "16-mixed"):
+        if trainer.precision is None:
+            trainer.precision = default_precision(gpu=has_gpu)
+        if not has_gpu and trainer.accelerator in ("auto", "cpu") and str(trainer.precision) in ("16", "16-mixed"):
             raise InputError("trainer.precision 16-mixed needs a GPU: give --trainer.precision bf16-mixed or 32-true")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
-        """Return the Trainer.
+        """Return the Trainer, with the package's progress bar unless the user gives another.
 
         Raises:
             InputError: the Trainer refuses its arguments or the environment of the job.
         """
+        options = self.config_init[self.config_init.subcommand].trainer
+        callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
+        if options.enable_progress_bar is not False and not any(isinstance(c, BaseProgressBar) for c in callbacks):
+            self.trainer_defaults["callbacks"].insert(0, ProgressBar())
         try:
             return super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -214,17 +225,17 @@ class DocVQACLI(LightningCLI):
             self.trainer.fit(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
             if self.datamodule.hparams.val_in_fit is not None:
                 best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-                self.trainer.validate(**kwargs, ckpt_path=best or None, weights_only=True)
+                self.trainer.validate(**kwargs, ckpt_path=best or None, verbose=False, weights_only=True)
 
     def validate(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Score the validation split."""
         with self._run_folder():
-            self.trainer.validate(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+            self.trainer.validate(**kwargs, ckpt_path=self.ckpt_path, verbose=False, weights_only=True)
 
     def test(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Score the test split."""
         with self._run_folder():
-            self.trainer.test(**kwargs, ckpt_path=self.ckpt_path, weights_only=True)
+            self.trainer.test(**kwargs, ckpt_path=self.ckpt_path, verbose=False, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Answer the questions of a split."""

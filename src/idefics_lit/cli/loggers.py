@@ -53,11 +53,12 @@ def prepare_loggers(trainer: Namespace, command: str) -> None:
     Raises:
         InputError: TensorBoardLogger is used without tensorboard.
     """
-    loggers = {logger.class_path.rpartition(".")[2]: logger.init_args for logger in logger_configs(trainer.logger)}
-    if command == "check" and loggers and not {"CSVLogger", "TensorBoardLogger"} & loggers.keys():
+    if command == "check" and (configs := logger_configs(trainer.logger)):
         # check logs no metrics; it only needs a numbered folder for check.txt.
-        trainer.logger = default_logger()
-    elif "WandbLogger" in loggers:
+        folders = [config for config in configs if config.class_path.endswith((".CSVLogger", ".TensorBoardLogger"))]
+        trainer.logger = folders[0] if folders else default_logger()
+    loggers = {logger.class_path.rpartition(".")[2]: logger.init_args for logger in logger_configs(trainer.logger)}
+    if "WandbLogger" in loggers:
         _prepare_wandb(loggers["WandbLogger"].get("save_dir") or ".")
     if "TensorBoardLogger" in loggers and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise InputError("trainer.logger TensorBoardLogger writes with tensorboard: pip install tensorboard")

@@ -10,7 +10,6 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from idefics_lit.cli.lightning_cli import WITHOUT_RUN, CommandTrainer, DocVQACLI
 from idefics_lit.cli.noise_filter import hide_noise
@@ -24,25 +23,26 @@ from idefics_lit.reporting.skipped_examples import SkippedExamples
 from idefics_lit.reporting.summary import Summary
 from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
-from idefics_lit.training.preemption import PreemptionSync, SaveOnSigterm
+from idefics_lit.training.preemption import PreemptionSync, SaveOnInterrupt
 
 OUT_OF_MEMORY = (
-    "the GPU's memory doesn't suffice: lower data.batch_size and raise trainer.accumulate_grad_batches by as much, or "
-    "give --model.gradient_checkpointing true, or for an evaluation lower data.eval_batch_size"
+    "the GPU's memory doesn't suffice: give a smaller data.batch_size, whose batches are accumulated to the same "
+    "step, or --model.gradient_checkpointing true, or for an evaluation a smaller data.eval_batch_size"
 )
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one of `COMMANDS`.
+    """Run one of `COMMANDS`, or print the help if there is none.
 
     Args:
         args: the command line; ``sys.argv`` by default.
 
     Raises:
         SystemExit: with code 2 and one line on standard error after a user's mistake; ``--debug`` or the environment
-            variable ``IDEFICS_LIT_DEBUG=1`` shows the traceback instead. With code 143 after SIGTERM.
+            variable ``IDEFICS_LIT_DEBUG=1`` shows the traceback instead. With code 143 after SIGTERM and 130 after
+            Ctrl-C.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = list(sys.argv[1:] if args is None else args) or ["--help"]
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
     hide_noise(fit="fit" in args, quiet=not WITHOUT_RUN.isdisjoint(args))
     # Imported after the filter, which hides what bitsandbytes logs on import.
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     writer = EvaluationWriter()
     report = Report(writer)
     summary = Summary(writer, report)
-    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnSigterm()]
+    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnInterrupt()]
     try:
         DocVQACLI(
             Idefics2Module,
@@ -90,8 +90,11 @@ def main(args: Sequence[str] | None = None) -> None:
         text = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except SIGTERMException:  # a SystemExit with code 0
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns a KeyboardInterrupt into a SystemExit with code 1.
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
 
 
 def _is_raised_by_lightning(error: Exception) -> bool:

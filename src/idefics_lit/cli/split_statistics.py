@@ -2,7 +2,7 @@
 
 What is special here:
 
-- a page is processed once for all questions about it;
+- a page is processed once for up to `QUESTIONS_AT_ONCE` questions about it;
 - all accepted answers are tokenized, not only the one that training would draw;
 - the workers of the DataLoader return counts instead of pixels.
 """
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
@@ -23,11 +24,32 @@ from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.data.subset import Subset
+from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import LENGTH_MULTIPLE
 
+QUESTIONS_AT_ONCE = 32  # about one page: their pages may be decoded once for each of them
+LOADER_SECONDS = 3.0  # to measure the training loader
 
-@dataclass
+
+@dataclass(slots=True)
+class PageStatistics:
+    """Counts of the pages of a question, one object for the questions about the same pages.
+
+    Attributes:
+        digests: a digest of the pixels of each page, equal for equal pages in different files.
+        sizes: width and height of each page, in pixels.
+        vision_pixels: pixels that the vision tower processes, after scaling.
+        tokens: tokens before the question.
+    """
+
+    digests: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    vision_pixels: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class QuestionStatistics:
     """Counts of one question.
 
@@ -35,28 +57,22 @@ class QuestionStatistics:
         error: why training would refuse it, one line; the counts may be missing then.
         question_id: its id in the data.
         types: its question types.
-        page_digests: a digest of the pixels of each of its pages, equal for equal pages in different files.
-        page_sizes: width and height of each of its pages, in pixels.
-        vision_pixels: pixels of its pages that the vision tower processes, after scaling.
-        page_tokens: tokens before the question.
-        question_tokens: tokens of the question with each accepted answer.
+        page: the counts of its pages.
+        question_tokens: tokens of the question with its longest accepted answer.
         answer_tokens: tokens of each accepted answer alone.
     """
 
     error: str = ""
     question_id: int | str = ""
     types: list[str] = field(default_factory=list)
-    page_digests: Sequence[str] = ()
-    page_sizes: list[tuple[int, int]] = field(default_factory=list)
-    vision_pixels: int = 0
-    page_tokens: int = 0
-    question_tokens: list[int] = field(default_factory=list)
+    page: PageStatistics = field(default_factory=PageStatistics)
+    question_tokens: int = 0
     answer_tokens: list[int] = field(default_factory=list)
 
     @property
     def total_tokens(self) -> int:
         """Tokens of page, question and longest answer."""
-        return self.page_tokens + max(self.question_tokens)
+        return self.page.tokens + self.question_tokens
 
 
 class StatisticsCollator:
@@ -76,8 +92,7 @@ class StatisticsCollator:
             if isinstance(example, InputError):
                 questions.append(QuestionStatistics(str(example)))
                 continue
-            sizes = [image.size for image in example.images]
-            question = QuestionStatistics("", example.question_id, example.question_types, page_sizes=sizes)
+            question = QuestionStatistics("", example.question_id, example.question_types)
             questions.append(question)
             variants += [(question, replace(example, answers=[answer])) for answer in dict.fromkeys(example.answers)]
         try:
@@ -98,13 +113,13 @@ class StatisticsCollator:
         tokens = self.collator.tokenize([example for _, example in variants])
         vision_pixels = tokens.images["pixel_attention_mask"].flatten(1).sum(1).tolist()
         for row, members in enumerate(tokens.row_members):
+            first = members[0]
+            sizes = tuple(image.size for image in variants[first][1].images)
+            page = PageStatistics(tokens.digests[first], sizes, vision_pixels[row], len(tokens.page_ids[row]))
             for i in members:
-                question, _ = variants[i]
-                question.page_tokens, question.vision_pixels = len(tokens.page_ids[row]), vision_pixels[row]
-                question.page_digests = tokens.digests[i]
-                question.question_tokens.append(len(tokens.full_ids[i]))
-                # Without the end token.
-                question.answer_tokens.append(len(tokens.full_ids[i]) - len(tokens.prompt_ids[i]) - 1)
+                question, length = variants[i][0], len(tokens.full_ids[i])
+                question.page, question.question_tokens = page, max(question.question_tokens, length)
+                question.answer_tokens.append(length - len(tokens.prompt_ids[i]) - 1)  # without the end token
 
 
 class SplitStatistics(NamedTuple):
@@ -114,37 +129,31 @@ class SplitStatistics(NamedTuple):
         examples: its examples, broken ones included.
         errors: why training would refuse a broken row, one line each, by index.
         questions: the statistics of the other rows, by index.
-        seconds: how long the DataLoader took.
-        processed_pages: how many times a page was processed.
     """
 
     examples: Examples
     errors: dict[int, str]
     questions: dict[int, QuestionStatistics]
-    seconds: float
-    processed_pages: int
 
     @property
     def page_rows(self) -> dict[str, int]:
         """The index of the first question about each page, by the page's digest."""
         rows = reversed(self.questions.items())
-        return {digest: row for row, question in rows for digest in question.page_digests}
+        return {digest: row for row, question in rows for digest in question.page.digests}
 
     @property
     def page_sizes(self) -> list[tuple[int, int]]:
         """Width and height of each different page, in pixels."""
-        return list(
-            {
-                digest: size
-                for question in self.questions.values()
-                for digest, size in zip(question.page_digests, question.page_sizes, strict=True)
-            }.values()
-        )
+        pages = (question.page for question in self.questions.values())
+        return list({d: size for page in pages for d, size in zip(page.digests, page.sizes, strict=True)}.values())
 
     @property
-    def error_kinds(self) -> Counter[str]:
-        """Number of broken rows by kind of error, independent of row, name and value."""
-        return Counter(_error_kind(line, self.examples.source(row)) for row, line in self.errors.items())
+    def errors_by_kind(self) -> dict[str, list[str]]:
+        """The errors of broken rows by their kind, which doesn't depend on row, name and value."""
+        kinds: dict[str, list[str]] = {}
+        for row, line in self.errors.items():
+            kinds.setdefault(_error_kind(line, self.examples.source(row)), []).append(line)
+        return kinds
 
     @property
     def repeated_ids(self) -> list[int | str]:
@@ -153,9 +162,19 @@ class SplitStatistics(NamedTuple):
         return [question_id for question_id, count in counts.items() if count > 1]
 
 
+# What differs between errors of one kind: quoted values, paths and a leading number, but not the name of a column.
+VALUE = re.compile(
+    r"""(?P<kept>(?:column|no)\ '[^']*')
+    |(?<!\w)(?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)
+    |\S*[/\\]\S*?(?=:?\ |:?$)
+    |^\d+(?=\ )""",
+    re.VERBOSE,
+)
+
+
 def _error_kind(line: str, source: str) -> str:
     text = line.replace(source, "", 1).removeprefix(": ")
-    return re.sub(r"""^(?:'.*'|".*") (?=holds )|^\d+ (?=tokens )""", "", text).partition(":")[0]
+    return VALUE.sub(lambda value: value["kept"] or "…", text).partition(":")[0].removeprefix("… ")
 
 
 def compute_statistics(
@@ -175,15 +194,17 @@ def compute_statistics(
     collator.train_on_prompt = False  # otherwise a page is processed for each question; lengths are the same
     errors = known_faults(examples, need_answers=True)
     advance(len(errors))
-    batches = _group_by_page(examples.page_ids, [row for row in range(len(examples)) if row not in errors])
+    good = [row for row in range(len(examples)) if row not in errors]
+    groups = group_by_page((examples.page_ids[row] for row in good), QUESTIONS_AT_ONCE)
+    batches = [[good[i] for i in group] for group in groups]
     loader = DataLoader(
         SkipBadExamples(examples),
         batch_sampler=batches,
         collate_fn=StatisticsCollator(collator),
         num_workers=datamodule.workers(),
+        worker_init_fn=ignore_group_signals,
     )
     statistics: dict[int, QuestionStatistics] = {}
-    start = time.perf_counter()
     for rows, questions in zip(batches, loader, strict=True):
         for row, question in zip(rows, questions, strict=True):
             if question.error:
@@ -191,14 +212,26 @@ def compute_statistics(
             else:
                 statistics[row] = question
         advance(len(rows))
-    seconds = time.perf_counter() - start
-    return SplitStatistics(
-        examples, dict(sorted(errors.items())), dict(sorted(statistics.items())), seconds, len(batches)
-    )
+    return SplitStatistics(examples, dict(sorted(errors.items())), dict(sorted(statistics.items())))
 
 
-def _group_by_page(page_ids: Sequence[Hashable], rows: Sequence[int]) -> list[list[int]]:
-    return [[rows[i] for i in group] for group in group_by_page(page_ids[row] for row in rows)]
+def loader_rate(split: SplitStatistics, datamodule: DocVQADataModule, limit: int) -> float:
+    """Measure how many training questions a second a fit's own loader yields, which reads some questions of each page.
+
+    Args:
+        split: the statistics of the training split, whose good rows are loaded and become the data module's.
+        datamodule: the data module.
+        limit: the number of questions after which to stop, if `LOADER_SECONDS` aren't over yet.
+    """
+    datamodule.examples["train"] = Subset(split.examples, list(split.questions))
+    loader = datamodule.train_dataloader()
+    questions, start = 0, time.perf_counter()
+    for batch in chain.from_iterable(repeat(loader)):
+        questions += len(batch.question_ids)
+        seconds = time.perf_counter() - start
+        if seconds > LOADER_SECONDS or questions >= limit:
+            break
+    return questions / seconds
 
 
 class BatchStatistics(NamedTuple):
@@ -222,6 +255,7 @@ class BatchStatistics(NamedTuple):
 def first_epoch_batches(
     split: SplitStatistics,
     options: Any,  # noqa: ANN401
+    batch_size: int,
     world_size: int,
     patch_size: int = 14,
 ) -> list[BatchStatistics]:
@@ -230,6 +264,7 @@ def first_epoch_batches(
     Args:
         split: the statistics of the training split.
         options: the data module's options.
+        batch_size: of each device.
         world_size: the number of devices.
         patch_size: edge of a patch, in pixels.
     """
@@ -238,11 +273,15 @@ def first_epoch_batches(
     sampler = TrainSampler(examples, options.questions_per_page, seed=options.seed, num_replicas=world_size, rank=0)
     order = [index for index, *_ in sampler]
     batches = []
-    for start in range(0, len(order), options.batch_size):
-        batch = order[start : start + options.batch_size]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         rows = [[i] for i in batch] if options.train_on_prompt else _group_by_page(examples.page_ids, batch)
-        lengths = [questions[row[0]].page_tokens + sum(max(questions[i].question_tokens) for i in row) for row in rows]
+        lengths = [questions[row[0]].page.tokens + sum(questions[i].question_tokens for i in row) for row in rows]
         padded_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        patches = sum(questions[row[0]].vision_pixels for row in rows) // patch_size**2
+        patches = sum(questions[row[0]].page.vision_pixels for row in rows) // patch_size**2
         batches.append(BatchStatistics(len(batch), len(rows), padded_length * len(rows), sum(lengths), patches))
     return batches
+
+
+def _group_by_page(page_ids: Sequence[Hashable], rows: Sequence[int]) -> list[list[int]]:
+    return [[rows[i] for i in group] for group in group_by_page(page_ids[row] for row in rows)]

@@ -11,17 +11,20 @@ from torch.utils.data import DataLoader
 from idefics_lit.data.collator import Idefics2Collator, PromptStyle
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import StreamLoader, TrainingLoader
+from idefics_lit.data.optimizer_step import OptimizerStep, split_step
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
-from idefics_lit.data.sources.streaming import StreamedQuestions
 from idefics_lit.data.split_roles import SplitRoles
+from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.data.subset import Subset, sample_pages
+from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
 
 MINIMUMS = {
     **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
     **dict.fromkeys(("questions_per_page", "batch_size", "eval_batch_size", "max_length"), 1),
+    **dict.fromkeys(("global_batch_size", "val_every_n_steps"), 1),
     "num_workers": 0,
 }
 
@@ -39,13 +42,15 @@ class DocVQADataModule(LightningDataModule):
         subset: the configuration of a Hub data set that has several, such as "DocVQA" of lmms-lab/DocVQA.
         columns: the columns of a data set with names of its own: a mapping from question_id, question, image,
             answers, question_types, answer_page to a column.
+        image_root: the folder that image paths are relative to and may not leave; by default the data's own folder.
         language: the language of the questions, in nielsr/docvqa_1200_examples for example.
         streaming: stream a Hub data set or a folder of parquet or arrow files, instead of storing it; training takes
             trainer.max_steps steps. The first limit_val or limit_test questions of a split are scored; without a
             validation split, those of the training split, and training skips their pages.
         train_split: the split to train on; "train" by default.
-        val_split: the split to validate on; by default "validation" or "val", or else held-out training pages, also if
-            that is the training split; for nielsr/docvqa_1200_examples, which has neither, its 200 test questions.
+        val_split: the split to validate on; by default the one that is called validation, valid, val, dev or eval, or
+            else held-out training pages, also if that is the training split; for nielsr/docvqa_1200_examples, which has
+            none, its 200 test questions.
         test_split: the split to test on; "test" by default.
         predict_split: the split to predict; by default the test split, or else the validation split.
         held_out: the fraction of the training pages to validate on if there is no validation split; questions that
@@ -53,21 +58,27 @@ class DocVQADataModule(LightningDataModule):
         limit_train: use only this many training questions, the first ones.
         limit_val: use only this many validation questions, the first ones.
         val_in_fit: validate on this many questions during a fit, on pages drawn by the seed, and on all at its end.
+        val_every_n_steps: validate every this many optimizer steps, whatever the epoch and the batch size; by default
+            the Trainer's val_check_interval, in batches, decides.
         limit_test: use only this many test or prediction questions, the first ones.
-        prompt_style: "recipe" or "idefics", see Idefics2Collator.
+        prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
+            answer.", the prompt that the model's authors evaluate with.
         train_on_prompt: compute the loss on the prompt's text too.
         image_splitting: encode four crops and the page, with 320 image tokens per page instead of 64.
         image_size: resize a page's longest edge to this many pixels, at most the processor's size, the default.
         max_length: refuse longer sequences, in tokens; the error names the question.
         questions_per_page: in training, this many questions about one page follow one another. Those in one batch
             share its image: the loss is the same, with much less computation, but batches are less mixed.
-        batch_size: training examples per batch and device.
+        global_batch_size: training examples per optimizer step, over all devices; by default 16, or, with batch_size,
+            what that, trainer.accumulate_grad_batches and the number of devices multiply to.
+        batch_size: training examples per batch and device; by default the largest that fits into memory, and
+            trainer.accumulate_grad_batches follows from global_batch_size.
         eval_batch_size: examples per batch in validation, test and prediction; "auto" is 128 on a GPU, or as many as
-            fit into memory, and 32 elsewhere; by default batch_size.
+            fit into memory, and 32 elsewhere; by default batch_size if it is given, or else "auto".
         on_bad_example: "raise" stops the run at a bad row or page and names it; "skip" leaves it out of training and
             scores, and lists it in the run's skipped.txt.
-        num_workers: loader processes per device; by default chosen by the number of cores, or, in a resumed run, the
-            checkpoint's number.
+        num_workers: loader processes per device; by default chosen by the number of cores. A resumed run keeps the
+            checkpoint's number and its batch_size, unless they are given.
         seed: decides the held-out pages, the order, the sampled answers and the synthetic pages.
 
     Raises:
@@ -83,6 +94,7 @@ class DocVQADataModule(LightningDataModule):
         *,
         subset: str | None = None,
         columns: dict[str, str] | None = None,
+        image_root: str | None = None,
         language: str = "en",
         streaming: bool = False,
         train_split: str | None = None,
@@ -93,14 +105,16 @@ class DocVQADataModule(LightningDataModule):
         limit_train: int | None = None,
         limit_val: int | None = None,
         val_in_fit: int | None = None,
+        val_every_n_steps: int | None = None,
         limit_test: int | None = None,
         prompt_style: PromptStyle = "recipe",
         train_on_prompt: bool = False,
         image_splitting: bool = False,
         image_size: int | None = None,
         max_length: int = 2048,
-        questions_per_page: int = 1,
-        batch_size: int = 2,
+        questions_per_page: int = 4,
+        global_batch_size: int | None = None,
+        batch_size: int | None = None,
         eval_batch_size: int | Literal["auto"] | None = None,
         on_bad_example: Literal["raise", "skip"] = "raise",
         num_workers: int | None = None,
@@ -118,6 +132,8 @@ class DocVQADataModule(LightningDataModule):
         if streaming and limit_train is not None:
             raise InputError("data.limit_train: a stream is trained on for trainer.max_steps steps: leave it out")
         self.num_workers = num_workers
+        self.step: OptimizerStep | None = None
+        """The batches of the current fit's optimizer step."""
         self.examples: dict[str, Examples] = {}
         self.skipped: list[str] = []
         """What is wrong with the rows that were left out before any page was opened, one line each."""
@@ -136,6 +152,9 @@ class DocVQADataModule(LightningDataModule):
     def open(self, stage: str) -> None:
         """Load the processor and open the splits that the stage needs, bad rows included."""
         options = self.hparams
+        if stage == "fit" and self.trainer:
+            self.teardown(stage)  # an earlier fit may have been interrupted
+            self.step = OptimizerStep(self.trainer, options)
         # Tokenizer threads and forked workers can deadlock.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.processor = load_processor(
@@ -155,14 +174,32 @@ class DocVQADataModule(LightningDataModule):
         if stage == "predict":
             self.examples["predict"] = _first(self._splits.predict(), options.limit_test)
 
+    def teardown(self, stage: str) -> None:
+        """Give the Trainer its own accumulation and validation interval back."""
+        if self.step:
+            self.step.restore()
+            self.step = None
+
+    @property
+    def batch_size(self) -> int:
+        """Training examples per batch and device."""
+        options = self.hparams
+        size, _ = split_step(options.global_batch_size, options.batch_size, 1, 1)
+        return self.step.batch_size if self.step else size
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
         options = self.hparams
         if options.streaming:
             assert self.trainer is not None
             return StreamLoader(self._streamed_questions(), self.trainer, **self._loader_options("train"))
-        sampler = TrainSampler(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
-        return TrainingLoader(self._dataset("train"), self.trainer, sampler=sampler, **self._loader_options("train"))
+        sampler, dataset = self.train_sampler(), self.dataset("train")
+        return TrainingLoader(dataset, self.trainer, sampler=sampler, **self._loader_options("train"))
+
+    def train_sampler(self) -> TrainSampler:
+        """Return the sampler of this rank's training questions."""
+        options = self.hparams
+        return TrainSampler(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""
@@ -175,6 +212,10 @@ class DocVQADataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
         return self._eval_loader("predict")
+
+    def dataset(self, split: str) -> Any:  # noqa: ANN401
+        """Return the questions of a split; with ``on_bad_example: skip``, a bad one is an `InputError`."""
+        return SkipBadExamples(self.examples[split]) if self._skips_bad_examples else self.examples[split]
 
     def collator(self, split: str) -> Idefics2Collator:
         """Return the collator of a split: "train", or one that is evaluated."""
@@ -197,23 +238,25 @@ class DocVQADataModule(LightningDataModule):
         return self.num_workers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of loader processes, because a machine with other cores would choose another."""
-        return {"num_workers": self.num_workers}
+        """Return what depends on the machine and decides the order of the data."""
+        return {"num_workers": self.num_workers, "batch_size": self.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of loader processes, unless the option is set."""
+        """Restore the number of loader processes and the batch size, unless the options are set."""
         if self.hparams.num_workers is None:
             self.num_workers = state_dict["num_workers"]
+        if self.step and state_dict.get("batch_size") in self.step.batch_sizes:  # else there are other devices
+            self.step.set_batch_size(state_dict["batch_size"])
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         loader_options = self._loader_options(split)
         sampler = EvalSampler(self.examples[split], 8 * loader_options["batch_size"], **self._ranks())
-        return DataLoader(self._dataset(split), sampler=sampler, **loader_options)
+        return DataLoader(self.dataset(split), sampler=sampler, **loader_options)
 
     def _loader_options(self, split: str) -> dict[str, Any]:
-        batch_size = self.hparams.batch_size
+        batch_size: Any = self.batch_size
         if split != "train":
-            batch_size = self.hparams.eval_batch_size or batch_size
+            batch_size = self.hparams.eval_batch_size or self.hparams.batch_size or "auto"
             if batch_size == "auto":  # the module splits batches that are too large for memory
                 batch_size = 128 if torch.cuda.is_available() else 32
         collator, num_workers = self.collator(split), self.workers()
@@ -222,15 +265,13 @@ class DocVQADataModule(LightningDataModule):
             "collate_fn": SkippingCollator(collator) if self._skips_bad_examples else collator,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
+            "worker_init_fn": ignore_group_signals,
             "pin_memory": torch.cuda.is_available(),
         }
 
     @property
     def _skips_bad_examples(self) -> bool:
         return self.hparams.on_bad_example == "skip"
-
-    def _dataset(self, split: str) -> Any:  # noqa: ANN401
-        return SkipBadExamples(self.examples[split]) if self._skips_bad_examples else self.examples[split]
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer

@@ -48,8 +48,12 @@ def open_page(stored: Any, number: int | None = None) -> Image.Image:  # noqa: A
             with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=[*FORMATS]) as image:
                 frames = page_frames(image)
                 if number is None and len(frames) > 1:
-                    name = "it is" if isinstance(stored, bytes) else f"{stored} is"
-                    raise ValueError(f"{name} a TIFF of {len(frames)} pages: save each as an image of its own")
+                    if isinstance(stored, bytes):
+                        raise ValueError(f"it is a TIFF of {len(frames)} pages: save each as an image of its own")
+                    name = f"{Path(stored).name}#page=1"
+                    raise ValueError(f"{stored} is a TIFF of {len(frames)} pages: name one of them, as in {name}")
+                if (number or 0) >= len(frames):
+                    raise ValueError(f"{stored if isinstance(stored, (str, Path)) else 'it'} has {len(frames)} pages")
                 if number or frames[0]:
                     image.seek(frames[number or 0])
                 return _as_page(image)

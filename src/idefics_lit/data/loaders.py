@@ -12,7 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from idefics_lit.data.sources.streaming import StreamedQuestions
+from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.errors import InputError
 from idefics_lit.utils.distributed import gather_objects
 

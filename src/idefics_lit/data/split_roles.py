@@ -4,7 +4,10 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from idefics_lit.data.example import Examples
+from idefics_lit.data.sources.split_names import VALIDATION_NAMES
 from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.streaming import Stream, find_streams
 from idefics_lit.data.subset import Subset, hold_out_pages
@@ -50,11 +53,22 @@ class SplitRoles:
         return Subset(examples, sorted(self._held_out(examples)))
 
     def val_name(self) -> str | None:
-        """Return the name of the validation split, or None if there is none besides the training split."""
+        """Return the name of the validation split, or None if there is none besides the training split.
+
+        Raises:
+            InputError: when the names of several splits stand for validation.
+        """
         if self.options.val_split:
             return self.options.val_split
-        names = ["validation", "val", VAL_SPLITS.get(self.options.source)]
-        return next((name for name in names if name in self._splits and name != self._train_name), None)
+        others = [name for name in self._splits if name != self._train_name]
+        names = [name for name in others if name in VALIDATION_NAMES]
+        if len(names) > 1:
+            raise InputError(
+                f"data.source {self.options.source}: which split is for validation, {' or '.join(names)}? Choose with "
+                f"--data.val_split"
+            )
+        names += [name for name in others if name == VAL_SPLITS.get(self.options.source)]
+        return names[0] if names else None
 
     def held_out_by(self) -> dict[str, Any]:
         """Return the options that choose which pages of the training split are scored; empty if none are."""
@@ -79,7 +93,7 @@ class SplitRoles:
     @cached_property
     def _streams(self) -> dict[str, Stream]:
         options = self.options
-        return find_streams(options.source, options.subset, options.columns, options.language)
+        return find_streams(options.source, options.subset, options.columns, options.language, options.image_root)
 
     @cached_property
     def _splits(self) -> dict[str, Callable[[], Examples]]:
@@ -87,7 +101,9 @@ class SplitRoles:
         if options.streaming:
             limit = max(options.limit_val or 0, options.limit_test or 0)
             return {name: partial(stream.first, limit) for name, stream in self._streams.items()}
-        return find_splits(options.source, options.subset, options.columns, options.language, options.seed)
+        return find_splits(
+            options.source, options.subset, options.columns, options.language, options.seed, options.image_root
+        )
 
     def _existing(self, name: str) -> str:
         if name not in self._splits:
@@ -106,4 +122,10 @@ class SplitRoles:
 
     def _held_out(self, examples: Examples) -> set[int]:
         options = self.options
+        if others := [name for name in self._splits if name != self._train_name]:
+            rank_zero_warn(
+                f"data.source {options.source}: {options.held_out:.0%} of the pages of {self._train_name!r} are held "
+                f"out for validation, because no other split ({', '.join(others)}) is named for it: choose with "
+                f"--data.val_split"
+            )
         return hold_out_pages(examples, options.held_out, options.seed, f"data.source {options.source}")

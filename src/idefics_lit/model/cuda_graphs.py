@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from idefics_lit.model.memory import free_gpu_bytes
+
 MAX_SHAPES = 64  # captured for a function; each takes memory
 MAX_MEMORY_SHARE = 0.5  # of the free memory, that a new shape may need
 
@@ -149,7 +151,7 @@ class CudaGraphRunner:
 def _free_bytes() -> int:
     """Return the bytes that can be allocated."""
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
+    return free_gpu_bytes()
 
 
 def _autocast() -> AbstractContextManager[None]:

@@ -50,12 +50,14 @@ class Line(NamedTuple):
     Attributes:
         css_class: sets its colour.
         name: its name in the legend; a line without a name isn't listed.
-        points: the coordinates of its points, (x, y).
+        points: its points: (step, value), in a `LineChart` their coordinates.
+        values: in a `LineChart` the (step, value) of each point.
     """
 
     css_class: str
     name: str
     points: Points
+    values: Points = ()
 
 
 class LineChart:
@@ -75,7 +77,9 @@ class LineChart:
         self.x = Axis([0, last_step, *(x for x, _ in points)], LEFT, RIGHT, integer=True, tight=True)
         self.y = Axis([*values, *(y for _, y in points)], BOTTOM, TOP)
         self.lines = [
-            line._replace(points=[(self.x.coordinate(x), self.y.coordinate(y)) for x, y in line.points])
+            line._replace(
+                points=[(self.x.coordinate(x), self.y.coordinate(y)) for x, y in line.points], values=line.points
+            )
             for line in finite
             if line.points
         ]
@@ -125,7 +129,7 @@ class Histogram:
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    """Return the centred moving average over a twentieth of the points."""
+    """Return the centred moving average over a twentieth of the points; fewer than 40 points are unchanged."""
     radius = len(points) // 40
     values = [y for _, y in points]
     windows = [values[max(i - radius, 0) : i + radius + 1] for i in range(len(values))]

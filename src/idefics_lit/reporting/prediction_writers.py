@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from idefics_lit.evaluation.answer import Answer, by_question
+from idefics_lit.evaluation.answer import Answer, by_question, mean_anls
 from idefics_lit.training.run_folder import run_folder
 from idefics_lit.utils.distributed import gather_objects
 from idefics_lit.utils.files import replacing
@@ -44,7 +44,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Gather the answers of all ranks and write them on rank 0."""
+        """Gather the answers of all ranks; write them, and print the score of those with references, on rank 0."""
         answers = [*gather_answers(trainer, [answer for batch in predictions for answer in batch]).values()]
         if not trainer.is_global_zero:
             return
@@ -55,7 +55,10 @@ class PredictionWriter(BasePredictionWriter):
             _write_jsonl(folder / "predictions.jsonl", answers)
         finally:  # write the other file even if this one fails
             _write_lines(folder / "submission.json", [_submission(answers)])
-        Console().print(
+        console = Console()
+        if scored := [answer for answer in answers if answer.score is not None]:
+            console.print(f"ANLS {mean_anls(scored):.4f} (questions with references: {len(scored)})")
+        console.print(
             f"{len(answers)} answers in {folder / 'submission.json'} and {folder / 'predictions.jsonl'}", markup=False
         )
 
@@ -97,7 +100,8 @@ class EvaluationWriter(Callback):
             self._write(trainer, answers, "val_predictions.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
-        """Gather and write the answers."""
+        """Gather and write the answers, which may have the indices and ids of the sanity check's questions."""
+        self.sanity_check_answers = {}
         self._write(trainer, gather_answers(trainer, pl_module.answers), "test_predictions.jsonl")
 
     def _write(self, trainer: Trainer, answers: Answers, name: str) -> None:

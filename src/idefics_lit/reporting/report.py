@@ -15,7 +15,7 @@ from idefics_lit.reporting.history import History
 from idefics_lit.reporting.logger_media import log_answers
 from idefics_lit.reporting.page_gallery import Card, add_images, group_by_page
 from idefics_lit.reporting.prediction_writers import EvaluationWriter
-from idefics_lit.reporting.report_page import render_report, score_section, tiles, training_charts
+from idefics_lit.reporting.report_page import hyperparameters, render_report, score_section, tiles, training_charts
 from idefics_lit.training.run_folder import run_folder
 from idefics_lit.utils.files import replacing
 
@@ -100,7 +100,9 @@ class Report(Callback):
                 "title": f"{module.hparams.pretrained}" + (f" on {data.hparams.source}" if data is not None else ""),
                 "subtitle": ", ".join([str(path.parent), *checkpoint, f"{datetime.now():%Y-%m-%d %H:%M}"]),
                 "tiles": tiles(answers, baseline, losses, self.history.last_step),
+                "hyperparameters": hyperparameters(trainer, module),
                 "charts": training_charts(self.history),
+                "baseline": baseline,
                 **(score_section(answers, baseline) if answers else {}),
             }
             page = render_report(context, cards, selected)

@@ -5,6 +5,8 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from idefics_lit.evaluation.answer import by_question_type, mean_anls
 from idefics_lit.reporting import charts
@@ -12,10 +14,16 @@ from idefics_lit.reporting.charts import Histogram, Line, LineChart, smooth
 from idefics_lit.reporting.history import History
 from idefics_lit.reporting.page_gallery import Card
 from idefics_lit.reporting.prediction_writers import Answers
+from idefics_lit.training.experiment import flatten
 
 MAX_BYTES = 5_000_000
 MAX_TABLE_ROWS = 40
 MAX_TEXT_LENGTH = 300  # characters of a question or an answer
+# Those after the first two concern a fit alone.
+TRAINER_OPTIONS = (
+    *("precision", "world_size", "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "val_check_interval"),
+)
 
 
 def tiles(
@@ -35,16 +43,26 @@ def tiles(
     return figures
 
 
+def hyperparameters(trainer: Trainer, module: LightningModule) -> list[tuple[str, Any]]:
+    """Return name and value of the options of a run that are set: the model's, the data's and some of the Trainer's."""
+    data = getattr(trainer, "datamodule", None)
+    options = flatten({"model": module.hparams, "data": data.hparams if data is not None else {}})
+    names = TRAINER_OPTIONS if trainer.state.fn == TrainerFn.FITTING else TRAINER_OPTIONS[:2]
+    options |= {f"trainer.{name}": getattr(trainer, name) for name in names}
+    return [(name, value) for name, value in options.items() if value is not None]
+
+
 def training_charts(history: History) -> list[LineChart]:
     """Return the charts of loss, learning rate and ANLS that the history has values for."""
     steps, validations, last_step = history.steps, history.validations, history.last_step
     result = []
     if steps:
         train_loss = [(mean.step, mean.loss) for mean in steps]
+        smoothed = smooth(train_loss)
         val_loss = [(validation.step, validation.loss) for validation in validations]
         losses = [
             Line("faint", "", train_loss),
-            Line("c1", "train/loss", smooth(train_loss)),
+            Line("c1", "train/loss" if smoothed == train_loss else "train/loss, smoothed", smoothed),
             Line("c2", "val/loss", val_loss),
         ]
         result.append(LineChart("Loss", last_step, losses))
@@ -83,12 +101,14 @@ def render_report(context: dict[str, Any], cards: Sequence[Card], selected: Sequ
     """Return the page, of ``MAX_BYTES`` at most: cards are dropped from the end until it is small enough.
 
     Args:
-        context: the template's variables: title, subtitle, tiles, charts and those of `score_section`.
+        context: the template's variables: title, subtitle, tiles, hyperparameters, charts, baseline and those of
+            `score_section`.
         cards: the cards of all pages.
         selected: the cards to show, with images.
     """
     environment = Environment(autoescape=True)
     environment.filters["short"] = lambda text: text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]} …"
+    environment.filters["grade"] = lambda score: "good" if score == 1 else "bad" if score == 0 else "fair"
     template = environment.from_string(files("idefics_lit.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     geometry = {name.lower(): getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
     question_count = sum(len(card.answers) for card in cards)

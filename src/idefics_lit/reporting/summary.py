@@ -15,9 +15,10 @@ EXAMPLES = 3
 
 
 class Summary(Callback):
-    """Print a fit's scores, three answers and the paths of its files; after a validation or test, the paths only.
+    """Print a fit's scores, three answers and the paths of its files; after a validation or test, metrics and paths.
 
-    If the sanity check covered the whole validation set, its scores are printed beside those of the last validation.
+    Lightning prints the metrics too, with all their digits, unless it is called with ``verbose=False``. If the sanity
+    check covered the whole validation set, its scores are printed beside those of the last validation.
 
     Args:
         writer: the `EvaluationWriter` of the same Trainer.
@@ -39,6 +40,11 @@ class Summary(Callback):
                 console.print(example_table(self.writer.baseline, answers))
             console.print(self._path_table(trainer))
         else:
+            if metrics := trainer.callback_metrics:
+                table = Table(f"{stage} metric", Column("value", justify="right"))
+                for name, value in metrics.items():
+                    table.add_row(escape(name), f"{float(value):.4f}")
+                console.print(table)
             if answers:
                 console.print(f"{len(answers)} answers in {self.writer.path}", markup=False)
             if report_path:

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from idefics_lit.data.optimizer_step import DEFAULT_GLOBAL_BATCH_SIZE
 from idefics_lit.errors import InputError
 
 Experiment = dict[str, Any]
@@ -32,8 +33,9 @@ ReadCheckpoint = Callable[[Path], dict[str, Any]]
 MAY_CHANGE = {
     *("model.dequantize", "model.gradient_checkpointing", "model.feature_cache", "model.feature_cache_gb"),
     *("model.cuda_graphs", "model.compile", "model.max_new_tokens", "model.strip_period", "data.pretrained"),
-    *("data.num_workers", "data.batch_size", "data.eval_batch_size", "data.on_bad_example", "data.limit_val"),
-    *("data.val_in_fit", "data.limit_test", "data.test_split", "data.predict_split"),
+    *("data.num_workers", "data.global_batch_size", "data.batch_size", "data.eval_batch_size"),
+    *("data.on_bad_example", "data.limit_val"),
+    *("data.val_in_fit", "data.val_every_n_steps", "data.limit_test", "data.test_split", "data.predict_split"),
 }
 # The Trainer's options that change it.
 TRAINER_OPTIONS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
@@ -42,7 +44,8 @@ NEUTRAL_CALLBACKS = (
     *(BasePredictionWriter, Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary),
     *(ProgressBar, ThroughputMonitor, Timer),
 )
-PATH_OPTIONS = ("model.pretrained", "model.adapter", "data.source")  # folders, or names on the Hub
+# Folders, or names on the Hub.
+PATH_OPTIONS = ("model.pretrained", "model.adapter", "data.source", "data.image_root")
 
 
 def describe(options: Mapping[str, Any]) -> Experiment:
@@ -58,14 +61,23 @@ def describe(options: Mapping[str, Any]) -> Experiment:
     if "callbacks" in trainer:
         experiment["trainer.callbacks"] = _training_callbacks(trainer["callbacks"])
     if "accumulate_grad_batches" in trainer and "batch_size" in data:  # only their product changes what is trained
-        examples = data["batch_size"] * (trainer["accumulate_grad_batches"] or 1)
-        experiment["data.batch_size x trainer.accumulate_grad_batches"] = examples
+        experiment["data.global_batch_size"] = _examples_per_step(trainer, data)
     if type(seed := options.get("seed_everything")) is int:  # true stands for a random seed
         experiment["seed_everything"] = seed
     for name in PATH_OPTIONS:
         if name in experiment and os.path.exists(str(experiment[name])):  # so that relative paths compare equal
             experiment[name] = os.path.realpath(experiment[name])
     return experiment
+
+
+def _examples_per_step(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> int:
+    """Return the examples of an optimizer step over all devices; "auto" counts as one device."""
+    if data.get("global_batch_size") or data["batch_size"] is None:
+        return int(data.get("global_batch_size") or DEFAULT_GLOBAL_BATCH_SIZE)
+    devices = trainer.get("devices")
+    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+    nodes = trainer.get("num_nodes") or 1
+    return int(data["batch_size"] * (trainer["accumulate_grad_batches"] or 1) * count * nodes)
 
 
 def _training_callbacks(callbacks: Any) -> str:  # noqa: ANN401

@@ -29,6 +29,7 @@ from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.adapter import ADAPTER, read_training_options
 from idefics_lit.model.batch import Batch
+from idefics_lit.model.execution import find_device
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import check_vocabulary, load_model
@@ -38,11 +39,13 @@ from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint, check_training_options
+from idefics_lit.training.execution import describe, find_batch_size, options_in_effect
 from idefics_lit.training.optimizer import adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
+from idefics_lit.utils.distributed import gather_objects
 
 
 class Idefics2Module(TrainedWeightsModule):
@@ -52,15 +55,18 @@ class Idefics2Module(TrainedWeightsModule):
     for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
     test logs the same under ``test/``. Batches come from `Idefics2Collator`.
 
+    ``dequantize``, ``gradient_checkpointing``, ``cuda_graphs`` and ``compile`` are worked out where they are None: see
+    `idefics_lit.model.execution`. They don't change the loss.
+
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
     `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
-    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnSigterm``, and
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``, and
     `idefics_lit.training.checkpoint.EpochProgressRepair`.
 
     Args:
         pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
         quantization: "nf4" (4-bit base model, double quantization) or "none".
-        quantize_vision: false keeps the vision tower in 16 bits, which is faster and takes 0.6 GiB more.
+        quantize_vision: quantize the vision tower too: 0.6 GiB less, slower, and less exact.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
         lora: the adapter; from Python also a peft ``LoraConfig``.
         adapter: the folder or Hub id of a saved LoRA adapter to start from, such as one that `export` wrote; its own
@@ -72,7 +78,8 @@ class Idefics2Module(TrainedWeightsModule):
             trainer.max_time alone, it stays constant.
         gradient_checkpointing: compute activations twice to save memory.
         feature_cache: keep the vision tower's features of each page, in "memory" or in a folder, for the page's other
-            questions and for later epochs. Off by default.
+            questions and for later epochs; or "off". By default "memory" if a fit reads pages again and half of the
+            free memory suffices for all of them.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
@@ -96,19 +103,19 @@ class Idefics2Module(TrainedWeightsModule):
         pretrained: str = "HuggingFaceM4/idefics2-8b",
         *,
         quantization: Quantization = "nf4",
-        quantize_vision: bool = True,
-        dequantize: bool = False,
+        quantize_vision: bool = False,
+        dequantize: bool | None = None,
         lora: LoRA = LoRA(),  # noqa: B008
         adapter: str | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         warmup_steps: int = 75,
         schedule: Literal["linear", "cosine"] = "linear",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = None,
         feature_cache: str | None = None,
         feature_cache_gb: float = 20,
-        cuda_graphs: bool = False,
-        compile: bool = False,
+        cuda_graphs: bool | None = None,
+        compile: bool | None = None,
         max_new_tokens: int = 32,
         strip_period: bool = False,
     ) -> None:
@@ -153,6 +160,11 @@ class Idefics2Module(TrainedWeightsModule):
         self.processor = self.load_processor()
         if model is not None:
             self.base_fingerprint = model_fingerprint(model)
+        own_trainer = trainer if trainer is not None and trainer.lightning_module is self else None
+        data = getattr(own_trainer, "datamodule", None)
+        found = find_device(device)
+        self.devices = gather_objects(own_trainer, found) if own_trainer else [found]
+        options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
@@ -168,12 +180,12 @@ class Idefics2Module(TrainedWeightsModule):
             model=model,
         )
         if model is not None:
-            options.lora = asdict(LoRA.from_peft(self.model.peft_config[ADAPTER]))
+            self.hparams.lora = asdict(LoRA.from_peft(self.model.peft_config[ADAPTER]))
         if self.adapter is not None:
             check_training_options(read_training_options(self.adapter), self, trainer)
         self.backbone = Idefics2Backbone(
             self.model,
-            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache else None,
+            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache != "off" else None,
             graphs=options.cuda_graphs and device.type == "cuda",
         )
         self.evaluator = Evaluator(
@@ -258,7 +270,7 @@ class Idefics2Module(TrainedWeightsModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Print the number of trained parameters and check that their gradients can be scaled."""
+        """Print the number of trained parameters, check that their gradients can be scaled, and find the batch size."""
         trainable, total = self.model.get_nb_trainable_parameters()
         rank_zero_info(
             f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
@@ -266,6 +278,10 @@ class Idefics2Module(TrainedWeightsModule):
         wrong = next((name for name, p in trained_parameters(self).items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
+        if self.device.type == "cuda":
+            find_batch_size(self, self.trainer)
+        data = getattr(self.trainer, "datamodule", None)
+        rank_zero_info(describe(self.hparams, self.options, self.devices, self.trainer, data))
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""

@@ -66,6 +66,11 @@ def adamw_with_schedule(
             f"stays at model.lr after the warm-up: give trainer.max_steps or trainer.max_epochs to let it fall"
         )
         name = "constant_with_warmup"
+    elif warmup_steps >= total_steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_warn(
+            f"model.warmup_steps {warmup_steps}: training takes {total_steps} optimizer steps, so the learning rate "
+            f"doesn't reach model.lr: give fewer"
+        )
     factors: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
     scheduler = ResumableLambdaLR(optimizer, factors.lr_lambdas)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -1,7 +1,9 @@
 """The folder of a run, which no other run writes to."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,7 +15,12 @@ from idefics_lit.training.lightning_compat import forget_version
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the run's folder, ``save_dir/name/version``, in which Lightning also creates ``checkpoints``."""
+    """Return the run's folder, ``save_dir/name/version``, in which Lightning also creates ``checkpoints``.
+
+    With ``fast_dev_run``, where Lightning writes neither logs nor checkpoints, it is a new temporary folder.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return _temporary_folder()
     folder = log_folder(trainer.loggers, trainer.default_root_dir)
     return folder / _folder_name(trainer.loggers[0].version) if trainer.loggers else folder
 
@@ -30,6 +37,11 @@ def log_folder(loggers: Sequence[Logger], default_root_dir: str | Path, version:
         return Path(default_root_dir)
     folder = Path(loggers[0].save_dir or default_root_dir, str(loggers[0].name))
     return folder if version is None else folder / _folder_name(version)
+
+
+@cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="idefics_lit-fast_dev_run-"))
 
 
 def _folder_name(version: int | str | None) -> str:
@@ -57,7 +69,9 @@ def exclusive_run_folder(
             without a logger, the answers of another evaluation.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is None or version is not None:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        yield
+    elif logger is None or version is not None:
         folder = log_folder(trainer.loggers, trainer.default_root_dir, version)
         with _locked(folder):
             checkpoints = folder / "checkpoints"

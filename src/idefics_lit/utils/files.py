@@ -1,14 +1,17 @@
-"""Write files atomically."""
+"""Write files and folders atomically."""
 
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from idefics_lit.errors import InputError
+from safetensors import SafetensorError
+
+from idefics_lit.errors import InputError, first_line
 
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a killed process
 
@@ -18,7 +21,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces ``path`` once it is written; until then ``path`` is unchanged.
 
     A process that is killed while writing leaves ``path`` unchanged and a file ending in ``.tmp``, which a later
-    durable write to the same folder removes after an hour.
+    durable write, or a `new_folder`, in the same folder removes after an hour.
 
     Args:
         path: the file; missing folders are created.
@@ -54,9 +57,43 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         raise InputError(f"{path} can't be written: {error.strerror or error}; {state}: free disk space") from error
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Make a temporary folder that is renamed to ``path`` once its files are written.
+
+    A process that is killed before leaves a hidden folder ending in ``.tmp``, see `replacing`.
+
+    Args:
+        path: the folder; it must be empty or not exist.
+
+    Raises:
+        InputError: ``path`` exists and isn't an empty folder, or it can't be written; the temporary folder is deleted.
+    """
+    final = Path(path).absolute()
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise InputError(f"output {path} exists already: name a new folder, or empty it")
+        temporary.mkdir(parents=True)
+        _remove_unfinished(temporary.parent)
+        try:
+            yield temporary
+            if final.exists():
+                final.rmdir()
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(
+            f"output {path} can't be written: {reason}; the output was deleted: make room on the disk"
+        ) from error
+
+
 def _remove_unfinished(folder: Path) -> None:
-    """Remove files of killed processes from a folder; they are as large as a checkpoint."""
-    for file in folder.glob("*." + "[0-9a-f]" * 16 + ".tmp"):
+    """Remove files and folders that killed processes left in a folder; they are as large as checkpoints and models."""
+    for path in folder.glob("*." + "[0-9a-f]" * 16 + ".tmp"):
         with suppress(OSError):  # another process removes it too
-            if time.time() - file.stat().st_mtime > STALE_AFTER:
-                file.unlink()
+            written = max(file.stat().st_mtime for file in (path, *path.glob("*")))
+            if time.time() - written > STALE_AFTER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

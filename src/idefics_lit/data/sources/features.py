@@ -1,6 +1,6 @@
-"""Read the features of `datasets` without decoding files, and typed columns as texts."""
+"""A split that `datasets` reads: its columns, without decoding files and with typed columns as texts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +9,43 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.sources.columns import ColumnMapping
+from idefics_lit.errors import InputError
 
 LISTS = (datasets.List, datasets.LargeList)
+
+
+class DatasetSplit:
+    """A split that `datasets` reads, and how its rows are read.
+
+    Args:
+        dataset: the split.
+        name: names the split in error messages.
+        columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
+        language: see there.
+        folder: see there.
+
+    Raises:
+        InputError: when a column doesn't exist.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        name: str,
+        columns: Mapping[str, str] | None = None,
+        language: str = "en",
+        folder: str | None = None,
+    ) -> None:
+        if dataset.column_names is None:
+            raise InputError(f"{name}: its columns aren't known before it is read: give parquet or arrow files")
+        self.name = name
+        self.mapping = ColumnMapping(dataset.column_names, columns, language, folder, name)
+        self.features = undecoded(dataset.features)
+        self.conversions = text_conversions(dataset.features, self.mapping, name)
+
+    def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row with the texts of typed columns."""
+        return {name: self.conversions[name](v) if name in self.conversions else v for name, v in row.items()}
 
 
 def undecoded(features: datasets.Features) -> datasets.Features:

@@ -1,8 +1,7 @@
 """Data sets that `datasets` reads, from the Hub or a local folder, with published or named columns."""
 
 import re
-from collections.abc import Hashable, Mapping
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.page_keys import file_keys
-from idefics_lit.data.sources.columns import ColumnMapping
-from idefics_lit.data.sources.features import text_conversions, undecoded
-from idefics_lit.data.sources.stored_images import locate_image, stored_key
+from idefics_lit.data.sources.features import DatasetSplit
+from idefics_lit.data.sources.stored_images import path_keys, stored_key
 from idefics_lit.errors import InputError, first_line
 
+ROWS_AT_ONCE = 1000
 # What is written as a list, or as a tuple, a set or an array of texts in Python.
 BRACKETED = re.compile(r"""\s*(\[.*\]|array\(.*\)|\(['"].*\)|\{['"].*\})\s*""", re.DOTALL)
 
@@ -51,45 +49,33 @@ def load_splits(source: str, subset: str | None = None, *, streaming: bool = Fal
     return splits
 
 
-class HubDocVQA(Examples):
+class HubDocVQA(DatasetSplit, Examples):
     """One split of a data set, memory-mapped.
 
     Args:
         dataset: the split.
         name: names the split in error messages.
-        columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
-        language: see there.
-        folder: see there.
+        options: see `idefics_lit.data.sources.features.DatasetSplit`.
 
     Raises:
         InputError: when a column doesn't exist. A row without a question is one of the `faults`; a row without an
             image that can be decoded raises when its example is requested.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        name: str,
-        columns: Mapping[str, str] | None = None,
-        language: str = "en",
-        folder: str | None = None,
-    ) -> None:
-        self.name = name
-        self.mapping = ColumnMapping(dataset.column_names, columns, language, folder, name)
-        self.features = undecoded(dataset.features)
-        self.conversions = text_conversions(dataset.features, self.mapping, name)
+    def __init__(self, dataset: datasets.Dataset, name: str, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(dataset, name, **options)
         self.dataset = dataset.with_format("arrow")  # rows as they are stored
         self.rows: list[tuple[int, int | None]] = []  # the row of each question, and its turn in the row
         self.answers: list[list[str]] = []
         self.faults: dict[int, str] = {}
         texts = self.dataset.select_columns(self.mapping.text_columns)
-        published_ids = [self._read_questions(texts, row) for row in range(len(dataset))]
+        published_ids = [self._read_questions(row, values) for row, values in enumerate(self._read_rows(texts))]
         if bracketed := [i for i, answers in enumerate(self.answers) if any(map(BRACKETED.fullmatch, answers))]:
             rank_zero_warn(
                 f"{name}: {len(bracketed)} questions have an answer in brackets, which is no list but one text. "
                 f"The first: {self.source(bracketed[0])}: {', '.join(self.answers[bracketed[0]]):.100}"
             )
-        image_keys = self._image_keys(self.dataset.select_columns(self.mapping.image_columns), folder)
+        image_keys = self._image_keys(self.dataset.select_columns(self.mapping.image_columns))
         self.page_ids: list[tuple[Hashable, ...]] = [(*image_keys[row], *published_ids[row]) for row, _ in self.rows]
         self.dataset = self.dataset.select_columns([*self.mapping.text_columns, *self.mapping.image_columns])
 
@@ -113,18 +99,36 @@ class HubDocVQA(Examples):
 
     def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
         try:
-            values = self.features.decode_example(dataset[row].to_pylist()[0])
-            return {name: self._convert(name, value) for name, value in values.items()}
+            return self._decode(dataset[row].to_pylist()[0])
         except Exception as error:
             raise InputError(f"{self._row_name(row)}: the row can't be read: {first_line(error)}") from error
 
-    def _convert(self, column: str, value: Any) -> Any:  # noqa: ANN401
-        return self.conversions[column](value) if column in self.conversions else value
+    def _read_rows(self, dataset: datasets.Dataset) -> Iterator[dict[str, Any] | InputError]:
+        """Yield the values of each row, or why it can't be read. Reading many rows at once is faster."""
+        for start in range(0, len(dataset), ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, len(dataset)))
+            try:
+                values: list[dict[str, Any] | InputError] = [
+                    self._decode(row) for row in dataset[rows.start : rows.stop].to_pylist()
+                ]
+            except Exception:  # find the row
+                values = [self._row_or_error(dataset, row) for row in rows]
+            yield from values
 
-    def _read_questions(self, texts: datasets.Dataset, row: int) -> tuple[str, ...]:
+    def _row_or_error(self, dataset: datasets.Dataset, row: int) -> dict[str, Any] | InputError:
+        try:
+            return self._row(dataset, row)
+        except InputError as error:
+            return error
+
+    def _decode(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return self.convert(self.features.decode_example(stored))
+
+    def _read_questions(self, row: int, values: dict[str, Any] | InputError) -> tuple[str, ...]:
         """Add a row's questions, with their answers; return the published ids of its pages."""
         try:
-            values = self._row(texts, row)
+            if isinstance(values, InputError):
+                raise values
             page_ids, turns = self.mapping.page_ids(values), self.mapping.turns(values, self._row_name(row))
         except InputError as error:
             self._add_question(row, None, [], str(error))
@@ -144,15 +148,10 @@ class HubDocVQA(Examples):
         self.rows.append((row, turn))
         self.answers.append(answers)
 
-    def _image_keys(self, images: datasets.Dataset, folder: str | None) -> list[tuple[Hashable, ...]]:
+    def _image_keys(self, images: datasets.Dataset) -> list[tuple[Hashable, ...]]:
         """Return the keys of each row's images: of their content, or of the file of a path."""
         keys_of_rows = self._stored_keys(images)
-        locations = {}
-        for path in {key for keys in keys_of_rows for key in keys}:
-            with suppress(ValueError):  # a wrong path is reported when its example is requested
-                locations[path] = locate_image(path, folder)
-        files = file_keys(dict.fromkeys(location for location in locations.values() if isinstance(location, Path)))
-        key_of_path: dict[str, Hashable] = {path: files.get(location, path) for path, location in locations.items()}
+        key_of_path = path_keys({key for keys in keys_of_rows for key in keys}, self.mapping.folder)
         return [
             tuple(key_of_path.get(key, key) for key in keys) or (f"row {row}",)  # no other row has this key
             for row, keys in enumerate(keys_of_rows)

@@ -5,21 +5,19 @@ Each split is a JSON file, with a folder of page images next to it.
 
 import os
 from collections.abc import Callable, Hashable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from idefics_lit.data.documents import open_page_of_file
 from idefics_lit.data.example import Example, Examples
-from idefics_lit.data.images import open_page
 from idefics_lit.data.page_keys import file_keys
 from idefics_lit.data.sources.columns import INFOGRAPHIC_TYPES
-from idefics_lit.data.sources.text_files import TABLE_SUFFIXES, read_json
+from idefics_lit.data.sources.split_names import split_of_file
+from idefics_lit.data.sources.stored_images import Location, split_page
+from idefics_lit.data.sources.text_files import TABLE_SUFFIXES, is_table, read_json, read_text
 from idefics_lit.data.sources.values import as_id, as_page, as_text, as_texts, convert, read_answers
 from idefics_lit.errors import InputError
 
-SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("spdocvqa_images", "infographicsvqa_images", "images")
 TYPE_KEYS = ("question_types", *INFOGRAPHIC_TYPES)
 CONVERSIONS: dict[str, Callable[[object], Any]] = {
@@ -45,11 +43,10 @@ def find_official_splits(source: Path) -> dict[str, Path]:
     if source.suffix.lower() in TABLE_SUFFIXES:
         return splits
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
-        if file.name == "dataset_infos.json":  # the Hub's metadata of a data set
+        if file.name == "dataset_infos.json" or is_table(file):  # the former is the Hub's metadata of a data set
             continue
         # The names of official files contain the split; other files have it in their content.
-        name = next((split for split in SPLITS if file.name.startswith(split) or f"VQA_{split}_" in file.name), None)
-        name = name or _split_of_content(file)
+        name = split_of_file(file) or _split_of_content(file)
         if name in splits:
             raise InputError(f"{source}: {splits[name].name} and {file.name} both hold split {name!r}: move one away")
         splits[name] = file
@@ -62,21 +59,24 @@ class OfficialDocVQA(Examples):
     Args:
         file: the JSON. Its images are in the same folder: DocVQA's under ``documents/`` or ``spdocvqa_images/``,
             InfographicVQA's under ``infographicsvqa_images/`` or ``images/``, MP-DocVQA's under ``images/``.
+        image_root: the folder that holds the images instead.
 
     Raises:
         InputError: when the file isn't readable. A row without an id, question or image, or whose image file is
             missing, is one of the `faults`; a page that can't be decoded raises when its example is requested.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, image_root: Path | None = None) -> None:
+        self.file, self.folder = file, image_root or file.parent
         self.rows = _read_json_file(file)["data"]
-        self._files: dict[str, str] = {}  # the file of each image name
-        self._pages: dict[int, list[str]] = {}  # the files of each good row
+        self._locations: dict[str, Location] = {}  # of each image name
+        self._pages: dict[int, list[Location]] = {}  # of each good row
         self.answers, self.faults = read_answers(self._check_row, len(self.rows))
-        keys = file_keys(dict.fromkeys(self._files.values()))
+        keys = file_keys(dict.fromkeys(location.file for location in self._locations.values()))
         self.page_ids: list[tuple[Hashable, ...]] = [
-            tuple(keys.get(page, page) for page in self._pages.get(index, [f"row {index}"]))
+            tuple(page.key(keys.get(page.file, page.file)) for page in self._pages[index])
+            if index in self._pages
+            else (f"row {index}",)
             for index in range(len(self.rows))
         ]
 
@@ -90,8 +90,7 @@ class OfficialDocVQA(Examples):
             raise InputError(self.faults[index])
         fields, source = self._fields(index), self.source(index)
         try:
-            paths = [self._files[image] for image in self._image_names(index)]
-            images = [_open_cached(path, _version(path)) for path in paths]
+            images = [open_page_of_file(*self._locations[image]) for image in self._image_names(index)]
         except Exception as error:
             raise InputError(f"{source}: the image can't be read: {error}") from error
         return Example(
@@ -117,9 +116,9 @@ class OfficialDocVQA(Examples):
         """Locate the pages of a row, and return its answers."""
         fields, images, source = self._fields(index), self._image_names(index), self.source(index)
         for image in images:
-            if image not in self._files:
-                self._files[image] = str(self._locate(image, source))
-        self._pages[index] = [self._files[image] for image in images]
+            if image not in self._locations:
+                self._locations[image] = self._locate(image, source)
+        self._pages[index] = [self._locations[image] for image in images]
         return fields["answers"]
 
     def _fields(self, index: int) -> dict[str, Any]:
@@ -144,39 +143,29 @@ class OfficialDocVQA(Examples):
             raise InputError(f"{source}: no {key!r}: add it or drop the row")
         return [f"images/{image}.jpg" for image in images] if key == "page_ids" else images
 
-    def _locate(self, image: str, source: str) -> Path:
-        folder = self.file.parent
+    def _locate(self, image: str, source: str) -> Location:
         # The JSON says documents/ for what newer archives have in spdocvqa_images/; InfographicVQA's JSON names no
         # folder. Any other folder is part of the page's name: docA/1.png isn't docB/1.png.
+        folder, page = self.folder, None
+        if not os.path.isfile(folder / image):
+            image, page = convert(image, lambda path: split_page(str(path)), f"{source}:")
         parts = Path(image).parts  # empty for "."
         name = Path(*parts[1:] if len(parts) > 1 and parts[0] in ("documents", *IMAGE_FOLDERS) else parts)
         is_there = os.path.isfile(folder / image)
         candidates = [folder / image] if is_there else [folder / subfolder / name for subfolder in IMAGE_FOLDERS]
         paths = [path for path in candidates if os.path.isfile(path)]
         if not paths:
-            raise InputError(f"{source}: the image file is missing in {folder}")
+            raise InputError(f"{source}: the image file is missing in {folder}: mend the path, or see data.image_root")
         if len(set(file_keys(paths).values())) > 1:
             raise InputError(f"{source}: {' and '.join(map(str, paths))} are different images: move one away")
         if not Path(os.path.abspath(paths[0])).is_relative_to(os.path.abspath(folder)):  # links may lead out of it
-            raise InputError(f"{source}: the image lies outside the data's folder {folder}")
-        return paths[0]
+            raise InputError(f"{source}: the image lies outside the data's folder {folder}: see data.image_root")
+        return Location(paths[0], page)
 
 
 def _image_key(row: dict[str, Any]) -> str:
     """Return the key of a row's images: of task 3, of task 4 (all pages), or of task 1."""
     return next((key for key in ("image_local_name", "page_ids") if key in row), "image")
-
-
-@lru_cache(maxsize=4)
-def _open_cached(path: str, version: Hashable) -> Image.Image:
-    """Decode a page, with a cache: the questions about a page often follow one another."""
-    return open_page(path)
-
-
-def _version(path: str) -> Hashable:
-    """Return a value that changes when the file is replaced."""
-    stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _split_of_content(file: Path) -> str:
@@ -189,8 +178,10 @@ def _split_of_content(file: Path) -> str:
 
 def _read_json_file(file: Path) -> dict[str, Any]:
     try:
-        content = read_json(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(read_text(file))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a readable JSON file ({error}): fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise InputError(f"{file}: not of the official DocVQA form, a JSON object whose 'data' is a list of questions")

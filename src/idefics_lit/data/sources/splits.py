@@ -9,51 +9,71 @@ from lightning.pytorch.utilities import rank_zero_warn
 from idefics_lit.data.example import Examples
 from idefics_lit.data.sources.hub import HubDocVQA, is_saved, load_splits
 from idefics_lit.data.sources.official import OfficialDocVQA, find_official_splits
+from idefics_lit.data.sources.split_names import split_of_file
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.data.sources.tables import COMPRESSED, TableDocVQA, find_nested_tables, find_tables
 from idefics_lit.data.sources.text_files import TABLE_SUFFIXES
+from idefics_lit.errors import InputError
 
-# Beginnings of file names that stand for splits, here or for `datasets`, with the name that is read here.
-SPLIT_PREFIXES = {"train": "train", "val": "validation", "dev": "validation", "eval": "test", "test": "test"}
-SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 200}
+# The columns that `datasets` makes of a folder of images or texts.
+WITHOUT_QUESTIONS = {"image", "label", "text"}
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
+# A page has about eight questions. `predict` answers those of the test split in a minute on a CPU.
+SYNTHETIC_PAGES = {"train": 2000, "validation": 200, "test": 24}
 
 
 def find_splits(
-    source: str, subset: str | None, columns: Mapping[str, str] | None, language: str, seed: int
+    source: str,
+    subset: str | None,
+    columns: Mapping[str, str] | None,
+    language: str,
+    seed: int,
+    image_root: str | None = None,
 ) -> dict[str, Callable[[], Examples]]:
     """Return a function for each split that opens it; see `DocVQADataModule` for the arguments.
 
     Raises:
         InputError: when the source can't be read.
     """
+    root = None if image_root is None else Path(image_root)
+    if root and not root.is_dir():
+        raise InputError(f"data.image_root {image_root}: no such folder")
     name, _, families = source.partition(":")
     if name == "synthetic":
-        options = {"families": families.split(",")} if families else {}
+        chosen = {"families": families.split(",")} if families else {}
         return {
-            split: partial(SyntheticPages, split, pages, seed, **options) for split, pages in SYNTHETIC_PAGES.items()
+            split: partial(SyntheticPages, split, pages, seed, **chosen) for split, pages in SYNTHETIC_PAGES.items()
         }
     if not is_saved(source):
         if official := find_official_splits(Path(source)):
             _warn_of_unread_files(Path(source), [*official.values()])
-            return {split: partial(OfficialDocVQA, file) for split, file in official.items()}
+            return {split: partial(OfficialDocVQA, file, root) for split, file in official.items()}
         if tables := find_tables(Path(source)):
             _warn_of_unread_files(Path(source), [*tables.values()])
-            return {split: partial(TableDocVQA, file, columns, language) for split, file in tables.items()}
+            return {
+                split: partial(TableDocVQA, file, columns, language, image_root=root) for split, file in tables.items()
+            }
         folder, nested = find_nested_tables(source, subset)
         if nested:
             _warn_of_unread_files(Path(folder), [file for files in nested.values() for file in files])
             return {
-                split: partial(TableDocVQA, files, columns, language, Path(folder)) for split, files in nested.items()
+                split: partial(TableDocVQA, files, columns, language, Path(folder), root)
+                for split, files in nested.items()
             }
+    splits = load_splits(source, subset)
     local_folder = source if Path(source).exists() else None
-    return {
-        split: partial(HubDocVQA, rows, f"{source} {split}", columns, language, local_folder)
-        for split, rows in load_splits(source, subset).items()
-    }
+    if local_folder and all({*rows.column_names} <= WITHOUT_QUESTIONS for rows in splits.values()):
+        files = sorted(path.name for path in Path(source).iterdir() if not path.name.startswith("."))
+        raise InputError(
+            f"{source}: no questions in {', '.join(files[:3])}: add train.csv, with the columns question, image and "
+            f"answers"
+        )
+    options = {"columns": columns, "language": language, "folder": image_root or local_folder}
+    return {split: partial(HubDocVQA, rows, f"{source} {split}", **options) for split, rows in splits.items()}
 
 
 def _warn_of_unread_files(folder: Path, read: Sequence[Path]) -> None:
-    """Warn of files that look like splits but aren't read, because of their name, format or subfolder.
+    """Warn of files that may be splits but aren't read, because of their name, format or subfolder.
 
     Args:
         folder: the source.
@@ -63,17 +83,18 @@ def _warn_of_unread_files(folder: Path, read: Sequence[Path]) -> None:
         return
     suffix = read[0].suffix
     resolved, stems = {file.resolve() for file in read}, {file.stem for file in read}
+    default = "validation" if "train" in map(split_of_file, read) else "train"
     unread = []
     for path in sorted(folder.iterdir()):
-        split = next((split for prefix, split in SPLIT_PREFIXES.items() if path.name.lower().startswith(prefix)), None)
+        split = split_of_file(path)
         for file in sorted(path.iterdir()) if split and path.is_dir() else [path]:
             unpacked = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
-            # A JSON file in a subfolder may belong to one page.
-            json_suffixes = [".json"] if file is path and suffix != ".json" else []
-            suffixes = (*TABLE_SUFFIXES, ".parquet", ".arrow", *json_suffixes)
+            # A JSON file in a subfolder, or without the name of a split, may belong to one page.
+            json_suffixes = [".json"] if split and file is path and suffix != ".json" else []
+            suffixes = (*TABLE_SUFFIXES, *SPREADSHEETS, ".parquet", ".arrow", *json_suffixes)
             is_data = unpacked.suffix.lower() in suffixes and unpacked.stem not in stems
-            if split and is_data and file.resolve() not in resolved:
-                unread.append((str(file.relative_to(folder)), split))
+            if is_data and file.resolve() not in resolved and not file.name.startswith((".", "~")):
+                unread.append((str(file.relative_to(folder)), split or default))
     if unread:
         names, split = ", ".join(name for name, _ in unread[:3]), unread[0][1]
         rank_zero_warn(

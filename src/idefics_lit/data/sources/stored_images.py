@@ -1,21 +1,34 @@
 """Images as data sets store them: bytes, or paths, which may not lead out of the data's folder."""
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
+from idefics_lit.data.documents import open_page_of_file
 from idefics_lit.data.images import open_page
-from idefics_lit.data.page_keys import digest_bytes, digest_file
+from idefics_lit.data.page_keys import digest_bytes, digest_file, file_keys
 
 MAX_FILE_BYTES = 2**28  # of a file in an archive or on the Hub, which is read into memory
 CACHES = (datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE)
+
+
+class Location(NamedTuple):
+    """Where an image path leads: to a local file, or to an address, and to a page of it by its index."""
+
+    file: Path | str
+    page: int | None = None
+
+    def key(self, file_key: Hashable) -> Hashable:
+        """Return the key of the page, given that of the file. A file's first page has the key of the file."""
+        return (file_key, self.page) if self.page else file_key
 
 
 def open_stored(stored: Any, folder: str | None = None) -> Image.Image:  # noqa: ANN401
@@ -23,18 +36,23 @@ def open_stored(stored: Any, folder: str | None = None) -> Image.Image:  # noqa:
 
     Args:
         stored: what `open_page` takes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores it.
-        folder: the data's local folder, which its paths may not leave; None if the data is from the Hub.
+        folder: the folder that its paths may not leave, the data's or ``data.image_root``; None if the data is from the
+            Hub.
 
     Raises:
-        Exception: as `open_page` does; also when there is no image, or its path leaves the data's folder.
+        Exception: as `open_page` does; also when there is no image, or its path leaves the folder.
     """
     stored = _bytes_or_path(stored)
     if stored is None:
         raise ValueError("the image has neither bytes nor a path")
     if isinstance(stored, str):
-        stored = locate_image(stored, folder)
-        return open_page(stored if isinstance(stored, Path) else _read_address(stored))
-    return open_page(stored)
+        file, page = locate_image(stored, folder)
+        return open_page_of_file(file, page) if isinstance(file, Path) else open_page(_read_address(file), page)
+    # The questions about a page often follow one another, each with a copy of the page's bytes.
+    return _open_cached(stored) if isinstance(stored, bytes) else open_page(stored)
+
+
+_open_cached = lru_cache(maxsize=4)(open_page)
 
 
 def stored_key(stored: Any) -> str | None:  # noqa: ANN401
@@ -54,18 +72,66 @@ def content_key(stored: Any, folder: str | None = None) -> Hashable:  # noqa: AN
     if isinstance(path, str):
         with suppress(Exception):  # a wrong path is reported when the image is opened
             location = locate_image(path, folder)
-            if isinstance(location, Path):
-                return digest_file(location)
-            if "hf://" not in location:
-                return digest_bytes(_read_address(location))
+            if isinstance(location.file, Path):
+                return location.key(digest_file(location.file))
+            if "hf://" not in location.file:
+                return location.key(digest_bytes(_read_address(location.file)))
     return stored_key(stored)
 
 
-def locate_image(path: str, folder: str | None) -> Path | str:
-    """Return the file that a path in the data refers to, or its address if it isn't a local file.
+def path_keys(paths: Iterable[str], folder: str | None) -> dict[str, Hashable]:
+    """Return a key of the page that each path leads to, the same for all paths of one page and for copies of its file.
+
+    The key of a path that doesn't lead to a local file is the path.
+    """
+    locations = {}
+    for path in paths:
+        with suppress(ValueError):  # a wrong path is reported when its example is requested
+            locations[path] = locate_image(path, folder)
+    files = file_keys(dict.fromkeys(file for file, _ in locations.values() if isinstance(file, Path)))
+    return {
+        path: location.key(files[location.file]) if location.file in files else path
+        for path, location in locations.items()
+    }
+
+
+def locate_image(path: str, folder: str | None) -> Location:
+    r"""Return where a path in the data leads.
+
+    If there is no file of this very name, ``scans\1.png`` is a file in a folder, as on Windows, and
+    ``report.pdf#page=3`` is the third page of a PDF or TIFF, as in URLs (RFC 8118).
+
+    Args:
+        path: the path.
+        folder: the folder that it is relative to and may not leave; None if the data is from the Hub.
 
     Raises:
-        ValueError: the path leaves the data's folder.
+        ValueError: the path leaves the folder, or names no page by its number.
+    """
+    file = _check_inside(path, folder)
+    name, page = split_page(path)
+    if name == path or os.path.isfile(file):
+        return Location(file)
+    return Location(_check_inside(name, folder), page)
+
+
+def split_page(path: str) -> tuple[str, int | None]:
+    """Return a path with forward slashes and without its ``#page=``, and the index of that page.
+
+    Raises:
+        ValueError: the page isn't a number from 1.
+    """
+    name, _, number = path.replace("\\", "/").partition("#page=")
+    if number and not (number.isdecimal() and 0 < len(number) < 10 and int(number)):
+        raise ValueError(f"the page in {path!r:.100} isn't a number from 1")
+    return name, int(number) - 1 if number else None
+
+
+def _check_inside(path: str, folder: str | None) -> Path | str:
+    """Return the file that a path refers to, or its address if it isn't a local file.
+
+    Raises:
+        ValueError: the path leaves the folder.
     """
     # A file in an archive has an address such as zip://page.png::archive.zip.
     *members, location = path.split("::") if "://" in path else [path]
@@ -76,7 +142,7 @@ def locate_image(path: str, folder: str | None) -> Path | str:
         location = os.path.abspath(os.path.join(folder or "", location))
     inside = is_on_hub or any(Path(location).is_relative_to(os.path.abspath(root)) for root in (*roots, *CACHES))
     if not inside or not all(member.startswith("zip://") for member in members):
-        raise ValueError(f"the image path {path:.100} lies outside the data's folder")
+        raise ValueError(f"the image path {path:.100} lies outside the data's folder: see data.image_root")
     if not is_on_hub and not members:
         return Path(location)
     return "::".join([*members, location])

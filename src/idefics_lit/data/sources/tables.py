@@ -6,6 +6,7 @@ Texts stay exactly as they are written, see `idefics_lit.data.sources.text_files
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.hub import HubDocVQA, stored_keys
+from idefics_lit.data.sources.split_names import split_of_file
 from idefics_lit.data.sources.stored_images import locate_image
-from idefics_lit.data.sources.text_files import DELIMITERS, TABLE_SUFFIXES, parse_cell, read_rows
+from idefics_lit.data.sources.text_files import DELIMITERS, TABLE_SUFFIXES, is_table, parse_cell, read_rows
 from idefics_lit.errors import InputError
 
-SPLITS = ("train", "validation", "val", "test")
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".lz4")
 LIST_FIELDS = ("image", "answers", "question_types")
 
@@ -28,25 +29,36 @@ def find_tables(source: Path) -> dict[str, Path]:
     """Return the file of each split; empty if there are no tables.
 
     Args:
-        source: a folder that holds files such as ``train.csv`` and ``validation.jsonl``, or one such file.
+        source: a folder that holds files such as ``train.csv`` and ``validation.jsonl``, or one such file. A single
+            table is the training split, unless its name holds another.
 
     Raises:
-        InputError: when two files hold one split.
+        InputError: when two files hold one split, or no name of several tables holds a split.
     """
-    if source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
-        return {_split(source) or "train": source}
+    if source.is_file():
+        return {split_of_file(source) or "train": source} if is_table(source) else {}
+    files = [file for file in sorted(source.glob("*")) if is_table(file)]
     tables: dict[str, Path] = {}
-    for file in sorted(source.glob("*")):
-        split = _split(file) if file.suffix.lower() in TABLE_SUFFIXES and file.is_file() else None
+    for file in files:
+        split = split_of_file(file)
         if split in tables:
             raise InputError(f"{source}: {tables[split].name} and {file.name} both hold split {split!r}: join them")
         if split:
             tables[split] = file
-    return tables
+    files = [file for file in files if file.stem != "metadata"]  # `find_nested_tables` finds it
+    if tables or not files or any(map(_is_nested_table, source.glob("*/**/*"))):
+        return tables
+    if len(files) > 1:
+        raise InputError(
+            f"{source}: no split is named by {', '.join(file.name for file in files[:3])}: rename them to "
+            f"train{files[0].suffix} and validation{files[0].suffix}, or move those of one split into a folder train"
+        )
+    return {"train": files[0]}
 
 
-def _split(file: Path) -> str | None:
-    return next((split for split in SPLITS if file.name.lower().startswith(split)), None)
+def _is_nested_table(file: Path) -> bool:
+    is_json = file.suffix.lower() == ".json"  # without a split's name it may belong to one page
+    return file.suffix.lower() in TABLE_SUFFIXES or (is_json and any(map(split_of_file, (file, file.parent))))
 
 
 def find_nested_tables(source: str, subset: str | None = None) -> tuple[str, dict[str, list[Path]]]:
@@ -70,7 +82,16 @@ def find_nested_tables(source: str, subset: str | None = None) -> tuple[str, dic
                 return source, {}
             raise InputError(f"data.source {source!r} can't be downloaded: {error}") from error
         files = find_text_files(folder, subset)
-    return folder, {split: list(map(Path, paths)) for split, paths in (files or {}).items()}
+    tables = {split: list(map(Path, paths)) for split, paths in (files or {}).items()}
+    # `datasets` takes eval for a test split.
+    if "test" in tables and all(_is_eval(file.relative_to(folder)) for file in tables["test"]):
+        tables["eval"] = tables.pop("test")
+    return folder, tables
+
+
+def _is_eval(file: Path) -> bool:
+    splits = {split_of_file(Path(part)) for part in file.parts}
+    return "eval" in splits and "test" not in splits
 
 
 def find_text_files(source: str, subset: str | None = None) -> dict[str, list[str]] | None:
@@ -122,12 +143,13 @@ class TableDocVQA(HubDocVQA):
     """The questions of one table, or of several.
 
     Args:
-        files: a CSV in UTF-8, with commas and a header, or a TSV, in which a cell with several answers, pages or types
-            spells a list in JSON's or Python's notation; a JSONL, with an object per line; a JSON list of objects.
+        files: a CSV or TSV with a header, in which a cell with several answers, pages or types spells a list in JSON's
+            or Python's notation; a JSONL, with an object per line; a JSON list of objects.
         columns: see `idefics_lit.data.sources.columns.ColumnMapping`.
         language: see there.
         folder: the folder that image paths may not leave; by default the file's own. A path is relative to its file,
             or else to this folder.
+        image_root: the folder that image paths are relative to and may not leave, instead.
 
     Raises:
         InputError: when a file or a row isn't readable, or a column doesn't exist. A row without a question, or whose
@@ -141,9 +163,10 @@ class TableDocVQA(HubDocVQA):
         columns: Mapping[str, str] | None = None,
         language: str = "en",
         folder: Path | None = None,
+        image_root: Path | None = None,
     ) -> None:
         files = [files] if isinstance(files, Path) else files
-        folder = folder or files[0].parent
+        folder = image_root or folder or files[0].parent
         name = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
         rows = [(file, number, *row) for file in files for number, row in enumerate(read_rows(file))]
         if not rows:
@@ -156,10 +179,15 @@ class TableDocVQA(HubDocVQA):
         self._parse_cells(mapping, values, name)
         for column in mapping.image_columns:
             cells = zip(self.locations, values[column], strict=True)
-            values[column] = [_image_paths(cell, file.parent, folder) for (file, *_), cell in cells]
-        super().__init__(_to_dataset(values, mapping, name), name, columns, language, str(folder))
+            values[column] = [_image_paths(cell, image_root or file.parent, folder) for (file, *_), cell in cells]
+        dataset = _to_dataset(values, mapping, name)
+        super().__init__(dataset, name, columns=columns, language=language, folder=str(folder))
         images_of_rows = zip(*(values[column] for column in mapping.image_columns), strict=True)
-        faults = [_image_fault([image for cell in cells for image in cell or ()], folder) for cells in images_of_rows]
+        fault_of = cache(partial(_image_fault, folder=folder))  # many rows have the same image
+        faults = [
+            next(filter(None, (fault_of(i) for cell in cells for i in cell or () if isinstance(i, str))), "")
+            for cells in images_of_rows
+        ]
         for index, (row, _) in enumerate(self.rows):
             if faults[row]:
                 self.faults.setdefault(index, f"{self.source(index)}: {faults[row]}")
@@ -180,9 +208,9 @@ class TableDocVQA(HubDocVQA):
                 f"spell. The first: {in_python[0]}"
             )
 
-    def _row(self, dataset: datasets.Dataset, row: int) -> dict[str, Any]:
+    def _decode(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         texts = self.mapping.text_columns
-        return {name: json.loads(v) if name in texts else v for name, v in super()._row(dataset, row).items()}
+        return {name: json.loads(v) if name in texts else v for name, v in super()._decode(stored).items()}
 
     def _row_name(self, row: int, turn: int | None = None) -> str:
         file, number, line = self.locations[row]
@@ -218,17 +246,16 @@ def _image_paths(cell: Any, file_folder: Path, folder: Path) -> list[Any] | None
     if file_folder != folder:
         relative = os.path.relpath(file_folder, folder)
         nested = [os.path.normpath(os.path.join(relative, i)) if isinstance(i, str) else None for i in images]
-        images = [n if n and os.path.isfile(folder / n) else image for n, image in zip(nested, images, strict=True)]
+        images = [n if n and not _image_fault(n, folder) else image for n, image in zip(nested, images, strict=True)]
     return images or None
 
 
-def _image_fault(images: list[Any], folder: Path) -> str:
-    """Return what is wrong with the first image whose file doesn't exist; empty if all exist."""
-    for image in images:
-        try:
-            location = locate_image(image, str(folder)) if isinstance(image, str) else None
-        except Exception as error:
-            return str(error)
-        if isinstance(location, Path) and not os.path.isfile(location):
-            return f"the image file {image!r:.100} is missing in {folder}"
+def _image_fault(image: str, folder: Path) -> str:
+    """Return what is wrong with an image path that leads to no file; empty if it leads to one."""
+    try:
+        file = locate_image(image, str(folder)).file
+    except Exception as error:
+        return str(error)
+    if isinstance(file, Path) and not os.path.isfile(file):
+        return f"the image file {image!r:.100} is missing in {folder}: mend the path, or see data.image_root"
     return ""

@@ -6,7 +6,9 @@ isn't quoted. The standard library's readers don't, and they know each row's lin
 """
 
 import ast
+import codecs
 import csv
+import io
 import json
 import re
 import warnings
@@ -18,7 +20,54 @@ from typing import Any
 from idefics_lit.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson")
+
+
+def is_table(file: Path) -> bool:
+    """Return whether a file is one of the tables that `read_rows` reads, which hidden files are not.
+
+    A .json file is one if it holds a list, or several lines with an object each, unlike DocVQA's official files.
+
+    Raises:
+        InputError: when a .json file isn't readable text.
+    """
+    if file.name.startswith(".") or not file.is_file():
+        return False
+    if file.suffix.lower() != ".json":
+        return file.suffix.lower() in TABLE_SUFFIXES
+    text = read_text(file).lstrip()
+    if text.startswith("["):
+        return True
+    first, _, others = text.partition("\n")
+    try:
+        return bool(others.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_text(file: Path) -> str:
+    """Return a file's text, decoded from UTF-8 or from UTF-16 with a byte-order mark; line ends stay as they are.
+
+    Raises:
+        InputError: when the file can't be read, or has another encoding.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: can't be read: {error}") from error
+    has_mark = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if not has_mark and b"\0" in content[:4]:
+        raise InputError(f"{file}: UTF-16 without a byte-order mark: save it as UTF-8")
+    try:
+        return content.decode("utf-16" if has_mark else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Nothing in the bytes tells Windows-1252 from the other encodings of 8 bits.
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f'{file}, line {line}: not UTF-8: save it as UTF-8, in Excel as "CSV UTF-8"; or convert it, from '
+            f"Windows-1252 for example: iconv -f cp1252 -t utf-8 {file.name} > new && mv new {file.name}"
+        ) from error
 
 
 def read_rows(file: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
@@ -32,11 +81,8 @@ def read_rows(file: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """
     suffix = file.suffix.lower()
     read = _read_csv if suffix in DELIMITERS else _read_json if suffix == ".json" else _read_jsonl
-    try:
-        for line, row in read(file):
-            yield line, _with_images(row) if file.stem == "metadata" else row
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a readable text file in UTF-8 ({error}): save it as one") from error
+    for line, row in read(file):
+        yield line, _with_images(row) if file.stem == "metadata" else row
 
 
 def _with_images(row: dict[str, Any]) -> dict[str, Any]:
@@ -51,44 +97,52 @@ def _with_images(row: dict[str, Any]) -> dict[str, Any]:
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row with the number of its first line."""
-    delimiter = DELIMITERS[file.suffix.lower()]
-    delimiter_name = {",": "commas", "\t": "tabs"}[delimiter]
+    text = read_text(file)
+    delimiter = _find_delimiter(text.partition("\n")[0], file)
     limit = csv.field_size_limit(2**31 - 1)  # the text of a page may be longer than the default limit
     line = 1
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.reader(opened, delimiter=delimiter, strict=True)
-            names, line = next(reader, []), reader.line_num + 1
-            if len(names) == 1 and (other := next((c for c in ";\t," if c in names[0]), None)):
-                raise InputError(f"{file}: its columns are divided by {other!r}: save it with {delimiter_name}")
-            if len({*names}) < len(names):
-                raise InputError(f"{file}: two columns have the same name, of {', '.join(names)}: rename one")
-            for cells in reader:
-                if cells and len(cells) != len(names):
-                    raise InputError(
-                        f"{file}, line {line}: {len(cells)} cells, but the header has {len(names)}: a text with a "
-                        f"{delimiter_name[:-1]} in it needs double quotes around it"
-                    )
-                if cells:
-                    yield line, dict(zip(names, cells, strict=True))
-                line = reader.line_num + 1
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names, line = next(reader, []), reader.line_num + 1
+        if len({*names}) < len(names):
+            raise InputError(f"{file}: two columns have the same name, of {', '.join(names)}: rename one")
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise InputError(
+                    f"{file}, line {line}: {len(cells)} cells, but the header has {len(names)}: a text with a "
+                    f"{DELIMITER_NAMES[delimiter][:-1]} in it needs double quotes around it"
+                )
+            if cells:
+                yield line, dict(zip(names, cells, strict=True))
+            line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{file}, line {line}: {error}: mend its double quotes") from error
     finally:
         csv.field_size_limit(limit)
 
 
+def _find_delimiter(header: str, file: Path) -> str:
+    """Return the delimiter that the file's suffix stands for, or the only other one in a header without it."""
+    default = DELIMITERS[file.suffix.lower()]
+    others = [delimiter for delimiter in DELIMITER_NAMES if delimiter in header]
+    if default in others or not others:
+        return default
+    if len(others) > 1:
+        names = " and ".join(DELIMITER_NAMES[delimiter] for delimiter in others)
+        raise InputError(f"{file}: its header has {names}: save it with {DELIMITER_NAMES[default]}")
+    return others[0]
+
+
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row with its line number."""
-    with file.open(encoding="utf-8-sig") as opened:
-        for line, text in enumerate(opened, start=1):
-            if text.strip():
-                yield line, _as_object(_parse(text, f"{file}, line {line}"), f"{file}, line {line}")
+    for line, text in enumerate(io.StringIO(read_text(file), newline=None), start=1):
+        if text.strip():
+            yield line, _as_object(_parse(text, f"{file}, line {line}"), f"{file}, line {line}")
 
 
 def _read_json(file: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Yield the rows of a JSON list, or of a JSONL file that is named .json."""
-    content = file.read_text(encoding="utf-8-sig")
+    content = read_text(file)
     if not content.lstrip().startswith("["):
         yield from _read_jsonl(file)
         return

@@ -107,12 +107,13 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
     }
     if not local_base:  # the Hub only accepts ids of models
         metadata["base_model"] = base
-    val_in_fit = facts["data"]["val_in_fit"]
+    val_in_fit = facts["data"].get("val_in_fit")
     subset = "" if val_in_fit is None else f", on {val_in_fit} of the validation questions"
     scores = "".join(
         f"- best `{metric}` of its run by then{subset}: {score:.4f}\n" for metric, score in facts["scores"].items()
     )
     hint = ", a local folder: others must put its path or Hub id in the code" if local_base and not merged else ""
+    steps = f"- {facts['steps']} optimizer steps\n" if facts["steps"] else ""
     splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
@@ -126,8 +127,7 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
 
 - base model: `{base}`{hint}; the adapter was trained on it in {bits}
 - needs transformers {MIN_TRANSFORMERS} or later: {REASON}
-- {facts["steps"]} optimizer steps
-{scores}{splitting}
+{steps}{scores}{splitting}
 ```python
 {code}```
 

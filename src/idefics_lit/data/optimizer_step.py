@@ -1,0 +1,88 @@
+"""The batches of an optimizer step: a step has a number of examples, whatever the batch size and the devices."""
+
+from typing import Any
+
+from lightning import Trainer
+
+from idefics_lit.errors import InputError
+
+DEFAULT_GLOBAL_BATCH_SIZE = 16
+TRAINER_OPTIONS = ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch")
+
+
+class OptimizerStep:
+    """Batch size of a fit, and the options of its Trainer that depend on it.
+
+    Args:
+        trainer: its ``accumulate_grad_batches`` and ``val_check_interval`` are set until `restore`.
+        options: the hyperparameters of `DocVQADataModule`.
+
+    Raises:
+        InputError: the options don't multiply to ``global_batch_size``, or give two validation intervals.
+    """
+
+    def __init__(self, trainer: Trainer, options: Any) -> None:  # noqa: ANN401
+        self.trainer, self.val_every_n_steps = trainer, options.val_every_n_steps
+        self.own_options = {name: getattr(trainer, name) for name in TRAINER_OPTIONS}
+        interval = self.own_options["val_check_interval"]
+        if self.val_every_n_steps is not None and interval not in (None, 1.0):
+            raise InputError(
+                f"data.val_every_n_steps {self.val_every_n_steps} and trainer.val_check_interval {interval}: give one "
+                f"of them, and null as the other"
+            )
+        accumulated = trainer.accumulate_grad_batches
+        size, batches = split_step(options.global_batch_size, options.batch_size, accumulated, trainer.world_size)
+        self.examples_per_device = size * batches
+        self.is_batch_size_given = options.batch_size is not None or accumulated > 1
+        self.set_batch_size(size)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The sizes that `set_batch_size` takes, the largest first: the given one, or all divisors of the step."""
+        if self.is_batch_size_given:
+            return [self.batch_size]
+        examples = self.examples_per_device
+        return [size for size in range(examples, 0, -1) if examples % size == 0]
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Set the training examples per batch and device; the step and the validation interval in steps stay."""
+        self.batch_size = batch_size
+        self.trainer.accumulate_grad_batches = self.examples_per_device // batch_size
+        if self.val_every_n_steps is not None and not getattr(self.trainer, "fast_dev_run", False):
+            self.trainer.val_check_interval = self.val_every_n_steps * self.trainer.accumulate_grad_batches
+            self.trainer.check_val_every_n_epoch = None
+
+    def restore(self) -> None:
+        """Give the Trainer its own options back."""
+        for name, value in self.own_options.items():
+            setattr(self.trainer, name, value)
+
+
+def split_step(
+    global_batch_size: int | None, batch_size: int | None, accumulate_grad_batches: int, world_size: int
+) -> tuple[int, int]:
+    """Return ``data.batch_size`` and ``trainer.accumulate_grad_batches`` of an optimizer step.
+
+    Args:
+        global_batch_size: examples of the step over all devices; None is `DEFAULT_GLOBAL_BATCH_SIZE`, or, with a
+            ``batch_size``, what the other values multiply to.
+        batch_size: examples per batch and device; None is the largest.
+        accumulate_grad_batches: batches of a step; 1, the Trainer's default, is raised if the step needs more.
+        world_size: the number of devices.
+
+    Raises:
+        InputError: the values don't multiply to ``global_batch_size``.
+    """
+    if batch_size is not None and global_batch_size is None:
+        return batch_size, accumulate_grad_batches
+    total = global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+    size, batches = batch_size or max(1, total // (accumulate_grad_batches * world_size)), accumulate_grad_batches
+    if batches == 1:
+        batches = max(1, total // (size * world_size))
+    if size * batches * world_size != total:
+        raise InputError(
+            f"data.global_batch_size {total} isn't data.batch_size {batch_size or '(any)'} x "
+            f"trainer.accumulate_grad_batches {accumulate_grad_batches} x {world_size} "
+            f"device{'s' * (world_size > 1)}: change one of them"
+        )
+    return size, batches

@@ -1,0 +1,84 @@
+"""What the batches of a fit demand of the device: their mean size, and the largest of them."""
+
+from collections.abc import Iterator
+from itertools import islice
+from math import ceil
+
+from PIL import Image
+
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.example import Example
+from idefics_lit.data.grouping import group_by_page
+from idefics_lit.errors import InputError
+from idefics_lit.model.batch import Batch
+from idefics_lit.model.execution import Workload
+
+SPLIT_IMAGES = 5  # of a page with image splitting: four quadrants and the page
+SAMPLED_QUESTIONS = 16
+CHARACTERS_PER_TOKEN = 3  # fewer than texts have
+LENGTH_MARGIN = 1.25  # of the longest text over the longest sampled one
+
+
+def workload(datamodule: DocVQADataModule) -> Workload:
+    """Return the mean size of a fit's batches; of a stream, as if each question had a page of its own."""
+    options, images = datamodule.hparams, datamodule.processor.image_processor
+    step, page_ids = datamodule.step, datamodule.examples["train"].page_ids if "train" in datamodule.examples else []
+    groups = group_by_page(page_ids, 1 if options.train_on_prompt else options.questions_per_page)
+    pages = max(map(len, page_ids), default=1)
+    return Workload(
+        batch_sizes=step.batch_sizes if step else [datamodule.batch_size],
+        questions_per_row=len(page_ids) / len(groups) if groups else 1.0,
+        images_per_page=pages * (SPLIT_IMAGES if images.do_image_splitting else 1),
+        longest_edge=images.size["longest_edge"],
+    )
+
+
+def count_pages(datamodule: DocVQADataModule) -> int:
+    """Return the number of pages that a fit reads, for training and validation."""
+    return len({pages for examples in datamodule.examples.values() for pages in examples.page_ids})
+
+
+def largest_batch(datamodule: DocVQADataModule) -> Batch:
+    """Return a batch that needs as much memory as any of a fit: square pages, the most rows, long texts.
+
+    The rows are counted in the first epoch, in which this rank's batch with the most has as many as in others. The
+    texts are longer than those of `SAMPLED_QUESTIONS` questions, half of which have the longest answers of all.
+    """
+    size, rows = datamodule.batch_size, _most_rows(datamodule)
+    questions = list(_sample(datamodule))
+    question = _words(max((len(example.question) for example in questions), default=100))
+    answer = _words(max((len(text) for example in questions for text in example.answers), default=20))
+    images = datamodule.processor.image_processor
+    edge = images.size["longest_edge"] * (2 if images.do_image_splitting else 1)
+    pages = [Image.new("RGB", (edge, edge), "white")] * max((len(example.images) for example in questions), default=1)
+    collator = datamodule.collator("train")
+    collator.max_length *= 2  # the margin isn't an error
+    return collator([Example(i, question, pages, [answer], page_id=i % rows) for i in range(size)])
+
+
+def _most_rows(datamodule: DocVQADataModule) -> int:
+    size = datamodule.batch_size
+    if "train" not in datamodule.examples or datamodule.hparams.train_on_prompt:
+        return size
+    page_ids, order = datamodule.examples["train"].page_ids, iter(datamodule.train_sampler())
+    batches = iter(lambda: [page_ids[index] for index, *_ in islice(order, size)], [])
+    return max(len(set(batch)) for batch in batches)
+
+
+def _sample(datamodule: DocVQADataModule) -> Iterator[Example]:
+    """Yield questions from all over a split, and those with the longest answers."""
+    split = "train" if "train" in datamodule.examples else "val"  # a stream is read later
+    answers, dataset = datamodule.examples[split].answers, datamodule.dataset(split)
+    half = SAMPLED_QUESTIONS // 2
+    longest = sorted(range(len(answers)), key=lambda i: max(map(len, answers[i]), default=0))[-half:]
+    for index in dict.fromkeys([*longest, *range(0, len(answers), ceil(len(answers) / half))]):
+        try:
+            example = dataset[index]
+        except InputError:  # the loader raises it, with its own message
+            continue
+        if isinstance(example, Example):
+            yield example
+
+
+def _words(characters: int) -> str:
+    return " ".join(["the"] * ceil(LENGTH_MARGIN * characters / CHARACTERS_PER_TOKEN))

@@ -1,0 +1,131 @@
+"""Memory of a fit: weights are counted, activations are scaled from measurements, free memory is asked for."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from idefics_lit.pretrained import DTYPES
+
+# NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3): 4 bits per weight, an 8-bit scale per 64 weights
+# and a 32-bit scale per 256 of those scales.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+GIB = 2**30
+
+
+class Activations(NamedTuple):
+    """Peak memory of training beside the weights, with Idefics2-8b in 16 bits."""
+
+    fixed_gib: float
+    mib_per_patch: float
+    mib_per_token: float
+
+
+# benchmarks/results/memory.json: these fit each of 28 measured peaks within 0.5 GiB (one H100, torch 2.11, LoRA of rank
+# 8). Patches are of 14 x 14 pixels, tokens with padding.
+PLAIN = Activations(fixed_gib=0.18, mib_per_patch=0.0, mib_per_token=6.35)
+CHECKPOINTING = Activations(fixed_gib=0.08, mib_per_patch=0.0449, mib_per_token=0.0)
+# With CUDA graphs, the resampler's activations are kept too: from the peaks in train_throughput*.json, within 2 GiB.
+CUDA_GRAPHS = Activations(fixed_gib=0.18, mib_per_patch=0.047, mib_per_token=6.35)
+
+
+class WeightCount(NamedTuple):
+    """Numbers of weights: those that NF4 can hold, the others of the base, and the adapter's."""
+
+    quantizable: int
+    others: int
+    trainable: int
+    is_vision_trained: bool
+
+    def gib(self, *, in_4_bits: bool, precision: str) -> float:
+        """Return the GiB of the weights, and of the adapter's gradients and AdamW's two moments.
+
+        Args:
+            in_4_bits: NF4 holds the weights that it can.
+            precision: the Trainer's precision.
+        """
+        bytes_per_weight = DTYPES.get(precision, torch.float32).itemsize
+        base = self.quantizable * (NF4_BYTES if in_4_bits else bytes_per_weight) + self.others * bytes_per_weight
+        # A trainable weight has four float32 values: itself, its gradient and AdamW's two moments.
+        return (base + self.trainable * 16) / GIB
+
+
+def count_weights(config: PretrainedConfig, options: Mapping[str, Any]) -> WeightCount:
+    """Count the weights of a model with an adapter, without loading any.
+
+    Args:
+        config: the model's configuration.
+        options: the options of `Idefics2Module`.
+
+    Raises:
+        InputError: ``lora.target_modules`` match no layer.
+    """
+    from idefics_lit.model.adapter import add_lora
+    from idefics_lit.model.lora import LoRA
+
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config)
+    unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
+    layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
+    quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    others = sum(p.numel() for p in base.parameters()) - quantizable
+    adapted = add_lora(base, LoRA(**options["lora"]))
+    trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    is_vision_trained = any(".vision_model." in name for name in trainable)
+    return WeightCount(quantizable, others, sum(trainable.values()), is_vision_trained)
+
+
+def weights_gib(config: PretrainedConfig, options: Mapping[str, Any], precision: str) -> float:
+    """Count the GiB of weights, adapter, its gradients and AdamW's two moments, without loading any.
+
+    Args:
+        config: the model's configuration.
+        options: the options of `Idefics2Module`, with ``dequantize`` in effect.
+        precision: the Trainer's precision.
+
+    Raises:
+        InputError: ``lora.target_modules`` match no layer.
+    """
+    in_4_bits = options["quantization"] == "nf4" and not options["dequantize"]
+    return count_weights(config, options).gib(in_4_bits=in_4_bits, precision=precision)
+
+
+def peak_gib(
+    weights: float, patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
+) -> float:
+    """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
+
+    Args:
+        weights: `weights_gib`.
+        patches: image patches of the batch.
+        tokens: tokens of the batch with padding.
+        gradient_checkpointing: the module's option.
+        cuda_graphs: the module's option.
+    """
+    peak = CHECKPOINTING if gradient_checkpointing else CUDA_GRAPHS if cuda_graphs else PLAIN
+    return weights + peak.fixed_gib + (patches * peak.mib_per_patch + tokens * peak.mib_per_token) / 1024
+
+
+def free_gpu_bytes(device: torch.device | None = None) -> int:
+    """Return the bytes of a GPU that this process can still allocate: other processes' and its own limit count."""
+    free, total = torch.cuda.mem_get_info(device)
+    # torch < 2.8 has no way to read the limit.
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    return min(free, int(limit * total) - torch.cuda.memory_reserved(device))
+
+
+def available_ram_bytes() -> int:
+    """Return the bytes of main memory that this process can still use: a container's limit counts."""
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        read = partial(Path.read_text, encoding="ascii")
+        limit, used = (read(group / name).strip() for name in ("memory.max", "memory.current"))
+        return available if limit == "max" else min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # not in a container with cgroup v2
+        return available

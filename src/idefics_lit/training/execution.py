@@ -1,0 +1,177 @@
+"""The options that a run leaves open: they are worked out for its device, and tried before the first step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.parsing import AttributeDict
+from transformers import AutoConfig, PretrainedConfig
+
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.workload import count_pages, largest_batch, workload
+from idefics_lit.errors import InputError
+from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
+from idefics_lit.model.fsdp import FSDP2Strategy
+from idefics_lit.model.memory import GIB, count_weights
+from idefics_lit.pretrained import DTYPES, cannot_load, resolve
+from idefics_lit.utils.distributed import gather_objects
+
+# Of an evaluation, and of a fit with a DataLoader of one's own, whose batches aren't known.
+UNKNOWN_WORKLOAD = Workload([8])
+RAM_SHARE = 0.5  # of the free memory, that cached features may take
+
+
+def options_in_effect(
+    options: Mapping[str, Any],
+    devices: Sequence[Device],
+    precision: str,
+    trainer: Trainer | None = None,
+    datamodule: LightningDataModule | None = None,
+) -> Any:  # noqa: ANN401
+    """Return the options of `Idefics2Module` with a value for each that is None; set the batch size of a fit.
+
+    Args:
+        options: the module's hyperparameters.
+        devices: those of all ranks, of which the one with the least memory decides.
+        precision: the Trainer's precision.
+        trainer: the Trainer that calls the module; without one CUDA graphs and compiled layers are left out, because
+            they restrict the order of its calls.
+        datamodule: the Trainer's data module.
+
+    Raises:
+        InputError: the model's configuration can't be loaded, or ``lora.target_modules`` match no layer.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(options["pretrained"]), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("configuration", options["pretrained"], error) from error
+    weights, given = count_weights(config, options), dict(options)
+    if trainer is None:
+        given |= {"cuda_graphs": bool(options["cuda_graphs"]), "compile": bool(options["compile"])}
+    fit = datamodule if isinstance(datamodule, DocVQADataModule) and datamodule.step else None
+    load = workload(fit) if fit else UNKNOWN_WORKLOAD
+    execution = choose_execution(
+        min(devices, key=lambda device: device.gib),
+        config,
+        weights,
+        given,
+        precision,
+        load,
+        is_sharded=trainer is not None and isinstance(trainer.strategy, FSDP2Strategy),
+    )
+    if trainer and fit and fit.step:
+        fit.step.set_batch_size(execution.batch_size)
+        if given["feature_cache"] is None and not weights.is_vision_trained and _pages_recur(trainer, fit, load):
+            gigabytes = count_pages(fit) * _page_bytes(config, load, precision) / 1e9
+            ram = min(device.ram_gib for device in devices) * GIB / 1e9 / trainer.num_devices
+            if gigabytes <= min(RAM_SHARE * ram, given["feature_cache_gb"]):
+                given["feature_cache"] = "memory"
+    given["feature_cache"] = given["feature_cache"] or "off"
+    return AttributeDict({**given, **execution.model_options})
+
+
+def describe(
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    devices: Sequence[Device],
+    trainer: Trainer,
+    datamodule: LightningDataModule | None,
+) -> str:
+    """Return a line with the options of a fit that were worked out, by their names on the command line.
+
+    Args:
+        given: the module's hyperparameters.
+        options: its `options_in_effect`.
+        devices: those of all ranks.
+        trainer: the fit's Trainer.
+        datamodule: the Trainer's data module.
+    """
+    smallest, values = min(devices, key=lambda device: device.gib), {"trainer.precision": str(trainer.precision)}
+    if isinstance(datamodule, DocVQADataModule) and datamodule.step:
+        values["data.batch_size"] = str(datamodule.step.batch_size)
+        values["trainer.accumulate_grad_batches"] = str(trainer.accumulate_grad_batches)
+    open_options = [name for name in (*EXECUTION_OPTIONS, "feature_cache") if given[name] is None]
+    values |= {f"model.{name}": str(options[name]).lower() for name in open_options}
+    texts = (f"{name} {value}" for name, value in values.items())
+    return f"{smallest.name}, {smallest.gib:.0f} GiB free: {', '.join(texts)}; each can be given as a flag"
+
+
+def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
+    """Try forward and backward of the largest batch that a fit can have; while it doesn't fit, take smaller batches.
+
+    The optimizer step stays: smaller batches are accumulated. Nothing is tried with sharded weights, or if the batches
+    aren't those of `DocVQADataModule`.
+
+    Args:
+        module: the `Idefics2Module`, on its device.
+        trainer: its Trainer, before the training loader is built.
+
+    Raises:
+        InputError: a batch of one question doesn't fit.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if isinstance(trainer.strategy, FSDP2Strategy) or not isinstance(datamodule, DocVQADataModule):
+        return
+    assert datamodule.step is not None
+    step = datamodule.step
+    while not all(gather_objects(trainer, _fits(module, trainer, datamodule))):
+        smaller = [size for size in step.batch_sizes if size < step.batch_size]
+        text = f"a batch of data.batch_size {step.batch_size} may not fit into the GPU's memory"
+        if step.is_batch_size_given:
+            rank_zero_warn(f"{text}: leave it and trainer.accumulate_grad_batches out, and they are worked out")
+            return
+        if not smaller:
+            raise InputError(
+                "the GPU's memory doesn't suffice for a batch of one question: give --model.gradient_checkpointing "
+                "true, --model.quantize_vision true, a smaller --data.image_size, or a smaller --model.pretrained"
+            )
+        step.set_batch_size(smaller[0])
+        rank_zero_info(
+            f"{text}: data.batch_size {step.batch_size}, trainer.accumulate_grad_batches "
+            f"{trainer.accumulate_grad_batches} from now on, the same optimizer step"
+        )
+
+
+def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool:  # noqa: ANN401
+    """Whether forward and backward of the largest batch fit into memory; no gradient is accumulated."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    backbone = module.backbone
+    cache, backbone.feature_cache = backbone.feature_cache, None
+    fits = True
+    with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+        try:
+            batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
+            for _ in range(2 if backbone.has_graphs else 1):  # a CUDA graph is captured at the second call
+                with trainer.precision_plugin.forward_context():
+                    loss, _ = module.loss(batch)
+                # Unlike backward it doesn't call DDP's hooks.
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+        except torch.OutOfMemoryError:
+            fits = False
+    batch = loss = None
+    backbone.feature_cache = cache
+    backbone.forget_graphs()
+    torch.cuda.empty_cache()
+    return fits
+
+
+def _pages_recur(trainer: Trainer, datamodule: DocVQADataModule, load: Workload) -> bool:
+    """Whether a fit encodes pages more than once: in further epochs, or for further questions about them."""
+    if "train" not in datamodule.examples:  # a stream
+        return False
+    examples, step = datamodule.examples["train"], datamodule.step
+    assert step is not None
+    steps = trainer.max_steps * step.examples_per_device * trainer.world_size
+    epochs = [steps / len(examples)] if trainer.max_steps >= 0 else []
+    epochs += [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    visits = len(examples) / load.questions_per_row
+    return min(epochs, default=2) > 1 or visits > len(set(examples.page_ids))
+
+
+def _page_bytes(config: PretrainedConfig, load: Workload, precision: str) -> int:
+    """Return the size of a square page's features."""
+    vision = config.vision_config
+    patches = load.images_per_page * (load.longest_edge // vision.patch_size) ** 2
+    return int(patches * vision.hidden_size * DTYPES.get(precision, torch.float32).itemsize)

@@ -1,0 +1,123 @@
+"""How a model is executed on a card: a table of cards."""
+
+from dataclasses import asdict
+
+import pytest
+from transformers import AutoConfig
+
+from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
+from idefics_lit.model.loading import LoRA
+from idefics_lit.model.memory import CUDA_GRAPHS, count_weights
+
+OPEN = dict.fromkeys(EXECUTION_OPTIONS)
+STEP = [16, 8, 4, 2, 1]  # batch sizes of a step of 16 on one device
+VISION_LORA = LoRA(target_modules=r".*vision_model.*(q_proj|v_proj)$")
+
+
+@pytest.fixture(scope="module")
+def config(hub_files):
+    return AutoConfig.from_pretrained(hub_files)
+
+
+@pytest.fixture(scope="module")
+def choose(config):
+    counted = {}
+
+    def choose(gib, precision="bf16-mixed", batch_sizes=STEP, *, device=(), sharded=False, load=(), **given):
+        options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN, **given}
+        key = str((options["quantize_vision"], options["lora"]))
+        counted[key] = counted.get(key) or count_weights(config, options)
+        workload = Workload(batch_sizes, **{"questions_per_row": 4.0, **dict(load)})
+        card = Device("a card", "cuda", gib, 64)._replace(**dict(device))
+        return choose_execution(card, config, counted[key], options, precision, workload, is_sharded=sharded)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("gib", "precision", "splitting", "batch_size", "options"),
+    [
+        (7.6, "16-mixed", False, 4, ""),
+        (14.6, "16-mixed", False, 8, "cuda_graphs"),
+        (23.5, "bf16-mixed", False, 16, "cuda_graphs"),
+        (39.4, "bf16-mixed", False, 16, "dequantize cuda_graphs compile"),
+        (39.4, "16-mixed", False, 16, "dequantize cuda_graphs"),
+        (79.0, "bf16-mixed", False, 16, "dequantize cuda_graphs compile"),
+        (139.0, "bf16-mixed", False, 16, "dequantize cuda_graphs compile"),
+        (7.6, "16-mixed", True, 4, "gradient_checkpointing"),
+        (14.6, "16-mixed", True, 8, ""),
+        (23.5, "bf16-mixed", True, 4, "cuda_graphs"),
+        (39.4, "bf16-mixed", True, 8, "dequantize cuda_graphs compile"),
+        (79.0, "bf16-mixed", True, 16, "dequantize cuda_graphs compile"),
+    ],
+)
+def test_a_card_gets_the_fastest_options_that_fit(choose, gib, precision, splitting, batch_size, options):
+    chosen = choose(gib, precision, load={"images_per_page": 5 if splitting else 1})
+    assert (chosen.batch_size, {name for name, on in chosen.model_options.items() if on}) == (
+        batch_size,
+        set(options.split()),
+    )
+
+
+def test_two_devices_share_a_step(choose):
+    assert choose(79, batch_sizes=[8, 4, 2, 1]).batch_size == 8
+    chosen = choose(23.5, batch_sizes=[8, 4, 2, 1])  # half the batch leaves no room for 11 GiB either
+    assert (chosen.batch_size, chosen.cuda_graphs, chosen.dequantize) == (8, True, False)
+
+
+def test_more_rows_need_smaller_batches(choose):
+    assert choose(14.6, "16-mixed", load={"questions_per_row": 1.0}).batch_size < choose(14.6, "16-mixed").batch_size
+    large = {"images_per_page": 5, "longest_edge": 980}
+    assert choose(52, load={**large, "longest_edge": 490}).batch_size > choose(52, load=large).batch_size
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dequantize": True},
+        {"dequantize": False},
+        {"cuda_graphs": False},
+        {"cuda_graphs": True},
+        {"compile": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "dequantize": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gib", [7.6, 14.6, 23.5, 79.0])
+def test_given_options_are_kept(choose, gib, given):
+    chosen = choose(gib, **given)
+    assert {name: getattr(chosen, name) for name in given} == given
+    assert not (chosen.cuda_graphs and chosen.gradient_checkpointing)
+    assert choose(gib, batch_sizes=[2], **given).batch_size == 2
+
+
+def test_what_cannot_be_captured_or_compiled_is_left_out(choose):
+    """Each of these would fail in the first steps: a trained vision tower, shards, a 16-bit base without 4 bits."""
+    assert not choose(79, lora=asdict(VISION_LORA)).cuda_graphs
+    sharded = choose(39, batch_sizes=[8], sharded=True, quantization="none")
+    assert sharded == (8, False, False, False, False)
+    assert not choose(79, quantization="none").dequantize
+    assert choose(79, quantization="none").cuda_graphs
+    without_compiler = choose(79, device={"can_compile": False})
+    assert without_compiler.dequantize and not without_compiler.compile
+
+
+def test_a_cpu_runs_plain(choose):
+    assert choose(900, "32-true", device={"type": "cpu"}) == (16, False, False, False, False)
+    assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
+
+
+def test_what_does_not_fit_at_all_gets_the_least(choose):
+    assert choose(1, "16-mixed") == (1, False, False, False, True)
+
+
+@pytest.mark.parametrize(  # peaks of benchmarks/results/train_throughput*.json
+    ("images", "rows", "tokens", "peak", "dequantized"),
+    [(16, 16, 112, 29.7, True), (4, 4, 192, 20.9, True), (2, 2, 192, 7.9, False), (20, 4, 432, 30.6, True)],
+)
+def test_memory_with_cuda_graphs_agrees_with_measurements(config, images, rows, tokens, peak, dequantized):
+    options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA())}
+    weights = count_weights(config, options).gib(in_4_bits=not dequantized, precision="bf16-mixed")
+    mib = 3785 * images * CUDA_GRAPHS.mib_per_patch + rows * tokens * CUDA_GRAPHS.mib_per_token
+    assert weights + CUDA_GRAPHS.fixed_gib + mib / 1024 == pytest.approx(peak, abs=2)

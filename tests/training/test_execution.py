@@ -1,0 +1,169 @@
+"""The options that a run leaves open: what is chosen, tried, printed, saved and resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning import Trainer
+
+from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.errors import InputError
+from idefics_lit.model.execution import Device
+from idefics_lit.model.loading import LoRA
+from idefics_lit.training.execution import find_batch_size, options_in_effect
+from idefics_lit.training.module import Idefics2Module
+
+ROOT = Path(__file__).parents[2]
+CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+CARD = Device("NVIDIA A card", "cuda", 79, 500)
+
+
+class SmallMemory(Idefics2Module):
+    """A module on a device whose memory suffices for ``largest`` questions; its fit tries its batches as on a GPU."""
+
+    largest = 4
+
+    def loss(self, batch):
+        if len(batch.question_ids) > self.largest:
+            raise torch.OutOfMemoryError
+        return super().loss(batch)
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        find_batch_size(self, self.trainer)
+
+
+@pytest.fixture
+def data(docvqa, tiny):
+    def data(**options):
+        small = {"image_size": 112, "num_workers": 0, "limit_val": 1, **options}
+        return DocVQADataModule(str(docvqa), tiny, **small)
+
+    return data
+
+
+@pytest.fixture
+def module(tiny):
+    return lambda kind=Idefics2Module, **options: kind(
+        tiny, quantization="none", lora=LoRA(dropout=0.0), warmup_steps=0, max_new_tokens=2, **options
+    )
+
+
+def test_a_batch_that_does_not_fit_is_halved_before_the_first_step(module, data, caplog):
+    trainer, pages = Trainer(**CPU, max_steps=1, limit_val_batches=0), data(val_every_n_steps=1)
+    sizes = []
+    pages.on_before_batch_transfer = lambda batch, _: sizes.append(len(batch.question_ids)) or batch
+    ours = module(SmallMemory)
+    trainer.fit(ours, pages)
+    assert trainer.global_step == 1 and sizes == [4, 4, 4, 4]
+    (line,) = (
+        r.message
+        for r in caplog.records
+        if "may not fit" in r.message and "from now on" in r.message and " 4," in r.message
+    )
+    assert "data.batch_size 4, trainer.accumulate_grad_batches 4" in line
+
+
+def test_the_trial_changes_no_run(module, data):
+    """Neither the adapter nor the numbers drawn: a fit with it ends as one without."""
+    adapters = []
+    for kind in (Idefics2Module, SmallMemory):
+        torch.manual_seed(0)
+        ours = module(kind)
+        ours.largest = 16
+        Trainer(**CPU, max_steps=2, limit_val_batches=0).fit(ours, data())
+        adapters.append((ours.state_dict(), torch.rand(1)))
+    assert adapters[0][1] == adapters[1][1]
+    for name, value in adapters[0][0].items():
+        assert torch.equal(value, adapters[1][0][name]), name
+
+
+def test_nothing_fits(module, data):
+    ours = module(SmallMemory)
+    ours.largest = 0
+    with pytest.raises(InputError, match=r"a batch of one question: give --model\.gradient_checkpointing true"):
+        Trainer(**CPU, max_steps=1, limit_val_batches=0).fit(ours, data())
+
+
+def test_a_given_batch_size_is_warned_of_and_kept(module, data):
+    trainer, ours = Trainer(**CPU, max_steps=1, limit_val_batches=0), module(SmallMemory)
+    with (
+        pytest.warns(UserWarning, match=r"data\.batch_size 8 may not fit .*: leave it"),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        trainer.fit(ours, data(batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "ram", "gigabytes", "options", "expected"),
+    [
+        (4, 500, 20, {}, "memory"),  # 64 of 24 questions
+        (1, 500, 20, {"questions_per_page": 8}, "off"),  # no page twice
+        (1, 500, 20, {"questions_per_page": 1}, "memory"),  # each question reads its page
+        (4, 1e-4, 20, {}, "off"),
+        (4, 500, 1e-6, {}, "off"),
+    ],
+)
+def test_features_are_cached_where_pages_recur_and_memory_allows(
+    module, data, max_steps, ram, gigabytes, options, expected
+):
+    pages = data(**options)
+    pages.trainer = trainer = Trainer(**CPU, max_steps=max_steps)
+    pages.setup("fit")
+    given = module(feature_cache_gb=gigabytes).hparams
+    found = options_in_effect(given, [CARD._replace(ram_gib=ram), CARD], "bf16-mixed", trainer, pages)
+    assert found.feature_cache == expected
+    assert (
+        options_in_effect({**given, "feature_cache": "off"}, [CARD], "bf16-mixed", trainer, pages).feature_cache
+        == "off"
+    )
+
+
+def test_the_smallest_device_decides_and_a_module_alone_has_no_graphs(module):
+    given = module(feature_cache=None).hparams
+    trainer = Trainer(**CPU, max_steps=1)
+    assert options_in_effect(given, [CARD, CARD], "bf16-mixed", trainer).cuda_graphs
+    assert not options_in_effect(given, [CARD, CARD._replace(gib=0.001)], "bf16-mixed", trainer).cuda_graphs
+    alone = options_in_effect(given, [CARD], "bf16-mixed")
+    assert not alone.cuda_graphs and not alone.compile
+    assert options_in_effect({**given, "cuda_graphs": True}, [CARD], "bf16-mixed").cuda_graphs
+
+
+def test_the_plain_command_chooses_prints_and_saves(run, tiny, docvqa, caplog, monkeypatch, in_effect):
+    """docvqa.yaml alone: 16 examples a step, and a config.yaml that repeats the run."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    flags = ["fit", "--config", ROOT / "configs" / "docvqa.yaml", "--model.pretrained", tiny, "--data.source", docvqa]
+    flags += ["--data.image_size", 112, "--data.limit_train", 20, "--data.limit_val", 1, "--data.num_workers", 0]
+    flags += ["--model.max_new_tokens", 2, "--trainer.max_steps", 3, "--data.val_every_n_steps", 2]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.num_sanity_val_steps", 0]
+    folder = run(*flags)
+    (line,) = (message for message in caplog.messages if "can be given as a flag" in message)
+    expected = ("CPU, ", "trainer.precision 32-true, data.batch_size 16, trainer.accumulate_grad_batches 1, ")
+    assert all(text in line for text in (*expected, "model.dequantize false", "model.feature_cache memory"))
+    config = next(folder.rglob("config.yaml"))
+    saved = yaml.safe_load(config.read_text())
+    assert (saved["data"]["batch_size"], saved["data"]["global_batch_size"]) == (16, 16)
+    assert saved["trainer"]["precision"] == "32-true" and saved["model"]["cuda_graphs"] is False
+    assert saved["model"]["feature_cache"] == "memory"
+    checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True)
+    assert checkpoint["hyper_parameters"]["dequantize"] is None  # chosen anew on another card
+    assert checkpoint["DocVQADataModule"]["batch_size"] == 16
+    assert in_effect("fit", "--config", config).data.batch_size == 16
+    run("fit", "--config", config)
+    again = torch.load(max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns), weights_only=True)
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in checkpoint["state_dict"].items())
+    best = [path for path in folder.rglob("best.ckpt")]
+    assert {torch.load(path, weights_only=True)["global_step"] for path in best} == {2}  # every two steps
+
+
+def test_sizes_that_do_not_multiply_are_one_line(run, tiny, docvqa, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        run(
+            *("fit", "--config", ROOT / "configs" / "docvqa.yaml", "--model.pretrained", tiny),
+            *("--data.source", docvqa, "--data.batch_size", 3, "--trainer.logger", "false"),
+        )
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "error: data.global_batch_size 16 isn't data.batch_size 3 x trainer.accumulate_grad_batches 1"
+    )

@@ -1,0 +1,107 @@
+"""`export_adapter`: an adapter that was trained in Python, as plain peft and transformers load it."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+from lightning import Trainer
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from idefics_lit import Idefics2Collator, Idefics2Module, InputError, LoRA, export_adapter, load_processor
+from idefics_lit.data.sources.synthetic import SyntheticPages
+
+OWN_COLLATOR = {"prompt_style": "idefics", "image_splitting": False, "image_size": 400}
+
+
+def collate(train):
+    processor = load_processor("tiny", image_size=400)
+    return Idefics2Collator(processor, train=train, prompt_style="idefics")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    pages = SyntheticPages("export", 2, families=("form",))
+    examples = [pages[0], pages[len(pages) - 1]]
+    for example in examples:
+        del example.answers[1:]  # one is drawn at random
+    return examples
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def module(request, examples):
+    """A module that a user's own loader trained for a few steps."""
+    module = Idefics2Module("tiny", quantization=request.param, lora=LoRA(dropout=0), lr=0.01, warmup_steps=0)
+    trainer = Trainer(
+        accelerator="cpu", precision="32-true", max_steps=3, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(examples, batch_size=1, collate_fn=collate(train=True)))
+    return module
+
+
+@torch.no_grad()
+def logits(model, folder, examples):
+    """The logits of the tokens that the exported processor makes of two questions."""
+    batch = Idefics2Collator(AutoProcessor.from_pretrained(folder), train=True, prompt_style="idefics")(examples)
+    names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+    mask = batch.attention_mask.bool()
+    return model.eval()(**{name: getattr(batch, name) for name in names}).logits.float()[mask]
+
+
+def test_plain_peft_loads_the_adapter_and_gives_equal_logits(module, examples, tmp_path):
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    export_adapter(module, tmp_path / "out", **OWN_COLLATOR)
+    folder = tmp_path / "out"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    alone = logits(model, folder, examples)
+    if module.hparams.quantization == "none":
+        loaded = logits(PeftModel.from_pretrained(model, folder), folder, examples)
+        assert torch.equal(loaded, logits(module.model, folder, examples))
+        assert (loaded - alone).abs().max() > 1  # the adapter changes the model
+    facts = json.loads((folder / "idefics_lit.json").read_text())
+    assert (facts["prompt_style"], facts["image_tokens"], facts["steps"]) == ("idefics", 64, 3)
+    assert AutoProcessor.from_pretrained(folder).image_processor.size["longest_edge"] == 400
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+
+
+def test_the_merged_model_gives_the_adapters_logits(module, examples, tmp_path):
+    export_adapter(module, tmp_path / "adapter", **OWN_COLLATOR)
+    export_adapter(module, tmp_path / "merged", merge=True, **OWN_COLLATOR)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    exact = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value.float(), exact[name], rtol=2**-7, atol=1e-4)
+    assert any("lora_" in name for name in module.state_dict())  # the module itself isn't merged
+
+
+def test_trained_weights_that_would_be_lost_are_an_error(tmp_path):
+    module = Idefics2Module("tiny", quantization="none")
+    module.configure_model()
+    module.classifier = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"classifier\.weight is trained but is no weight of LoRA"):
+        export_adapter(module, tmp_path / "out")
+    del module.classifier
+    next(p for p in module.parameters() if p.requires_grad).data.fill_(torch.nan)
+    with pytest.raises(InputError, match="aren't finite"):
+        export_adapter(module, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_removes_what_a_killed_one_left(tmp_path):
+    left, running = (tmp_path / f".out.{number:016x}.tmp" for number in range(2))
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    two_hours_ago = time.time() - 7200
+    for path in (left, left / "model.safetensors", running):
+        os.utime(path, (two_hours_ago, two_hours_ago))
+    export_adapter(Idefics2Module("tiny", quantization="none"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", running.name}
