@@ -9,8 +9,9 @@ What is special here:
   a resumed run ends with the same adapter, wherever it was interrupted.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -82,8 +83,9 @@ class Idefics2Module(TrainedWeightsModule):
     hparams: Any  # the arguments of __init__, by name
     answers: list[Answer]
     """The answers of this rank's last validation or test."""
-    step_loss: Tensor
-    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate."""
+    step_loss: Tensor | None = None
+    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate. None if a subclass
+    computes its own loss."""
 
     def __init__(
         self,
@@ -106,8 +108,6 @@ class Idefics2Module(TrainedWeightsModule):
         strip_period: bool = False,
     ) -> None:
         super().__init__()
-        # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
-        lora = asdict(lora) if isinstance(lora, LoRA) else dict(lora)  # type: ignore[assignment]
         self.save_hyperparameters()
         check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
@@ -118,6 +118,17 @@ class Idefics2Module(TrainedWeightsModule):
         self._scheduled_lr = lr
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
         self._prompt_options: Mapping[str, Any] = {}  # that the checkpoint's adapter was trained with
+
+    def save_hyperparameters(self, *args: Any, frame: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save hyperparameters as Lightning does, with ``lora`` as a dict.
+
+        A checkpoint's hyperparameters must be plain types to load with ``weights_only``. Lightning also collects the
+        arguments of a subclass's ``__init__``.
+        """
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, frame=frame, **kwargs)
+        if isinstance(lora := self.hparams.get("lora"), LoRA):
+            super().save_hyperparameters({"lora": asdict(lora)}, frame=frame, **kwargs)
 
     @property
     def lr(self) -> float:
@@ -309,17 +320,15 @@ class Idefics2Module(TrainedWeightsModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer the batch's questions and add its loss."""
-        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
+        if batch_idx == dataloader_idx == 0:
+            self.answers = []
+            self.eval_loss.reset()
+        answers = self.evaluator.evaluate(batch, self.eval_loss)
+        self.answers += [replace(answer, dataloader_idx=dataloader_idx) for answer in answers]
 
     test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the answers of the last evaluation."""
-        self.answers = []
-
-    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation's loss and scores."""
@@ -333,16 +342,16 @@ class Idefics2Module(TrainedWeightsModule):
         """Free the memory that decoding took."""
         self.evaluator.free_memory()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Answer]:
         """Return the answer to each question of the batch."""
         return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
-        self.eval_loss.reset()
         for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
-            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls")
+            # Without add_dataloader_idx=False Lightning refuses the name of a data loader.
+            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls", add_dataloader_idx=False)
 
     # Checkpoints
 
