@@ -182,10 +182,14 @@ class DocVQADataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Training examples per batch and device."""
+        """Training examples per batch and device; Lightning's `Tuner` and ``BatchSizeFinder`` set it."""
         options = self.hparams
         size, _ = split_step(options.global_batch_size, options.batch_size, 1, 1)
-        return self.step.batch_size if self.step else size
+        return options.batch_size or (self.step.batch_size if self.step else size)
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self.hparams.batch_size = value
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
