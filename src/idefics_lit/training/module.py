@@ -46,6 +46,7 @@ from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
+from idefics_lit.training.unsupported import check_supported
 from idefics_lit.utils.distributed import gather_objects
 
 
@@ -162,6 +163,11 @@ class Idefics2Module(TrainedWeightsModule):
     @lr.setter
     def lr(self, value: float) -> None:
         self.hparams.lr = value
+
+    def configure_callbacks(self) -> Any:  # noqa: ANN401
+        """Refuse features of the Trainer that can't work, before they change the model."""
+        check_supported(self.trainer)
+        return super().configure_callbacks()
 
     def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
