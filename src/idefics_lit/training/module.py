@@ -45,6 +45,7 @@ from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
+from idefics_lit.utils.distributed import gather_objects
 
 
 class Idefics2Module(TrainedWeightsModule):

@@ -112,6 +112,11 @@ class OfficialDocVQA(Examples):
         name = f"questionId {row.get('questionId')!s:.100}, {key} {row.get(key)!s:.100}"
         return f"{self.file}, row {index} ({name.encode(errors='backslashreplace').decode()})"
 
+    def identity(self, index: int) -> object:
+        """Return a question's id and text."""
+        row = self.rows[index]
+        return (row.get("questionId"), row.get("question")) if isinstance(row, dict) else None
+
     def _check_row(self, index: int) -> list[str]:
         """Locate the pages of a row, and return its answers."""
         fields, images, source = self._fields(index), self._image_names(index), self.source(index)
