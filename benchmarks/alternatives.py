@@ -4,10 +4,11 @@
 
 Needs one GPU with 80 GB. Full-size model with random weights, dequantized, in bfloat16. Training: forward and backward
 of 16 questions on 4 pages. "graphs" is `model.cuda_graphs` with `model.compile`; "compiled" the same without CUDA
-graphs; "reduce_overhead" compiles vision tower, connector and text model with ``torch.compile(mode="reduce-overhead")``, whose
-CUDA graphs torch manages. Answers: 20 new tokens for 64 questions on 16 pages, by this package's decoding, and by ``generate`` with its
-dynamic cache and with its static cache, which compiles the decoding step. transformers' continuous batching
-(``generate_batch``) takes token ids and no images, so it can't be measured. ``--tiny`` tries it on a CPU.
+graphs; "reduce_overhead" compiles vision tower, connector and text model with
+``torch.compile(mode="reduce-overhead")``, whose CUDA graphs torch manages. Answers: 20 new tokens for 64 questions on
+16 pages, by this package's decoding, and by ``generate`` with its dynamic cache and with its static cache, which
+compiles the decoding step. transformers' continuous batching (``generate_batch``) takes token ids and no images, so it
+can't be measured. ``--tiny`` tries it on a CPU.
 """
 
 import argparse

@@ -35,7 +35,13 @@ QUESTION = "What is the {} amount that the third column of the table gives for t
 def batch_of(processor: Any, pages: int, questions: int, *, train: bool = True, rows_of_one: bool = False) -> Batch:
     """Return a batch with ``questions`` about each of ``pages`` pages of noise; ``rows_of_one`` packs none of them."""
     examples = [
-        Example(4 * page + i, QUESTION.format("total " * (i + page % 3)), [image], ["$1,234.56"], page_id=None if rows_of_one else page)
+        Example(
+            4 * page + i,
+            QUESTION.format("total " * (i + page % 3)),
+            [image],
+            ["$1,234.56"],
+            page_id=None if rows_of_one else page,
+        )
         for page in range(pages)
         for image in [Image.effect_noise(SIZES[page * 5 % len(SIZES)], 80).convert("RGB")]
         for i in range(questions)
