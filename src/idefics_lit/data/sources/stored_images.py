@@ -15,6 +15,7 @@ from PIL import Image
 from idefics_lit.data.documents import open_page_of_file
 from idefics_lit.data.images import open_page
 from idefics_lit.data.page_keys import digest_bytes, digest_file, file_keys
+from idefics_lit.utils.files import find_similar_file
 
 MAX_FILE_BYTES = 2**28  # of a file in an archive or on the Hub, which is read into memory
 CACHES = (datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE)
@@ -47,6 +48,8 @@ def open_stored(stored: Any, folder: str | None = None) -> Image.Image:  # noqa:
         raise ValueError("the image has neither bytes nor a path")
     if isinstance(stored, str):
         file, page = locate_image(stored, folder)
+        if isinstance(file, Path) and not os.path.isfile(file):
+            raise ValueError(f"the image file {stored!r:.100} {is_missing(folder or file.parent, [file])}")
         return open_page_of_file(file, page) if isinstance(file, Path) else open_page(_read_address(file), page)
     # The questions about a page often follow one another, each with a copy of the page's bytes.
     return _open_cached(stored) if isinstance(stored, bytes) else open_page(stored)
@@ -93,6 +96,20 @@ def path_keys(paths: Iterable[str], folder: str | None) -> dict[str, Hashable]:
         path: location.key(files[location.file]) if location.file in files else path
         for path, location in locations.items()
     }
+
+
+def is_missing(folder: str | Path, files: Iterable[Path]) -> str:
+    """Return the end of the error message for an image path that leads to no file: in which folder, and the cure.
+
+    Args:
+        folder: the folder that the path is relative to.
+        files: the files that it may stand for.
+    """
+    similar = next(filter(None, map(find_similar_file, files)), None)
+    cure = "mend the path, or see data.image_root"
+    if similar:
+        cure = f"{os.path.relpath(similar, folder)!a} is there, in other letters: rename it, or mend the path"
+    return f"is missing in {folder}: {cure}"
 
 
 def locate_image(path: str, folder: str | None) -> Location:
