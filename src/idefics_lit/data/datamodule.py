@@ -67,11 +67,11 @@ class DocVQADataModule(LightningDataModule):
         global_batch_size: training examples per optimizer step on all devices, 16 by default, or what batch_size,
             accumulate_grad_batches and devices multiply to.
         batch_size: training examples per batch and device; by default as many as fit into memory.
-        eval_batch_size: examples per batch in evaluation; by default batch_size, or "auto": up to 128 on a GPU, else 32.
+        eval_batch_size: examples per batch in evaluation; by default batch_size or "auto", up to 128 on a GPU, else 32.
         on_bad_example: "raise" stops the run at a bad row or page and names it; "skip" leaves it out of training and
             scores, and lists it in the run's skipped.txt.
         num_workers: loader processes per device; by default by cores. A resumed run keeps it, like batch_size.
-        seed: decides the held-out pages, the order, the sampled answers and the synthetic pages.
+        seed: decides held-out pages, order, sampled answers and synthetic pages.
 
     Raises:
         InputError: when the source, a split or a row is wrong; see the classes in `idefics_lit.data`.
