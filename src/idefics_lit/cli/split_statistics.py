@@ -161,7 +161,7 @@ class SplitStatistics(NamedTuple):
         return [question_id for question_id, count in counts.items() if count > 1]
 
 
-# What differs between errors of one kind: quoted values, paths, and a number at the beginning; not the name of a column.
+# What differs between errors of one kind: quoted values other than names of columns, paths, a number at the beginning.
 VALUE = re.compile(
     r"""(?P<kept>(?:column|no)\ '[^']*')
     |(?<!\w)(?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)
