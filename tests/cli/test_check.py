@@ -13,6 +13,7 @@ from PIL import Image
 
 from idefics_lit.cli.check import TOKEN_BINS
 from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, peak_gib, weights_gib
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
 from idefics_lit.training.module import Idefics2Module
@@ -140,6 +141,15 @@ def test_pages_that_are_missing_are_one_kind(check, tmp_path):
 
 @pytest.mark.parametrize("broken", ["train", "val"])
 @pytest.mark.parametrize("fault", [{"answers": []}, {"image": "broken.png"}])
+def test_memory_does_not_grow_with_the_questions_about_a_page(check, folder, monkeypatch):
+    sizes, tokenize = [], Idefics2Collator.tokenize
+    monkeypatch.setattr(
+        Idefics2Collator, "tokenize", lambda self, examples: sizes.append(len(examples)) or tokenize(self, examples)
+    )
+    assert check(folder([{}] * 100, [{}] * 3), "--data.batch_size", 1)[0] == 0
+    assert max(sizes) <= 32 and sum(sizes) >= 103
+
+
 def test_a_fit_that_can_not_start(check, folder, broken, fault):
     source = folder(**{split: [fault if split == broken else {}] * 4 for split in ("train", "val")})
     code, lines = check(source, "--data.on_bad_example", "skip")
