@@ -139,8 +139,6 @@ def test_pages_that_are_missing_are_one_kind(check, tmp_path):
     assert kinds[10].startswith("all 99 lines: ")
 
 
-@pytest.mark.parametrize("broken", ["train", "val"])
-@pytest.mark.parametrize("fault", [{"answers": []}, {"image": "broken.png"}])
 def test_memory_does_not_grow_with_the_questions_about_a_page(check, folder, monkeypatch):
     sizes, tokenize = [], Idefics2Collator.tokenize
     monkeypatch.setattr(
@@ -150,6 +148,8 @@ def test_memory_does_not_grow_with_the_questions_about_a_page(check, folder, mon
     assert max(sizes) <= 32 and sum(sizes) >= 103
 
 
+@pytest.mark.parametrize("broken", ["train", "val"])
+@pytest.mark.parametrize("fault", [{"answers": []}, {"image": "broken.png"}])
 def test_a_fit_that_can_not_start(check, folder, broken, fault):
     source = folder(**{split: [fault if split == broken else {}] * 4 for split in ("train", "val")})
     code, lines = check(source, "--data.on_bad_example", "skip")
