@@ -139,13 +139,18 @@ def test_pages_that_are_missing_are_one_kind(check, tmp_path):
     assert kinds[10].startswith("all 99 lines: ")
 
 
-def test_memory_does_not_grow_with_the_questions_about_a_page(check, folder, monkeypatch):
-    sizes, tokenize = [], Idefics2Collator.tokenize
-    monkeypatch.setattr(
-        Idefics2Collator, "tokenize", lambda self, examples: sizes.append(len(examples)) or tokenize(self, examples)
-    )
-    assert check(folder([{}] * 100, [{}] * 3), "--data.batch_size", 1)[0] == 0
-    assert max(sizes) <= 32 and sum(sizes) >= 103
+def test_memory_does_not_grow_with_the_questions_about_a_page(check, tmp_path, monkeypatch):
+    """A batch holds each page once, and not all questions about it."""
+    batches, tokenize = [], Idefics2Collator.tokenize
+    monkeypatch.setattr(Idefics2Collator, "tokenize", lambda self, rows: batches.append(rows) or tokenize(self, rows))
+    for page in range(6):
+        Image.new("L", (40, 30), page).save(tmp_path / f"{page}.png")
+    row = {"question": "What?", "answers": ["a"], "image": [f"{page}.png" for page in range(6)]}
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n" * 300)
+    assert check(tmp_path, "--data.batch_size", 1, "--data.image_size", 56)[0] == 0
+    assert [len({id(image) for row in rows for image in row.images}) for rows in batches[:2]] == [6, 6]
+    assert max(map(len, batches)) == 256
 
 
 @pytest.mark.parametrize("broken", ["train", "val"])
