@@ -49,7 +49,12 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> list[tuple[str
     options = flatten({"model": module.hparams, "data": data.hparams if data is not None else {}})
     names = TRAINER_OPTIONS if trainer.state.fn == TrainerFn.FITTING else TRAINER_OPTIONS[:2]
     options |= {f"trainer.{name}": getattr(trainer, name) for name in names}
-    return [(name, value) for name, value in options.items() if value is not None]
+    as_in_yaml = {True: "true", False: "false"}
+    return [
+        (name, as_in_yaml[value] if isinstance(value, bool) else value)
+        for name, value in options.items()
+        if value is not None
+    ]
 
 
 def training_charts(history: History) -> list[LineChart]:
