@@ -51,17 +51,18 @@ class Answer:
 def by_question(answers: Iterable[Answer]) -> dict[Hashable, Answer]:
     """Return one rank's answers by a key that identifies the question on all ranks; the first answer is kept.
 
-    The key is the question's index in its split, since ids may recur. An answer without an index has the key
-    ``"<id> <n>"``, where n counts the earlier answers with this id on this rank: a distributed sampler that pads
-    repeats an example on another rank.
+    The key is the question's index in its split, since ids may recur, also on ranks that read different data. Without
+    an index it is the text of id, question and references, and n, which counts the earlier answers with the same text
+    on this rank: a distributed sampler that pads repeats an example on another rank.
     """
-    id_counts: Counter[Hashable] = Counter()
+    counts: Counter[str] = Counter()
     unique: dict[Hashable, Answer] = {}
     for answer in answers:
         key: Hashable = answer.index
         if key is None:
-            key = f"{answer.question_id!r} {id_counts[answer.question_id]}"
-            id_counts[answer.question_id] += 1
+            text = f"{answer.question_id!r} {answer.question!r} {answer.references!r}"
+            key = f"{text} {counts[text]}"
+            counts[text] += 1
         unique.setdefault(key, answer)
     return unique
 
