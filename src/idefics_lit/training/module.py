@@ -9,8 +9,9 @@ What is special here:
   a resumed run ends with the same adapter, wherever it was interrupted.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -40,11 +41,12 @@ from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint, check_training_options
 from idefics_lit.training.execution import describe, find_batch_size, options_in_effect
-from idefics_lit.training.optimizer import adamw_with_schedule
+from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
+from idefics_lit.training.unsupported import check_supported
 from idefics_lit.utils.distributed import gather_objects
 
 
@@ -77,9 +79,8 @@ class Idefics2Module(TrainedWeightsModule):
         schedule: how the learning rate falls to 0 at the last step, "linear" or "cosine"; without a last step, as with
             trainer.max_time alone, it stays constant.
         gradient_checkpointing: compute activations twice to save memory.
-        feature_cache: keep the vision tower's features of each page, in "memory" or in a folder, for the page's other
-            questions and for later epochs; or "off". By default "memory" if a fit reads pages again and half of the
-            free memory suffices for all of them.
+        feature_cache: where features of pages are kept for further questions and epochs: "memory", a folder or "off";
+            by default in memory if a fit reads pages again and half of the free memory is enough.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
@@ -95,8 +96,9 @@ class Idefics2Module(TrainedWeightsModule):
     hparams: Any  # the arguments of __init__, by name
     answers: list[Answer]
     """The answers of this rank's last validation or test."""
-    step_loss: Tensor
-    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate."""
+    step_loss: Tensor | None = None
+    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate. None if a subclass
+    computes its own loss."""
 
     def __init__(
         self,
@@ -120,20 +122,51 @@ class Idefics2Module(TrainedWeightsModule):
         strip_period: bool = False,
     ) -> None:
         super().__init__()
-        # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
-        lora = plain_lora_options(lora, adapter)  # type: ignore[assignment]
-        self.save_hyperparameters(ignore="adapter")  # checkpoints hold the adapter's weights
-        self.hparams.lora = lora  # LightningCLI saves its config instead
         self.adapter = adapter
+        self.save_hyperparameters()
         check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.answers = []
         self._token_mean = TokenMean()
         self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
+        self._scheduled_lr = lr
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
         saved = read_training_options(adapter) if adapter else {}
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
+
+    def save_hyperparameters(
+        self,
+        *args: Any,  # noqa: ANN401
+        ignore: Sequence[str] | str | None = None,
+        frame: Any = None,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save hyperparameters as Lightning does, with ``lora`` as a dict and without ``adapter``.
+
+        A checkpoint's hyperparameters must be plain types to load with ``weights_only``, and it holds the adapter's
+        weights itself. Lightning also collects the arguments of a subclass's ``__init__``.
+        """
+        ignore = ["adapter", *([ignore] if isinstance(ignore, str) else ignore or ())]
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)
+        if "lora" in self.hparams:
+            lora = plain_lora_options(self.hparams.lora, self.adapter)
+            super().save_hyperparameters({"lora": lora}, frame=frame, **kwargs)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, ``hparams.lr``, which Lightning's `Tuner` and ``LearningRateFinder`` set."""
+        return self.hparams.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.hparams.lr = value
+
+    def configure_callbacks(self) -> Any:  # noqa: ANN401
+        """Refuse features of the Trainer that can't work, before they change the model."""
+        check_supported(self.trainer)
+        return super().configure_callbacks()
 
     def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
@@ -285,17 +318,20 @@ class Idefics2Module(TrainedWeightsModule):
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
-        if not self._restored:
-            return
-        self._token_mean.restore(self._restored, trained_parameters(self), self.device)
-        self._restored = {}
+        if self._restored:
+            self._token_mean.restore(self._restored, trained_parameters(self), self.device)
+            self._restored = {}
 
     def on_fit_end(self) -> None:
         """Delete the CUDA graphs, since Lightning moves the weights to the CPU."""
         self.backbone.forget_graphs()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
-        """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        """Use a new ``lr``; make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        for config in self.trainer.lr_scheduler_configs:
+            if self.lr != self._scheduled_lr and isinstance(config.scheduler, ResumableLambdaLR):
+                config.scheduler.replace_lr(self._scheduled_lr, self.lr)
+                self._scheduled_lr = self.lr
         if torch.initial_seed() != self._batch_seed:
             self._seed = torch.initial_seed()
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
@@ -349,21 +385,20 @@ class Idefics2Module(TrainedWeightsModule):
         optimizer, scheduler = adamw_with_schedule(
             [*trained_parameters(self).values()], self.trainer, **{name: self.hparams[name] for name in names}
         )
+        self._scheduled_lr = self.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer the batch's questions and add its loss."""
-        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
+        if batch_idx == dataloader_idx == 0:
+            self.answers = []
+            self.eval_loss.reset()
+        answers = self.evaluator.evaluate(batch, self.eval_loss)
+        self.answers += [replace(answer, dataloader_idx=dataloader_idx) for answer in answers]
 
     test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the answers of the last evaluation."""
-        self.answers = []
-
-    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation's loss and scores."""
@@ -377,16 +412,16 @@ class Idefics2Module(TrainedWeightsModule):
         """Free the memory that decoding took."""
         self.evaluator.free_memory()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Answer]:
         """Return the answer to each question of the batch."""
         return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
-        self.eval_loss.reset()
         for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
-            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls")
+            # Without add_dataloader_idx=False Lightning refuses the name of a data loader.
+            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls", add_dataloader_idx=False)
 
     # Checkpoints
 

@@ -43,7 +43,8 @@ def find_official_splits(source: Path) -> dict[str, Path]:
     if source.suffix.lower() in TABLE_SUFFIXES:
         return splits
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
-        if file.name == "dataset_infos.json" or is_table(file):  # the former is the Hub's metadata of a data set
+        # The Hub's metadata of a data set, and hidden files such as those that macOS adds to archives.
+        if file.name == "dataset_infos.json" or file.name.startswith(".") or is_table(file):
             continue
         # The names of official files contain the split; other files have it in their content.
         name = split_of_file(file) or _split_of_content(file)

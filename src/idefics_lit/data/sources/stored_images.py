@@ -157,7 +157,8 @@ def _check_inside(path: str, folder: str | None) -> Path | str:
     is_on_hub = folder is None and location.startswith("hf://")
     if not is_on_hub and "://" not in location:
         location = os.path.abspath(os.path.join(folder or "", location))
-    inside = is_on_hub or any(Path(location).is_relative_to(os.path.abspath(root)) for root in (*roots, *CACHES))
+    folders = (os.path.join(os.path.abspath(root), "") for root in (*roots, *CACHES))
+    inside = is_on_hub or any(os.path.join(location, "").startswith(folder) for folder in folders)
     if not inside or not all(member.startswith("zip://") for member in members):
         raise ValueError(f"the image path {path:.100} lies outside the data's folder: see data.image_root")
     if not is_on_hub and not members:

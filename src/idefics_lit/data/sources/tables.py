@@ -45,8 +45,8 @@ def find_tables(source: Path) -> dict[str, Path]:
             raise InputError(f"{source}: {tables[split].name} and {file.name} both hold split {split!r}: join them")
         if split:
             tables[split] = file
-    files = [file for file in files if file.stem != "metadata"]  # `find_nested_tables` finds it
-    if tables or not files or any(map(_is_nested_table, source.glob("*/**/*"))):
+    has_metadata = any(file.stem == "metadata" for file in files)  # which `find_nested_tables` finds
+    if tables or not files or has_metadata or any(map(_is_nested_table, source.glob("*/**/*"))):
         return tables
     if len(files) > 1:
         raise InputError(
