@@ -279,7 +279,7 @@ def run_trainer(options: argparse.Namespace) -> None:
 
 
 def devices(count: int) -> list[str]:
-    """Return the flags for so many ranks, each with a GPU of its own, or for two that share the only one."""
+    """Return the flags for a number of ranks, each on its own GPU, or for two ranks that share one GPU."""
     if count == 2 and torch.cuda.device_count() == 1:
         return ["--trainer.num_nodes", "2", "--trainer.devices", "1"]
     return ["--trainer.devices", str(count)]
@@ -314,7 +314,7 @@ def measure(name: str, command: list[str], work: Path, limit: float | None = Non
     started = time.perf_counter()
     ranks = [subprocess.Popen(command, cwd=work, env=other, stdout=subprocess.DEVNULL) for other in others]
     with log.open("w") as out:
-        # In a session of its own: Lightning starts further ranks, which are killed with it.
+        # In a new session, so that the ranks that Lightning starts are killed with it.
         done = subprocess.Popen(
             command, cwd=work, env=own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -43,7 +43,7 @@ class BatchTimes(Callback):
 
 
 def write(steps: list[dict[str, float]]) -> None:
-    """Write questions/s behind the first batch, and the peak of memory."""
+    """Write questions/s after the first batch, and the peak memory."""
     cuda = torch.cuda.is_available()
     questions = sum(step["questions"] for step in steps[1:])
     result = {
@@ -55,7 +55,7 @@ def write(steps: list[dict[str, float]]) -> None:
 
 
 def alone(loader: Any) -> Any:
-    """Give every question of a loader's batches a row of its own, with its page, as plain batches have."""
+    """Give each question of a loader's batches its own row with its page, as in batches without packing."""
     collate = loader.collate_fn
 
     def collate_alone(examples: Any) -> Any:

@@ -33,13 +33,13 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A randomly initialised small Idefics2 in the Hub's form."""
+    """A folder with a randomly initialised small Idefics2, in the Hub's format."""
     return str(build_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="session")
 def hub_files(tmp_path_factory):
-    """Idefics2-8b's small files in the Hub's own form, with the tokeniser's model."""
+    """A folder with the small files of Idefics2-8b on the Hub and its tokenizer's model."""
     import mistral_common
 
     folder = tmp_path_factory.mktemp("idefics2-8b")
@@ -51,13 +51,13 @@ def hub_files(tmp_path_factory):
 
 @pytest.fixture
 def docvqa():
-    """Real pages in the official DocVQA form: 24 training and 5 validation questions."""
+    """Real pages in the official DocVQA format: 24 training and 5 validation questions."""
     return DATA / "docvqa-public-domain"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Type a command as a user would, in a folder of its own; returns that folder."""
+    """Run a command as a user would, in a new folder; return that folder."""
     from idefics_lit.cli.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -88,7 +88,7 @@ def in_effect(monkeypatch):
 
 @pytest.fixture
 def short_fit(tiny, docvqa):
-    """The arguments of a fit of three epochs of five batches, two a step, with validation inside each epoch."""
+    """Return the arguments of a fit: epochs of five batches, two batches a step, a validation within each epoch."""
 
     def short_fit(*more):
         flags = ["fit", "--model.pretrained", tiny, "--model.quantization", "none", "--model.max_new_tokens", 2]
@@ -157,7 +157,7 @@ class Ranks:
 
 @pytest.fixture
 def two_ranks(tiny):
-    """Start `Ranks`, which are ended with the test."""
+    """Start `Ranks`, which are killed at the end of the test."""
     started = []
 
     def two_ranks(folder, *args, **environment):
@@ -171,7 +171,7 @@ def two_ranks(tiny):
 
 @pytest.fixture
 def end_wandb():
-    """End W&B's run and process, which reads the environment when it begins; before a test, in it, and after it."""
+    """End W&B's run and its process, which reads the environment when it starts; before, in and after a test."""
     import wandb
 
     def end():
@@ -185,7 +185,7 @@ def end_wandb():
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium: the system's, or the one that `playwright install chromium` fetched."""
+    """Headless Chromium: the system's, or the one that `playwright install chromium` downloaded."""
     from playwright.sync_api import Error, sync_playwright
 
     with sync_playwright() as playwright:

@@ -28,7 +28,7 @@ def test_no_config_is_left_out():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypatch, end_wandb, capfd):
-    """With its own logger: the fit, the same command again, which goes on with it, and what its config.yaml says."""
+    """With its own logger: the fit, the same command again, which resumes it, and a fit from its config.yaml."""
     monkeypatch.setenv("WANDB_MODE", "offline" if name == "docvqa" else "disabled")
     # What a CPU, a small model and two minutes ask for; the rest is the config's own.
     changed = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.num_workers", 0]
@@ -36,7 +36,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     changed += ["--data.limit_val", 2, "--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
     changed += ["--model.max_new_tokens", 2]
     changed += ["--trainer.val_check_interval" if name == "quickstart" else "--data.val_every_n_steps", 1]
-    if name == "fsdp":  # its strategy takes processes of its own, in test_fsdp.py
+    if name == "fsdp":  # its strategy starts processes, see test_fsdp.py
         changed += ["--trainer.strategy", "auto", "--trainer.devices", 1]
     configs = [argument for file in RUNS[name] for argument in ("--config", CONFIGS / file)]
     folder = run("fit", *configs, *changed)
@@ -75,7 +75,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     ],
 )
 def test_ones_own_data_are_validated_on_no_test_split_unasked(run, tiny, tmp_path, capfd, splits, options, validated):
-    """With the config that docs/data.md names for them: on pages held out, or a split of its own."""
+    """With the config that docs/data.md names for it; validated on held-out pages or a separate split."""
     for split in splits:
         (tmp_path / "pages").mkdir(exist_ok=True)
         for page in range(4):

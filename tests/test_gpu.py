@@ -32,7 +32,7 @@ def test_fit_in_mixed_precision(run, tiny, docvqa, precision, graphs):
 
 @pytest.mark.parametrize("graphs", ["false", "true"])
 def test_a_resumed_fit_is_as_near_as_the_same_fit_again(run, short_fit, graphs, capsys):
-    """A GPU's sums aren't the same bits twice; a captured shape's first steps run uncaptured in the resumed fit."""
+    """Sums on a GPU differ in the last bits; the resumed fit runs the first steps of a captured shape uncaptured."""
     args = short_fit("--model.cuda_graphs", graphs, "--model.quantization", "nf4", "--data.num_workers", 2)
     args += ["--trainer.accelerator", "gpu", "--trainer.devices", 1, "--trainer.precision", "16-mixed"]
     every = ["--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint"]
@@ -65,7 +65,7 @@ def test_a_resumed_fit_is_as_near_as_the_same_fit_again(run, short_fit, graphs, 
 @pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"dequantize": True, "compile": True}], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, options, dropout):
-    """Dropout too: it is the generator's, whose state a graph reads when it is replayed."""
+    """Also with dropout: a replayed graph reads the current state of the random generator."""
     pages = SyntheticPages("train", 4)
     collate = Idefics2Collator(load_processor(tiny), train=True)
     examples = [pages[i] for i in range(16)]
@@ -86,7 +86,7 @@ def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, optio
                 (loss / tokens).backward()
             grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
             results.append((loss.item(), grads))
-            with torch.no_grad():  # an optimizer's step: a graph reads what the adapter is now
+            with torch.no_grad():  # an optimizer step: the graph must read the new weights
                 for name, parameter in module.named_parameters():
                     if parameter.grad is not None:
                         parameter.sub_(grads[name], alpha=0.01)
@@ -114,7 +114,7 @@ def test_two_forwards_before_a_backward_are_refused(tiny):
 
 
 def test_answers_with_graphs_are_those_without():
-    """In float32, token for token, for batches that fill the rows and that don't, of which rows leave."""
+    """In float32, token for token, with full and partial batches whose rows finish at different steps."""
     pages = SyntheticPages("validation", 30)
     collate = Idefics2Collator(load_processor("tiny"), train=False)
     examples = [pages[i] for i in range(120)]
@@ -170,7 +170,7 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize(
     ("environment", "nodes", "devices"),
     [
-        # NCCL takes two ranks that share a GPU for two machines.
+        # Two ranks on one GPU: NCCL must believe that they are on two machines.
         pytest.param(SHARED, 2, 1, id="shared"),
         pytest.param({"LOCAL_RANK": "{rank}", "NODE_RANK": "0"}, 1, 2, id="own", marks=TWO_GPUS),
     ],

@@ -73,7 +73,7 @@ def test_the_cells_that_create_folders_run_twice(code, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_it_runs_without_a_gpu(tmp_path):
-    """In a copy of the repository and an environment of its own, over this one's packages."""
+    """In a copy of the repository and a new environment that inherits this one's packages."""
     for name in ("configs", "notebooks", "src", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -92,7 +92,7 @@ def test_it_runs_without_a_gpu(tmp_path):
     assert {output.get("name", "stdout") for of_cell in outputs.values() for output in of_cell} == {"stdout"}
     text = {cell: "".join(output.get("text", "") for output in of_cell) for cell, of_cell in outputs.items()}
     text = {cell: re.sub(r"\x1b\[[\d;?]*\w", "", coloured) for cell, coloured in text.items()}
-    del text["install"]  # what pip says of its own
+    del text["install"]  # pip's own output
     assert not re.search(r"^error:|Traceback|Warning\b", "\n".join(text.values()), flags=re.MULTILINE), text
     drawn = [cell for cell in outputs if any("image/png" in output.get("data", {}) for output in outputs[cell])]
     assert drawn == ["data", "curves"]

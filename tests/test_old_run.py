@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote before its checkpoints held an experiment is read as it was meant.
+"""Files that version 0.1.0 wrote before its checkpoints held an experiment are still read correctly.
 
 The files are of a fit of six steps with ``--model.pretrained tiny --data.source synthetic:form``, and of its `export`.
 """
@@ -32,7 +32,7 @@ def test_its_checkpoint_is_scored_as_it_was(run):
 
 
 def test_a_fit_goes_on_from_its_checkpoint(run, tmp_path):
-    """With the same command and "last"; the epoch is begun anew, since nothing is known of its order."""
+    """With the same command and "last". The epoch restarts, since the checkpoint doesn't say its order."""
     folder = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     shutil.copy(OLD / "fit.ckpt", folder / "epoch=0-step=6.ckpt")

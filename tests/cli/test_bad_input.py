@@ -305,6 +305,7 @@ def changed(**changes):
             for value in (None, [1], {"hidden": 3}, {"pretrained": "tiny", "lora": None})
         ),
         *(changed(base=value) for value in ({}, "x", {"names": ["a"], "values": 3, "dtype": "F32", "revision": None})),
+        *(changed(loops=value) for value in (None, {}, {"fit_loop": {}}, "x")),
         *(changed(datamodule_hyper_parameters=None), changed(state_dict=None), changed(state_dict={"lora_A": "x"})),
     ],
 )
@@ -314,6 +315,38 @@ def test_damaged_checkpoints(fit_fails, checkpoint, tmp_path, damage):
     damage(path)
     match("ckpt_path my.ckpt: not a checkpoint of this program, or a damaged one", fit_fails("--ckpt_path", "my.ckpt"))
     assert not (tmp_path / "code-ran").exists()
+
+
+LOOPS = ("state_dict", "epoch_loop.state_dict", "epoch_loop.batch_progress", "epoch_progress")
+
+
+def changed_loop(name, value):
+    def change(path):
+        checkpoint = torch.load(path, weights_only=True)
+        assert name in checkpoint["loops"]["fit_loop"]
+        checkpoint["loops"]["fit_loop"][name] = value
+        torch.save(checkpoint, path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(changed_loop(name, "x") for name in LOOPS),
+        changed_loop("epoch_progress", {"total": {}}),
+        *(changed(callbacks=value) for value in ("x", ["x"])),
+        *(changed(optimizer_states=value) for value in ([{}], "x")),
+        *(changed(lr_schedulers=value) for value in ("x", [3])),
+        *(changed_loop("state_dict", {"combined_loader": value}) for value in (["x"], [{"made by": {}}])),
+    ],
+)
+def test_a_damaged_state_of_training(fit_fails, checkpoint, tmp_path, damage):
+    path = tmp_path / "my.ckpt"
+    path.write_bytes(checkpoint.read_bytes())
+    damage(path)
+    line = fit_fails("--ckpt_path", "my.ckpt", "--trainer.max_steps", "9")
+    match(r"ckpt_path my\.ckpt: .*damaged", line)
 
 
 @pytest.mark.parametrize(

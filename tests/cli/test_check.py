@@ -180,7 +180,7 @@ def test_the_recipe_is_checked_without_gpu_and_writes_no_run(run, folder, tiny, 
 
 
 def test_the_time_of_the_data_is_that_of_a_fit(check, docvqa, tmp_path):
-    """A page with many questions is read anew for each few of them."""
+    """A page with many questions is read again for every few of them."""
     Image.new("L", (1700, 2200), 255).save(tmp_path / "p.png")
     rows = "".join(f"{n},What is {n}?,p.png,{n}\n" for n in range(400))
     for split in ("train", "val"):

@@ -169,7 +169,7 @@ def test_without_a_checkpoint_there_is_one_answer(run, folder, browser, capfd, m
 
     rows = []
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "no_proxy"):
-        monkeypatch.setenv(name, "")  # and as it was in the end
+        monkeypatch.setenv(name, "")  # restored at the end
     monkeypatch.setattr(demo, "time", SimpleNamespace(sleep=drive))
     run("demo", *READER)
     assert len(rows[0]) == 2

@@ -1,4 +1,4 @@
-"""The command `export`: what plain peft and transformers make of the folder."""
+"""The command `export`: plain peft and transformers load the folder that it writes."""
 
 import json
 import os
@@ -274,7 +274,7 @@ def test_idefics2s_processor_reads_whole_prompts_as_training_does(large, run, sp
 
 
 def test_a_processor_that_is_written_otherwise_is_refused(large, fails, monkeypatch, tmp_path):
-    """As transformers 5 does by itself."""
+    """transformers 5 writes it so without the package's correction."""
     save = PreTrainedTokenizerBase.save_pretrained
 
     def forgetful(self, folder, *args, **kwargs):
@@ -301,7 +301,7 @@ def test_others_may_read_what_the_umask_lets_them(export, umask, flags):
 
 @pytest.mark.parametrize("command", ["validate", "ask"])
 def test_an_adapter_is_no_model_to_begin_with(export, run, checkpoint, capfd, tmp_path, command):
-    """It would be taken for its base, with a new adapter."""
+    """transformers would load its base model, which would get a new adapter."""
     folder, _ = export()
     SyntheticPages("export", 1)[0].images[0].save(tmp_path / "page.png")
     flags = {"validate": ("--data.source", "synthetic"), "ask": ("--image", "page.png", "--question", "What?")}
@@ -356,7 +356,7 @@ def test_merged(export, trained, batch):
 
 
 def test_an_adapter_of_a_4_bit_base(run, tmp_path):
-    """It is exported by itself, or merged into the base as it was before it was quantized."""
+    """It is exported alone, or merged into the base before quantization."""
     fit = ("--model.pretrained", "tiny", "--data.source", "synthetic:form", "--data.limit_train", "2")
     small = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false")
     run("fit", *fit, *small, *CPU, "--data.num_workers", "0", "--data.image_splitting", "true")

@@ -34,7 +34,7 @@ def stored(grey):
 
 
 def greys(examples):
-    """The pages of some questions, each of which is of a grey of its own."""
+    """The pages of some questions, each in a different grey."""
     return {image.getpixel((0, 0)) for example in examples for image in example.images}
 
 

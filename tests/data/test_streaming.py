@@ -1,4 +1,4 @@
-"""Streams: what each worker of each rank reads, in which order, and where a resumed run goes on."""
+"""Streams: what each worker of each rank reads, in which order, and where a resumed run continues."""
 
 import io
 import os

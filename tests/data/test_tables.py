@@ -20,7 +20,7 @@ from idefics_lit.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of two scans, one in a folder of its own, and a page beside it."""
+    """A folder with two scans, one of them in a subfolder, and a page next to it."""
     folder = tmp_path / "pages"
     (folder / "scans").mkdir(parents=True)
     for path, grey in ((folder / "a.png", 0), (folder / "scans" / "b.png", 255), (tmp_path / "outside.png", 7)):

@@ -17,7 +17,7 @@ from idefics_lit.data.workers import ignore_group_signals
 
 @pytest.fixture
 def fit(tmp_path, short_fit):
-    """Start fits of 30 batches with two workers and an own process group; kill what is left of them."""
+    """Start fits of 30 batches with two workers, each in a new process group; kill those that are still running."""
     args = short_fit("--trainer.max_epochs", 6, "--trainer.max_steps", -1, "--trainer.check_val_every_n_epoch", 6)
     args += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "1"]
     args += ["--trainer.val_check_interval", "1.0", "--data.num_workers", "2"]
@@ -84,7 +84,7 @@ def test_no_worker_outlives_a_killed_main_process(fit):
 def test_workers_ignore_signals_except_the_main_processs_own_sigterm():
     loader = DataLoader(range(40), num_workers=2, worker_init_fn=ignore_group_signals)
     batches = iter(loader)
-    seen = [next(batches).item(), next(batches).item()]  # each worker has begun
+    seen = [next(batches).item(), next(batches).item()]  # both workers have started
     workers = multiprocessing.active_children()
     for name in ("INT", "TERM", "TERM"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)

@@ -31,6 +31,15 @@ def test_answers_without_an_index_are_identified_by_id_and_occurrence_on_a_rank(
     assert len({**first_rank, **second_rank}) == 6
 
 
+def test_ranks_with_data_of_their_own_may_use_the_same_ids():
+    first_rank = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [])])
+    second_rank = by_question([Answer(0, "What is the date?", "1976", ["1977"], 0.75, [])])
+    third_rank = by_question([Answer(0, "Who signed?", "Bob", ["Bob"], 1.0, [])])
+    assert len({**first_rank, **second_rank, **third_rank}) == 3
+    padding = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [])])
+    assert padding.keys() == first_rank.keys()
+
+
 def test_groups_by_question_type_are_ordered_by_frequency_then_name():
     answers = {0: answer("a", 0, 0.0, ["form", "list", "form"]), 1: answer("b", 1, 1.0, ["list"])}
     answers[2] = answer("c", 2, 0.5, ["chart"])

@@ -1,4 +1,4 @@
-"""The decoder's reused tensors carry nothing from one batch to the next."""
+"""The tensors that the decoder reuses don't carry values from one batch to the next."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_nan_in_one_batch_does_not_change_the_next():
     pages = SyntheticPages("validation", 1)
     batch = Idefics2Collator(module.processor, train=False)([pages[0], pages[1]])
     batch = module.transfer_batch_to_device(batch, module.model.device, 0)
-    answering = GreedyDecoder(module.backbone, module.processor, 6, graphs=True)  # which keep their memory
+    answering = GreedyDecoder(module.backbone, module.processor, 6, graphs=True)  # reuses its memory
 
     @torch.no_grad()
     def answer(factor):

@@ -87,7 +87,7 @@ def assert_same(path, other):
 
 @pytest.mark.long
 def test_two_shards_train_and_resume_as_one_model(run, tmp_path, tiny):
-    """The same checkpoints, which go on with shards and without."""
+    """The checkpoints are the same, and resume with and without sharding."""
     alone = ["--trainer.devices", 1, "--trainer.strategy", "auto", "--data.batch_size", 4]
     more = save_every_second_step()
     two, one = tmp_path / "two", tmp_path / "one"

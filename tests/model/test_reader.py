@@ -1,4 +1,4 @@
-"""The trained model "tiny": its score is that of its card, and fine-tuning it shows errors in a recipe.
+"""The trained model "tiny" has the score of its model card, and fine-tuning it detects wrong labels.
 
 Each fine-tuning is `configs/quickstart.yaml`, shorter.
 """
@@ -29,7 +29,7 @@ def data(**changed):
 
 
 def fine_tuned(steps=STEPS):
-    """ANLS on unseen identity cards after so many steps."""
+    """Return the ANLS on unseen identity cards after a number of training steps."""
     seed_everything(0, verbose=False)
     module = Idefics2Module(**{**QUICKSTART["model"], "warmup_steps": 10})
     trainer = Trainer(**TRAINER, max_steps=steps, limit_val_batches=0)
@@ -66,7 +66,7 @@ def test_a_short_fine_tuning_teaches_it_a_new_kind_of_document(right):
     assert right >= before + 0.3
 
 
-# Labels that are not masked as they should be; rows stay shared, for speed.
+# Labels that are masked wrongly. Questions still share rows, for speed.
 
 
 def on_the_prompt_too(self, example, ids, prompt_length):
@@ -74,7 +74,7 @@ def on_the_prompt_too(self, example, ids, prompt_length):
 
 
 def on_image_tokens(self, example, ids, prompt_length):
-    """What labels come to that are copied from the ids, with padding alone left out."""
+    """Labels that are copied from the ids, with only padding masked."""
     return list(ids)
 
 
@@ -83,7 +83,7 @@ WRONG = [on_the_prompt_too, on_image_tokens]
 
 @pytest.mark.parametrize("labels", WRONG)
 def test_wrong_labels_are_more_labels(labels, monkeypatch):
-    """What the long test below trains on, without the training."""
+    """The labels of the long test below, without its training."""
     pages = data()
     pages.setup("fit")
     examples = [pages.examples["train"][i] for i in range(2)]

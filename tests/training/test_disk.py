@@ -56,7 +56,7 @@ def checkpoints(folder):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(run, short_fit, small_disk, capfd):
-    """Of checkpoints of 1.3 MB two and a half fit; the fit ends with the third, and goes on once there is room."""
+    """The disk holds two and a half checkpoints of 1.3 MB: the fit fails at the third, and resumes with more room."""
     disk = small_disk(3300)
     args = short_fit(*every_step("--trainer.logger", "false", "--trainer.default_root_dir", disk))
     with pytest.raises(SystemExit) as caught:

@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
 
 
 def test_repeated_overflow_stops_the_run():
-    """Steps in a row count; a step that succeeds in between starts the count anew."""
+    """Only consecutive steps count; a successful step resets the count."""
     scaler = torch.amp.GradScaler("cpu")
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -89,7 +89,7 @@ def test_another_scale_is_refused(tiny, fit):
 
 
 def test_an_adapter_of_pefts_is_the_start(tiny, base, adapter, batch, fit):
-    """Its loss is that of the model that peft loads, and training goes on from there."""
+    """Its loss is that of the model that peft loads, and training continues from it."""
     reference = Idefics2Module(tiny, **OPTIONS)
     reference.configure_model(PeftModel.from_pretrained(base, adapter))
     module = Idefics2Module(tiny, adapter=adapter, **OPTIONS)

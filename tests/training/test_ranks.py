@@ -1,4 +1,4 @@
-"""Processes of their own, one and two: what they train, score and save is the same, and a failure ends all."""
+"""Fits in one and two processes train, score and save the same, and a failure of one process ends both."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def fit(tiny, *args):
-    """What a user types for a fit on nine questions."""
+    """Return the arguments of a fit on nine questions."""
     command = f"""fit --model.pretrained {tiny} --data.source synthetic
         --data.limit_train 9 --data.limit_val 5 --data.image_size 112 --data.num_workers 0
         --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4 --model.lora.r 32
@@ -24,7 +24,7 @@ def fit(tiny, *args):
 
 
 def in_processes(folder, command):
-    """Type a command in a folder, which starts processes of its own; returns what it prints."""
+    """Run a command that starts further processes in a folder; return its output."""
     done = subprocess.run([sys.executable, "-m", "idefics_lit", *command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -36,7 +36,7 @@ def checkpoint(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(run, tmp_path, tiny):
-    """The mean is over the answer tokens of both ranks, and the question that fills up nine to ten counts once."""
+    """The loss is the mean over the answer tokens of both ranks; the question that pads nine to ten counts once."""
     options = ["--model.lora.dropout", "0", "--model.quantization", "none"]
     ranks = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--trainer.devices", "2"]
     (tmp_path / "two").mkdir()
@@ -101,12 +101,12 @@ def last_adapter(folder):
     ],
 )
 def test_a_signal_to_one_rank_ends_both_behind_the_same_batch(two_ranks, tmp_path, validation, name):
-    """Though neither waits for the other in a batch, and one may be through with a validation."""
+    """The ranks don't wait for each other in a batch, and one may have finished a validation before the other."""
     options = ["--trainer.devices", "2", "--trainer.val_check_interval", "4"]
     options += ["--data.limit_val", "200"] if validation else ["--data.limit_val", "4"]
     ranks = two_ranks(tmp_path, *options)
     ranks.wait_for("*step=2.ckpt")
-    if validation:  # it comes behind the second step, and is long
+    if validation:  # it follows the second step and takes long
         time.sleep(0.5)
     signal_ = signal.SIGINT if name == "Ctrl-C" else signal.SIGTERM
     ranks.processes[1].send_signal(signal_)
@@ -118,7 +118,7 @@ def test_a_signal_to_one_rank_ends_both_behind_the_same_batch(two_ranks, tmp_pat
 
 @pytest.mark.long
 def test_slurm_warns_the_ranks_one_by_one_and_they_save_together(two_ranks, tmp_path):
-    """And the job that is started again ends in the adapter of one that was left alone."""
+    """The restarted job ends with the adapter of an uninterrupted one."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/requeued\n")
     (tmp_path / "scontrol").chmod(0o755)
     job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
@@ -131,7 +131,7 @@ def test_slurm_warns_the_ranks_one_by_one_and_they_save_together(two_ranks, tmp_
     time.sleep(0.2)
     first.processes[0].send_signal(signal.SIGUSR1)
     first.wait_for("hpc_ckpt_1.ckpt")
-    first.wait_for("*step=6.ckpt")  # they went on
+    first.wait_for("*step=6.ckpt")  # training continued
     first.kill()
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
     again = two_ranks(tmp_path / "job", *options, **job)

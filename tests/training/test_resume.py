@@ -1,4 +1,4 @@
-"""A fit that is cut off anywhere goes on to the same bits."""
+"""A fit that is interrupted anywhere resumes and ends with the same bits."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ class Stop(Exception):
 
 
 class CutOff(Callback):
-    """Save a checkpoint behind every batch, and cut the fit off at one of its places."""
+    """Save a checkpoint after every batch, and interrupt the fit at a chosen place."""
 
     def __init__(self, place=None, batches=0):
         self.place, self.left = place, batches
@@ -59,7 +59,7 @@ class CutOff(Callback):
 
 @pytest.fixture
 def cut(run, monkeypatch):
-    """Run with a callback; returns the folder, and the callback."""
+    """Run with a `CutOff` callback; return the folder and the callback."""
 
     def cut(args, place=None, batches=0):
         callback = CutOff(place, batches)
@@ -97,7 +97,7 @@ def assert_same(first, second):
     assert first["lr_schedulers"] == second["lr_schedulers"]
 
 
-# In the middle of a step, at an epoch's end and at the next one's, behind a validation inside an epoch and at its end.
+# In the middle of a step, at the end of an epoch and of the next, after a validation within an epoch and at its end.
 @pytest.mark.parametrize(
     ("place", "batches", "workers"),
     [
@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_ends_the_fit_at_once(cut, short_fit, tmp_path, capfd):
 
 
 def test_another_number_of_workers(cut, short_fit, monkeypatch):
-    """Where none is given it is the checkpoint's, whatever this machine's cores; else the epoch restarts."""
+    """By default the checkpoint's number is used, whatever the number of cores. With another one the epoch restarts."""
     args = short_fit("--data.num_workers", 1)
     folder, callback = cut(args)
     whole, middle = load(callback.path), folder / "whole-0-2.ckpt"
@@ -156,7 +156,7 @@ def copy_with(source, folder, change):
 
 
 def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, docvqa, tmp_path):
-    """Whatever decides it: that is named, and the epoch's questions are visited once each."""
+    """The warning names what changed the order, and the epoch visits each question once."""
     args = short_fit("--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 9)
     args[args.index("--trainer.val_check_interval") + 1] = "1.0"
     copy_with(docvqa, tmp_path / "moved", lambda rows: None)
@@ -177,7 +177,7 @@ def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, do
 
 
 class Process:
-    """The program as a process of its own."""
+    """The program in a separate process."""
 
     def __init__(self, folder, args, **environment):
         self.log = (folder / "log").open("w")
@@ -193,7 +193,7 @@ class Process:
         self.folder = folder
 
     def wait_for(self, pattern):
-        """Until a file is there."""
+        """Wait until a file exists."""
         end = time.monotonic() + 120
         while not list(self.folder.glob(pattern)):
             assert self.process.poll() is None and time.monotonic() < end, (self.folder / "log").read_text()
@@ -221,7 +221,7 @@ def last_weights(folder):
 
 @pytest.fixture
 def uninterrupted(run, short_fit):
-    """What a long fit ends in, and the flags of it."""
+    """Return the arguments of a long fit and the weights that it ends with."""
     args = short_fit(*LONG, *EVERY_STEP)
     args[args.index("--trainer.val_check_interval") + 1] = "1.0"
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Which run a command goes on with, and the folder that every run has to itself."""
+"""Which run a command resumes, and each run's own folder."""
 
 import os
 import shutil

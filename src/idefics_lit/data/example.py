@@ -28,7 +28,7 @@ class Example:
             same after a resume; without it torch's generator samples.
         page_id: the key of its pages. Questions with the same key and the same images share a row of a batch.
         index: its index in the split, which identifies it in metrics and predictions, whatever its id. A data module
-            sets it; without one an example is identified by its id and how often its rank has met that id.
+            sets it; without one an example is identified by its texts and how often its rank has met them.
         is_padding: whether it only pads a rank's share; it has no labels and is scored once.
 
     Raises:

@@ -54,8 +54,8 @@ class TrainingLoader(_QuietLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a position, or restart the epoch if its settings differ."""
-        position = state_dict["place"]
-        if position and (differences := _differences(state_dict["made by"], self._settings())):
+        position, settings = _parts(state_dict, self.trainer, "place", "made by")
+        if position and (differences := _differences(settings, self._settings())):
             rank_zero_warn(f"The checkpoint's epoch restarts, because its batches had other settings: {differences}.")
             assert self.trainer is not None
             self.trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
@@ -113,9 +113,10 @@ class StreamLoader(_QuietLoader):
                 "the checkpoint's stream was read by an earlier version, which didn't save the settings of its order: "
                 "resume with that version, or train anew"
             )
-        if differences := _differences(state_dict["made by"], self._settings()):
+        settings, positions = _parts(state_dict, self.trainer, "made by", "ranks")
+        if differences := _differences(settings, self._settings()):
             raise InputError(f"the checkpoint's stream had another order, resume with the same: {differences}")
-        super().load_state_dict(state_dict["ranks"][self.trainer.global_rank])
+        super().load_state_dict(positions[self.trainer.global_rank])
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -123,6 +124,18 @@ class StreamLoader(_QuietLoader):
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "data.num_workers": self.num_workers,
         }
+
+
+def _parts(state: Mapping[str, Any], trainer: Trainer | None, *names: str) -> list[Any]:
+    """Return parts of a loader's state.
+
+    Raises:
+        InputError: one is missing.
+    """
+    if not isinstance(state, Mapping) or not {*names} <= {*state}:
+        path = trainer.ckpt_path if trainer else ""
+        raise InputError(f"ckpt_path {path}: its position in the training data is damaged, take an earlier checkpoint")
+    return [state[name] for name in names]
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:

@@ -53,18 +53,19 @@ class Answer:
 def by_question(answers: Iterable[Answer]) -> dict[Hashable, Answer]:
     """Return one rank's answers by a key that identifies the question on all ranks; the first answer is kept.
 
-    The key is the question's index in its split, since ids may recur. An answer without an index has the key
-    ``"<id> <n>"``, where n counts the earlier answers with this id on this rank: a distributed sampler that pads
-    repeats an example on another rank. With several data loaders the loader's number is part of the key.
+    The key is the question's index in its split, since ids may recur, also on ranks that read different data. Without
+    an index it is the text of id, question and references, and n, which counts the earlier answers with the same text
+    on this rank: a distributed sampler that pads repeats an example on another rank. With several data loaders the
+    loader's number is part of the key.
     """
-    id_counts: Counter[Hashable] = Counter()
+    counts: Counter[Hashable] = Counter()
     unique: dict[Hashable, Answer] = {}
     for answer in answers:
         key: Hashable = answer.index
         if key is None:
-            id_key = answer.dataloader_idx, answer.question_id
-            key = f"{answer.question_id!r} {id_counts[id_key]}"
-            id_counts[id_key] += 1
+            text = answer.dataloader_idx, f"{answer.question_id!r} {answer.question!r} {answer.references!r}"
+            key = f"{text[1]} {counts[text]}"
+            counts[text] += 1
         unique.setdefault((answer.dataloader_idx, key) if answer.dataloader_idx else key, answer)
     return unique
 

@@ -62,6 +62,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise TypeError("its datamodule_hyper_parameters aren't a mapping")
         if not isinstance(checkpoint.get("experiment") or {}, Mapping):
             raise TypeError("its experiment isn't a mapping")
+        if not checkpoint["loops"]["fit_loop"]:
+            raise TypeError("its loops are empty")
         base = checkpoint.get("base")  # earlier versions saved the tensor of `check_embedding`
         if not isinstance(base, Tensor | None):
             names, values, *_ = (base[name] for name in ("names", "values", "dtype", "revision"))

@@ -6,7 +6,8 @@ check the effect would be silent; for example, a run would no longer react to SI
 
 import inspect
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,7 +23,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from idefics_lit.errors import InputError
+from idefics_lit.errors import InputError, first_line
 
 
 def require_private(owner: Any, *names: str) -> None:  # noqa: ANN401
@@ -46,7 +47,8 @@ def require_private(owner: Any, *names: str) -> None:  # noqa: ANN401
 require_private(Trainer, "_signal_connector", "_checkpoint_connector")
 require_private(_SignalConnector, "_sigterm_notifier_fn", "_slurm_sigusr_handler_fn", "received_sigterm")
 require_private(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
-require_private(_CheckpointConnector, "_hpc_resume_path", "resume_start")
+require_private(_CheckpointConnector, "_hpc_resume_path", "resume_start", "restore_datamodule", "restore_callbacks")
+require_private(_CheckpointConnector, "restore_training_state")
 require_private(_FitLoop, "_combined_loader")
 require_private(CSVLogger, "_version")
 require_private(WandbLogger, "_wandb_init")
@@ -113,6 +115,33 @@ class CheckpointConnector(_CheckpointConnector):
         if checkpoint_path and checkpoint_path != path:
             raise InputError(f"ckpt_path: rank 0 found {path}, this rank {checkpoint_path}: give it by name")
         super().resume_start(path, weights_only)
+
+    def restore_datamodule(self) -> None:
+        """Restore the data module; raise an InputError if its state is damaged, as do the next two."""
+        with self._damage_as_input_error():
+            super().restore_datamodule()
+
+    def restore_callbacks(self) -> None:
+        """Restore the callbacks."""
+        with self._damage_as_input_error():
+            super().restore_callbacks()
+
+    def restore_training_state(self) -> None:
+        """Restore loops, optimizers, schedules and the gradient scaler."""
+        with self._damage_as_input_error():
+            super().restore_training_state()
+
+    @contextmanager
+    def _damage_as_input_error(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"ckpt_path {self.trainer.ckpt_path}: the training's state in it can't be restored "
+                f"({type(error).__name__}: {first_line(error)}): the file is damaged, take an earlier checkpoint"
+            ) from error
 
 
 def use_checkpoint_connector(trainer: Trainer) -> None:
