@@ -118,6 +118,7 @@ def test_what_may_change(in_effect, flags, more):
         (["--data.seed", 1], "data.seed 0, here 1"),
         (["--data.batch_size", 4], "data.global_batch_size 2, here 4"),
         (["--data.batch_size", "null"], "data.global_batch_size 2, here 16"),
+        (["--trainer.devices", 2], "data.global_batch_size 2, here 4"),  # two batches a step instead of one
         (["--trainer.gradient_clip_val", 1], "trainer.gradient_clip_val None, here 1"),
         (["--seed_everything", 1], "seed_everything 0, here 1"),
         (

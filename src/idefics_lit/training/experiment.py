@@ -57,6 +57,8 @@ def describe(options: Mapping[str, Any]) -> Experiment:
     trainer, data = (options.get(section) or {} for section in ("trainer", "data"))
     experiment = flatten({section: options.get(section) or {} for section in ("model", "data")})
     experiment = {name: value for name, value in experiment.items() if name not in MAY_CHANGE}
+    if experiment.get("model.quantization") == "none":
+        experiment.pop("model.quantize_vision", None)  # without effect; earlier versions had another default
     experiment |= {f"trainer.{name}": trainer[name] for name in TRAINER_OPTIONS if name in trainer}
     if "callbacks" in trainer:
         experiment["trainer.callbacks"] = _training_callbacks(trainer["callbacks"])
@@ -74,9 +76,10 @@ def _examples_per_step(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> i
     """Return the examples of an optimizer step over all devices; "auto" counts as one device."""
     if data.get("global_batch_size") or data["batch_size"] is None:
         return int(data.get("global_batch_size") or DEFAULT_GLOBAL_BATCH_SIZE)
-    devices = trainer.get("devices")
-    count = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
-    nodes = trainer.get("num_nodes") or 1
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(" ,").split(",")
+    count = len(devices) if isinstance(devices, list) else int(devices or 1) if str(devices).isdigit() else 1
     return int(data["batch_size"] * (trainer["accumulate_grad_batches"] or 1) * count * nodes)
 
 
