@@ -16,7 +16,8 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import load_model
 from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import resolve
-from idefics_lit.training.checkpoint_checks import check_weights
+from idefics_lit.training.checkpoint import base_fingerprint
+from idefics_lit.training.checkpoint_checks import check_base, check_weights
 from idefics_lit.training.model_card import model_card
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
@@ -42,6 +43,8 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
             trains weights that aren't LoRA's.
     """
     module.configure_model()
+    pretrained = module.hparams.pretrained  # a loaded model that was handed over may be another one
+    check_base(module.base_fingerprint, base_fingerprint(pretrained), pretrained)
     adapter = {name.removeprefix("model."): value for name, value in module.state_dict().items()}
     if other := next((name for name in adapter if "lora_" not in name), None):
         raise InputError(f"{other} is trained but is no weight of LoRA, which alone can be exported")
@@ -55,6 +58,7 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
                 lora=LoRA(**module.hparams.lora),
                 dtype=torch.bfloat16,
                 device=torch.device("cpu"),
+                prepare_base=module.prepare_base,
             )
         check_weights(adapter, {name: p for name, p in model.named_parameters() if p.requires_grad})
         model.load_state_dict(adapter, strict=False)
