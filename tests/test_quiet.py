@@ -1,7 +1,11 @@
 """The library prints no more than Lightning does with any module: no messages of the other libraries that it calls."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import idefics_lit
 
 CODE = """
 import sys
@@ -17,6 +21,13 @@ data = DocVQADataModule("synthetic:form", "tiny", limit_train=4, limit_val=2, nu
 Trainer(max_steps=2, accelerator="cpu", **quiet).fit(module, data)
 module.answer(data.examples["val"][0].images[0], "What is the date?")
 """
+
+
+def test_every_module_imports_bitsandbytes_quietly():
+    """bitsandbytes logs on CPUs that have a kernel for it; peft imports it."""
+    source = Path(idefics_lit.__file__).parent
+    imports = re.compile(r"^(?:from|import) (?:peft|bitsandbytes)\b", flags=re.MULTILINE)
+    assert not [path for path in source.rglob("*.py") if imports.search(path.read_text())]
 
 
 def test_a_fit_and_an_answer_print_what_lightning_prints():
