@@ -50,6 +50,27 @@ def test_every_command_is_understood(code, gpu, monkeypatch, capsys):
         assert "trainer:" in capsys.readouterr().out
 
 
+def test_the_cells_that_create_folders_run_twice(code, tmp_path, monkeypatch):
+    """With folders in place of the clone and of the exported adapter; both commands refuse a folder that exists."""
+    created = {"git": "idefics_lit/configs", "python": "my-adapter"}
+
+    def shell(command):
+        if folder := created.get(command.split()[0]):
+            Path(folder).mkdir(parents=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")  # the notebook sets it; so that it is restored
+    names = {"shell": shell, "best": "best.ckpt", "HARDWARE": ""}
+    for cell in ("install", "install", "export", "export", "new kernel", "install"):
+        if cell == "new kernel":
+            monkeypatch.chdir(tmp_path)
+            continue
+        source = code[cell].replace('REPOSITORY = ""', 'REPOSITORY = "https://example.org/idefics_lit"')
+        exec(re.sub(r"^( *)[!%](.*)$", r'\1shell(f"\2")', source, flags=re.MULTILINE), names)
+        assert Path.cwd() == tmp_path / "idefics_lit"
+    assert Path("my-adapter").is_dir()
+
+
 @pytest.mark.long
 def test_it_runs_without_a_gpu(tmp_path):
     """In a copy of the repository and an environment of its own, over this one's packages."""

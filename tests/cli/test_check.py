@@ -13,6 +13,7 @@ from PIL import Image
 
 from idefics_lit.cli.check import TOKEN_BINS
 from idefics_lit.cli.gpu_estimates import is_measured_model, load_config
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.model.memory import peak_gib, weights_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
@@ -137,6 +138,20 @@ def test_pages_that_are_missing_are_one_kind(check, tmp_path):
         "no question in"
     ]
     assert kinds[10].startswith("all 99 lines: ")
+
+
+def test_memory_does_not_grow_with_the_questions_about_a_page(check, tmp_path, monkeypatch):
+    """A batch holds each page once, and not all questions about it."""
+    batches, tokenize = [], Idefics2Collator.tokenize
+    monkeypatch.setattr(Idefics2Collator, "tokenize", lambda self, rows: batches.append(rows) or tokenize(self, rows))
+    for page in range(6):
+        Image.new("L", (40, 30), page).save(tmp_path / f"{page}.png")
+    row = {"question": "What?", "answers": ["a"], "image": [f"{page}.png" for page in range(6)]}
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n" * 300)
+    assert check(tmp_path, "--data.batch_size", 1, "--data.image_size", 56)[0] == 0
+    assert [len({id(image) for row in rows for image in row.images}) for rows in batches[:2]] == [6, 6]
+    assert max(map(len, batches)) == 256
 
 
 @pytest.mark.parametrize("broken", ["train", "val"])

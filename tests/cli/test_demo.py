@@ -56,7 +56,7 @@ def process(folder):
             # A shell's background jobs, and so their children, ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        process.first_line = process.stdout.readline()
+        process.starting, process.address_line = process.stdout.readline(), process.stdout.readline()
     yield process
     process.kill()
 
@@ -64,7 +64,7 @@ def process(folder):
 @pytest.fixture
 def page(process, browser):
     """The page, opened; all that the browser asks for must be the demo's own."""
-    address = process.first_line.split()[0]
+    address = process.address_line.split()[0]
     page = browser.new_page()
     asked_for = []
     page.on("request", lambda request: asked_for.append(request.url))
@@ -125,10 +125,13 @@ def test_a_pdf_has_pages(page, folder, ask):
     assert row(page, question) == [f"page 2: {question}", *ask("both.pdf", 2, question)]
 
 
-def test_mistakes_are_named_and_the_next_page_is_answered(page, folder):
+def test_mistakes_are_named_beside_the_question_and_the_next_page_is_answered(page, folder):
     box = page.get_by_role("textbox", name="Question")
     page.get_by_role("button", name="Ask").click()
-    page.get_by_text("drop a page first").wait_for()
+    message = page.get_by_text("drop a page first")
+    message.wait_for()
+    assert message.bounding_box()["y"] > box.bounding_box()["y"] + box.bounding_box()["height"]
+    box.click()  # fails if something covers it
     (folder / "text.png").write_text("no image")
     page.locator("input[type=file]").set_input_files(folder / "text.png")
     page.get_by_text("image text.png: neither an image nor a PDF").wait_for()
@@ -142,7 +145,8 @@ def test_mistakes_are_named_and_the_next_page_is_answered(page, folder):
 
 
 def test_only_this_machine_reaches_it_and_ctrl_c_ends_it(process, page, folder):
-    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", process.first_line)[1])
+    assert process.starting == "starting the web page …\n"
+    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", process.address_line)[1])
     assert port in demo.PORTS[1:]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
@@ -157,7 +161,7 @@ def test_only_this_machine_reaches_it_and_ctrl_c_ends_it(process, page, folder):
 def test_without_a_checkpoint_there_is_one_answer(run, folder, browser, capfd, monkeypatch):
     def drive(seconds):
         page = browser.new_page()
-        page.goto(capfd.readouterr().out.split()[0])
+        page.goto(re.search(r"http://\S+", capfd.readouterr().out)[0])
         upload(page, folder / "first.png")
         rows.append(row(page, "What is the date?"))
         page.close()
@@ -169,6 +173,30 @@ def test_without_a_checkpoint_there_is_one_answer(run, folder, browser, capfd, m
     monkeypatch.setattr(demo, "time", SimpleNamespace(sleep=drive))
     run("demo", *READER)
     assert len(rows[0]) == 2
+
+
+def test_the_page_is_there_before_the_model(run, folder, browser, capfd, monkeypatch):
+    def load(answerer):
+        page = browser.new_page()
+        page.goto(re.search(r"http://\S+", capfd.readouterr().out)[0])
+        page.get_by_text(demo.LOADING).wait_for()
+        upload(page, folder / "first.png")
+        box = page.get_by_role("textbox", name="Question")
+        box.fill("What is the date?")
+        box.press("Enter")
+        page.wait_for_timeout(300)
+        assert page.locator(".answers tr").count() == 0
+        original(answerer)
+        page.get_by_text(demo.LOADING).wait_for(state="hidden")
+        page.locator(".answers td").first.wait_for()
+        page.close()
+        raise KeyboardInterrupt
+
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "no_proxy"):
+        monkeypatch.setenv(name, "")  # and as it was in the end
+    original = demo.PageAnswerer.load
+    monkeypatch.setattr(demo.PageAnswerer, "load", load)
+    run("demo", *READER)
 
 
 def test_errors(run, capfd, monkeypatch):

@@ -1,7 +1,9 @@
 """Image paths of tables and official files: of Windows, of pages of a PDF, and outside the data's folder."""
 
 import json
+import re
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -36,6 +38,11 @@ def official(folder, *images):
 def jsonl(folder, *images):
     rows = [{"question": "a?", "image": image, "answer": "b"} for image in images]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def parquet(folder, *images):
+    rows = [{"question": "a?", "image": image, "answer": "b"} for image in images]
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
 
 
 def open_train(folder, image_root=None):
@@ -152,3 +159,22 @@ def test_a_folder_of_images_in_the_options(run, tiny, tmp_path, capfd):
     with pytest.raises(SystemExit):
         run(*flags, "--data.image_root", "nowhere")
     assert "data.image_root nowhere: no such folder" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "file"),
+    [
+        ("caf\u00e9.png", "cafe\u0301.png"),  # composed and decomposed, as macOS writes it
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("Page.PNG", "page.png"),
+        ("my%20page.png", "my page.png"),
+        ("my page.png", "my%20page.png"),
+        ("Scans/P.png", "scans/p.png"),
+    ],
+)
+@pytest.mark.parametrize("write", [csv, official, parquet])
+def test_a_file_in_other_letters_is_named(tmp_path, write, image, file):
+    draw(tmp_path / file, 0)
+    write(tmp_path, image)
+    with pytest.raises(InputError, match=rf"row 0.*missing in .*{re.escape(ascii(file))} is there, in other letters"):
+        open_train(tmp_path)[0]

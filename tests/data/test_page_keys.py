@@ -97,6 +97,17 @@ def test_stored_paths_lead_to_the_same_page(tmp_path):
     assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
+@pytest.mark.parametrize("write", [jsonl, official])
+def test_a_page_is_decoded_once_for_the_questions_that_follow_one_another(tmp_path, write):
+    draw(tmp_path / "p.png", 0)
+    rows = datasets.Dataset.from_list([{"question": "?", "image": stored(3)} for _ in range(2)])
+    for examples in (
+        find_splits(write(tmp_path, ["p.png"] * 2), None, None, "en", 0)["train"](),
+        HubDocVQA(rows, "set"),
+    ):
+        assert examples[0].images[0] is examples[1].images[0]
+
+
 @pytest.mark.parametrize(("write", "seed"), [(jsonl, 0), (official, 1)])
 def test_no_held_out_page_is_trained_on_under_another_name(tmp_path, data, write, seed):
     for grey in range(20):

@@ -72,7 +72,8 @@ def test_raise_is_the_default(run, short_fit, broken, capfd):
         capfd.readouterr()
         .err.splitlines()[-1]
         .endswith(
-            f"{broken}/train.json, row 1 (questionId 1, image missing.png): the image file is missing in {broken}"
+            f"{broken}/train.json, row 1 (questionId 1, image missing.png): the image file is missing in {broken}: "
+            "mend the path, or see data.image_root"
         )
     )
 

@@ -136,3 +136,12 @@ def test_a_folder_without_questions_says_what_was_seen(folder, name):
     (folder / name).write_bytes((folder / "pages" / "0.png").read_bytes() if name == "z.png" else b"text")
     with pytest.raises(InputError, match=rf"no questions in pages, {name}: add train.csv, with the columns question"):
         find_splits(str(folder), None, None, "en", 0)
+
+
+def test_hidden_files_are_not_read(folder, tiny):
+    """As macOS adds them to archives."""
+    for name in ("train.csv", "val.csv"):
+        write(folder, name)
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7\0")
+    (folder / "._notes.json").write_bytes(b"\0\5\x16\7\0")
+    assert fit(folder, tiny) == [(20, {"train.csv"}), (20, {"val.csv"})]

@@ -145,6 +145,26 @@ def test_a_stream_in_another_order_is_refused(tmp_path):
             part(**options).load_state_dict(state)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_whose_rows_have_changed_is_refused(tmp_path, num_workers):
+    """The files keep their names and number, and the new rows are in the window in which the fit stopped."""
+
+    def part():
+        return loader(source, num_workers=num_workers)
+
+    def other(number):
+        return {**single(number), "question": f"{number} again?"}
+
+    source = write(tmp_path / "set", single, shards=2)
+    list(islice(begun := part(), 3))
+    state = begun.state_dict()
+    write(tmp_path / "set", other, shards=2)
+    resumed = part()
+    resumed.load_state_dict(state)
+    with pytest.raises(InputError, match="set train: its rows aren't those that the checkpoint's fit has read"):
+        next(iter(resumed))
+
+
 def test_an_earlier_versions_place_in_a_stream_is_refused(tmp_path):
     questions = StreamedQuestions(stream(write(tmp_path / "set", turns)))
     part = StreamLoader(questions, Trainer(max_steps=10, logger=False, accelerator="cpu"), collate_fn=visits)

@@ -88,3 +88,12 @@ def test_the_sanity_check_is_the_baseline_if_it_has_the_same_questions():
     assert example_table(writer.baseline, writer.answers).row_count == 2
     writer.answers = by_question([answer(0, "a"), answer(1, "b")])
     assert writer.baseline == {}
+
+
+def test_a_test_is_not_compared_with_the_sanity_check(tmp_path):
+    """Its questions are others, though they may have the same indices and ids."""
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=tmp_path, fast_dev_run=0)
+    writer = EvaluationWriter()
+    writer.sanity_check_answers = by_question([answer(0, "a", 0.0)])
+    writer.on_test_end(trainer, SimpleNamespace(answers=[answer(0, "a", 1.0)]))
+    assert len(writer.answers) == 1 and writer.baseline == {}

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from idefics_lit import Idefics2Collator, Idefics2Module, InputError, LoRA, export_adapter, load_processor
 from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.pretrained import resolve
 
 OWN_COLLATOR = {"prompt_style": "idefics", "image_splitting": False, "image_size": 400}
 
@@ -82,11 +83,20 @@ def test_the_merged_model_gives_the_adapters_logits(module, examples, tmp_path):
     assert any("lora_" in name for name in module.state_dict())  # the module itself isn't merged
 
 
+def test_a_base_that_others_cannot_load_is_an_error(tmp_path):
+    module = Idefics2Module("tiny", quantization="none")
+    base = AutoModelForImageTextToText.from_pretrained(resolve("tiny"), dtype=torch.float32)
+    base.model.text_model.layers[0].mlp.up_proj.weight.data += 1
+    module.configure_model(base)
+    with pytest.raises(InputError, match=r"trained on another base model than model\.pretrained 'tiny'"):
+        export_adapter(module, tmp_path / "out")
+
+
 def test_trained_weights_that_would_be_lost_are_an_error(tmp_path):
     module = Idefics2Module("tiny", quantization="none")
     module.configure_model()
     module.classifier = nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"classifier\.weight is trained but is no weight of LoRA"):
+    with pytest.raises(InputError, match=r"classifier\.weight is trained but isn't part of the adapter"):
         export_adapter(module, tmp_path / "out")
     del module.classifier
     next(p for p in module.parameters() if p.requires_grad).data.fill_(torch.nan)

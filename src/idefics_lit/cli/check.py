@@ -93,9 +93,8 @@ def use_cpu(trainer: Namespace) -> None:
     trainer.accelerator = "cpu"
     # A number, a list of indices in either notation, or all devices, of which there are none here.
     devices = str(trainer.devices).strip(" ,[]")
-    trainer.devices = (
-        len(devices.split(",")) if "," in str(trainer.devices) else int(devices) if devices.isdecimal() else 1
-    )
+    is_list = isinstance(trainer.devices, list) or "," in str(trainer.devices)
+    trainer.devices = len(devices.split(",")) if is_list else int(devices) if devices.isdecimal() else 1
     if str(trainer.precision) in ("16", "16-mixed"):
         trainer.precision = "bf16-mixed"  # as many bytes
 

@@ -2,6 +2,7 @@
 
 What is special here:
 
+- the page is there before the model is loaded, and says so;
 - one model gives both answers, with its adapter enabled or disabled;
 - one event at a time uses the model and the PDF library;
 - nothing leaves the machine: no usage statistics, no requests for fonts.
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,8 +21,6 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from PIL.Image import Image
 
 from idefics_lit.cli.ask import PageQuestions, prompt_collator
 from idefics_lit.data.documents import count_pages, read_page
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import gradio
 
 PORTS = range(7860, 7960)
+LOADING = "The model is being loaded. A question is answered as soon as it is there."
+# Messages are shown at the bottom: at the top, gradio's own place, they cover the question.
 CSS = """
 :root, .gradio-container { --font: system-ui, sans-serif; --font-mono: ui-monospace, monospace }
 .gradio-container .prose code { white-space: pre-wrap; overflow-wrap: anywhere }
@@ -41,11 +43,12 @@ CSS = """
 .answers th:first-child { width: 45% }
 .answers td { border-top: 1px solid var(--border-color-primary) }
 .answers td + td { font-weight: 600 }
+.toast-wrap { top: auto !important; bottom: var(--size-4) }
 """
 
 
 def demo(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None, host: str, port: int | None) -> None:
-    """Load the model and serve the web page until Ctrl-C or SIGTERM.
+    """Serve the web page until Ctrl-C or SIGTERM; load the model meanwhile.
 
     Args:
         module: the module with the checkpoint's options; its model isn't loaded yet.
@@ -60,17 +63,14 @@ def demo(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None,
     if find_spec("gradio") is None:
         raise InputError("demo needs gradio: pip install 'idefics_lit[demo]'")
     port = _free_port(host, port)
+    print("starting the web page …", flush=True)
     with suppress(KeyboardInterrupt), _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="idefics_lit-") as temp:
-        module.configure_model()
-        if ckpt_path:
-            checkpoint = read_checkpoint(ckpt_path)
-            module.on_load_checkpoint(checkpoint)
-            module.load_state_dict(checkpoint["state_dict"])
         # Uploads are deleted with the temporary folder. gradio requests its own URL at the start, without a proxy.
         os.environ |= {"GRADIO_TEMP_DIR": temp, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*"}
         tuned = f", tuned in `{ckpt_path}`" if ckpt_path else ""
         title = f"# Ask a page\n`{module.hparams.pretrained}`{tuned}"
-        app = _build_app(PageAnswerer(module.eval(), data, tuned=ckpt_path is not None), title)
+        answerer = PageAnswerer(module, data, ckpt_path)
+        app = _build_app(answerer, title)
         app.launch(
             server_name=host,
             server_port=port,
@@ -84,6 +84,7 @@ def demo(module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None,
         )
         print(f"{app.local_url} (Ctrl-C ends it)", flush=True)
         try:
+            answerer.load()
             while True:
                 time.sleep(60)
         finally:
@@ -103,25 +104,39 @@ class PageAnswerer:
     """Answers questions with the base model and, if there is a checkpoint, with the fine-tuned model.
 
     Args:
-        module: the module in eval mode.
+        module: the module; its model isn't loaded yet.
         data: the data module's options.
-        tuned: whether the adapter is from a checkpoint; otherwise the base model alone answers.
+        ckpt_path: the checkpoint of the adapter; by default the base model alone answers.
+
+    Attributes:
+        columns: the names of the models that answer.
+        loaded: set when the model is loaded.
     """
 
-    def __init__(self, module: Idefics2Module, data: Mapping[str, Any], *, tuned: bool) -> None:
-        self.module = module
-        self.collator = prompt_collator(data, module.model.dtype)
-        without_adapter: Any = module.model.disable_adapter
-        # By column of the table of answers.
-        self.models = {"Base": without_adapter, "Tuned": nullcontext} if tuned else {"Answer": nullcontext}
+    def __init__(self, module: Idefics2Module, data: Mapping[str, Any], ckpt_path: str | None) -> None:
+        self.module, self.data, self.ckpt_path = module, data, ckpt_path
+        self.columns = ["Base", "Tuned"] if ckpt_path else ["Answer"]
+        self.loaded = threading.Event()
+
+    def load(self) -> None:
+        """Load the model and the checkpoint."""
+        self.module.configure_model()
+        if self.ckpt_path:
+            checkpoint = read_checkpoint(self.ckpt_path)
+            self.module.on_load_checkpoint(checkpoint)
+            self.module.load_state_dict(checkpoint["state_dict"])
+        self.module.eval()
+        self.collator = prompt_collator(self.data, self.module.model.dtype)
+        self.loaded.set()
 
     def __call__(self, file: str, page: int, question: str) -> list[str]:
         """Return each model's answer to a question about page ``page`` of a file, counted from 1."""
         example = PageQuestions([file], [question])[page - 1]
+        self.loaded.wait()
         batch = self.module.transfer_batch_to_device(self.collator([example]), self.module.model.device, 0)
         answers = []
-        for adapter_mode in self.models.values():
-            with adapter_mode():
+        for column in self.columns:
+            with self.module.model.disable_adapter() if column == "Base" else nullcontext():
                 answers += self.module.generate(batch)
             self.module.evaluator.free_memory()  # CUDA graphs are captured either with the adapter or without it
         return answers
@@ -130,6 +145,16 @@ class PageAnswerer:
 def _build_app(answerer: PageAnswerer, title: str) -> "gradio.Blocks":
     import gradio as gr  # imported late: it takes seconds and reads GRADIO_TEMP_DIR
 
+    def model_status() -> Iterator[str]:
+        if not answerer.loaded.is_set():
+            yield LOADING
+            answerer.loaded.wait()
+        yield ""
+
+    def warn(error: InputError, file: str) -> None:
+        """Show a message with the uploaded file's own name; a raised error would hide the question."""
+        gr.Warning(str(error).replace(file, Path(file).name))
+
     def open_file(file: str | None) -> list[Any]:
         """Show the first page of a new file, or a warning that it can't be read."""
         count, image = 0, None
@@ -137,30 +162,35 @@ def _build_app(answerer: PageAnswerer, title: str) -> "gradio.Blocks":
             try:
                 count, image = count_pages(file), read_page(file, 0)
             except InputError as error:
-                gr.Warning(_with_file_name(error, file))
+                warn(error, file)
                 file = None
         number = gr.Slider(maximum=max(count, 2), value=1, visible=count > 1)
         return [file, number, gr.Image(image, visible=image is not None), [], ""]
 
-    def show_page(file: str, number: int) -> Image:
+    def show_page(file: str, number: int) -> Any:  # noqa: ANN401
         try:
             return read_page(file, number - 1)
         except InputError as error:
-            raise gr.Error(_with_file_name(error, file), print_exception=False) from error
+            warn(error, file)
+            return gr.skip()
 
-    def ask(file: str | None, number: int, question: str, rows: list[list[str]]) -> list[Any]:
+    def ask(file: str | None, number: int, question: str, rows: list[list[str]]) -> Any:  # noqa: ANN401
         if not file:
-            raise gr.Error("drop a page first", print_exception=False)
+            gr.Warning("drop a page first")
+            return gr.skip()
         try:
             page = f"page {number}: " if count_pages(file) > 1 else ""
             rows = [[page + question, *answerer(file, number, question)], *rows]
         except InputError as error:
-            raise gr.Error(_with_file_name(error, file), print_exception=False) from error
-        return [rows, _html_table(["Question", *answerer.models], rows), ""]
+            warn(error, file)
+            return gr.skip()
+        return [rows, _html_table(["Question", *answerer.columns], rows), ""]
 
     one_at_a_time: Any = {"concurrency_id": "model", "concurrency_limit": 1}
     with gr.Blocks(title="Ask a page") as app:
         gr.Markdown(title)
+        status = gr.Markdown()
+        app.load(model_status, outputs=status, show_progress="hidden", concurrency_limit=None)
         with gr.Row():
             with gr.Column():
                 file = gr.File(label="Image or PDF", file_types=["image", ".pdf"])
@@ -178,6 +208,7 @@ def _build_app(answerer: PageAnswerer, title: str) -> "gradio.Blocks":
             ask,
             [file, number, question, rows],
             [rows, table, question],
+            show_progress_on=table,
             **one_at_a_time,
         )
     return app
@@ -187,11 +218,6 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<th>{name}</th>" for name in header)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _with_file_name(error: InputError, file: str) -> str:
-    """Return the message with the uploaded file's own name instead of its temporary path."""
-    return str(error).replace(file, Path(file).name)
 
 
 def _free_port(host: str, port: int | None) -> int:

@@ -47,7 +47,7 @@ TRAINER_HELP = {
     "precision": "16-mixed, bf16-mixed or 32-true; by default what the device has",
     "max_steps": "optimizer steps to train for",
     "max_epochs": "epochs to train for",
-    "accumulate_grad_batches": "batches per optimizer step; 1 is worked out from data.global_batch_size",
+    "accumulate_grad_batches": "batches per optimizer step, by data.global_batch_size",
     "gradient_clip_val": "maximum norm of the gradients",
     "val_check_interval": "batches, or fraction of an epoch, between validations",
     "check_val_every_n_epoch": "null counts val_check_interval across epochs",

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
+from PIL.Image import Image
 from torch.utils.data import DataLoader
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.grouping import group_by_page
+from idefics_lit.data.page_keys import page_digest
 from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
 from idefics_lit.data.subset import Subset
@@ -28,7 +30,7 @@ from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.model.packing import LENGTH_MULTIPLE
 
-QUESTIONS_AT_ONCE = 32  # about one page: their pages may be decoded once for each of them
+QUESTIONS_AT_ONCE = 256  # about one page
 LOADER_SECONDS = 3.0  # to measure the training loader
 
 
@@ -73,6 +75,26 @@ class QuestionStatistics:
     def total_tokens(self) -> int:
         """Tokens of page, question and longest answer."""
         return self.page.tokens + self.question_tokens
+
+
+class SharedPages(SkipBadExamples):
+    """Examples of which those of a batch share the pages with the same pixels, so that each is in memory once."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example | InputError]:
+        """Return the examples of a batch, or the errors that they raise."""
+        pages: dict[str, Image] = {}
+        shared: set[int] = set()
+        examples = []
+        for index in indices:
+            example = self[index]
+            if isinstance(example, Example):
+                example.images = [
+                    image if id(image) in shared else pages.setdefault(page_digest(image), image)
+                    for image in example.images
+                ]
+                shared.update(map(id, example.images))
+            examples.append(example)
+        return examples
 
 
 class StatisticsCollator:
@@ -198,7 +220,7 @@ def compute_statistics(
     groups = group_by_page((examples.page_ids[row] for row in good), QUESTIONS_AT_ONCE)
     batches = [[good[i] for i in group] for group in groups]
     loader = DataLoader(
-        SkipBadExamples(examples),
+        SharedPages(examples),
         batch_sampler=batches,
         collate_fn=StatisticsCollator(collator),
         num_workers=datamodule.workers(),

@@ -58,8 +58,7 @@ class DocVQADataModule(LightningDataModule):
         limit_train: use only this many training questions, the first ones.
         limit_val: use only this many validation questions, the first ones.
         val_in_fit: validate on this many questions during a fit, on pages drawn by the seed, and on all at its end.
-        val_every_n_steps: validate every this many optimizer steps, whatever the epoch and the batch size; by default
-            the Trainer's val_check_interval, in batches, decides.
+        val_every_n_steps: validate every this many optimizer steps, instead of the Trainer's val_check_interval.
         limit_test: use only this many test or prediction questions, the first ones.
         prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
             answer.", the prompt that the model's authors evaluate with.
@@ -69,17 +68,14 @@ class DocVQADataModule(LightningDataModule):
         max_length: refuse longer sequences, in tokens; the error names the question.
         questions_per_page: in training, this many questions about one page follow one another. Those in one batch
             share its image: the loss is the same, with much less computation, but batches are less mixed.
-        global_batch_size: training examples per optimizer step, over all devices; by default 16, or, with batch_size,
-            what that, trainer.accumulate_grad_batches and the number of devices multiply to.
-        batch_size: training examples per batch and device; by default the largest that fits into memory, and
-            trainer.accumulate_grad_batches follows from global_batch_size.
-        eval_batch_size: examples per batch in validation, test and prediction; "auto" is 128 on a GPU, or as many as
-            fit into memory, and 32 elsewhere; by default batch_size if it is given, or else "auto".
+        global_batch_size: training examples per optimizer step on all devices, 16 by default, or what batch_size,
+            accumulate_grad_batches and devices multiply to.
+        batch_size: training examples per batch and device; by default as many as fit into memory.
+        eval_batch_size: examples per batch in evaluation; by default batch_size or "auto", up to 128 on a GPU, else 32.
         on_bad_example: "raise" stops the run at a bad row or page and names it; "skip" leaves it out of training and
             scores, and lists it in the run's skipped.txt.
-        num_workers: loader processes per device; by default chosen by the number of cores. A resumed run keeps the
-            checkpoint's number and its batch_size, unless they are given.
-        seed: decides the held-out pages, the order, the sampled answers and the synthetic pages.
+        num_workers: loader processes per device; by default by cores. A resumed run keeps it, like batch_size.
+        seed: decides held-out pages, order, sampled answers and synthetic pages.
 
     Raises:
         InputError: when the source, a split or a row is wrong; see the classes in `idefics_lit.data`.

@@ -97,3 +97,7 @@ class Examples(Dataset[Example]):
     def source(self, index: int) -> str:
         """Return the name of a question's row, for error messages."""
         raise NotImplementedError
+
+    def identity(self, index: int) -> object:
+        """Return a question's id and text, by which a resumed run notices other data; None if they aren't known."""
+        return None

@@ -37,10 +37,11 @@ class TrainSampler(DistributedSampler[Any]):
     @cached_property
     def order_settings(self) -> dict[str, Any]:
         """Everything that decides the order of all epochs: options by name, and a digest of the questions."""
+        identities = map(self.dataset.identity, range(len(self.page_ids)))  # type: ignore[attr-defined]
         # Pages are numbered here, because a page key may be a path of this machine.
         first_questions: dict[Any, int] = {}
         pages = [first_questions.setdefault(page_id, index) for index, page_id in enumerate(self.page_ids)]
-        digest = short_digest(zip(pages, map(list, self.answers), strict=True))
+        digest = short_digest(zip(pages, map(list, self.answers), identities, strict=True))
         return {
             "trainer.devices": self.num_replicas,
             "data.seed": self.seed,

@@ -54,7 +54,8 @@ class StreamedQuestions(IterableDataset[Example]):
         self.stream, self.rank, self.world_size, self.skip = stream, rank, world_size, skip
         self.seed, self.questions_per_page, self.held_out = seed, questions_per_page, frozenset(held_out)
         # place: the position in the epoch's order of shards; window: the index of the window in the shard; source: the
-        # state of `datasets` at the start of the window; offset: the position of the next question in the window.
+        # state of `datasets` at the start of the window; offset: the position of the next question in the window; rows,
+        # absent at the start: a digest of the window's texts.
         self._state: dict[str, Any] = {"epoch": 0, "place": 0, "window": 0, "source": None, "offset": 0}
 
     @property
@@ -79,8 +80,14 @@ class StreamedQuestions(IterableDataset[Example]):
     def __iter__(self) -> Iterator[Any]:
         """Yield examples, each with its epoch."""
         start = self.state_dict()
-        offset = start.pop("offset")
+        offset, expected_rows = start.pop("offset"), start.pop("rows", None)
         for window_state, questions in self._windows(**start):
+            if expected_rows not in (None, window_state["rows"]):
+                raise InputError(
+                    f"{self.stream.name}: its rows aren't those that the checkpoint's fit has read: resume with the "
+                    f"same data, or train anew"
+                )
+            expected_rows = None
             previous_row: Mapping[str, Any] | None = None
             example: Example | None = None
             for next_offset, question in enumerate(questions[offset:], start=offset + 1):
@@ -120,7 +127,8 @@ class StreamedQuestions(IterableDataset[Example]):
                     rows.load_state_dict(source)
                 batches = rows.iter(SHUFFLE_WINDOW)  # ``iter(rows)`` would split the rows among workers again
                 while columns := self._read_window(batches, shard, window):
-                    values_of_rows = zip(*columns.values(), strict=True)
+                    values_of_rows = list(zip(*columns.values(), strict=True))
+                    texts = zip(*(columns[name] for name in self.stream.mapping.text_columns), strict=True)
                     questions = [
                         question
                         for i, values in enumerate(values_of_rows, start=window * SHUFFLE_WINDOW)
@@ -130,7 +138,8 @@ class StreamedQuestions(IterableDataset[Example]):
                         if self.held_out.isdisjoint(question.page_id)
                     ]
                     has_questions |= bool(questions)
-                    state = {"epoch": epoch, "place": place, "window": window, "source": source}
+                    rows_digest = short_digest(texts)
+                    state = {"epoch": epoch, "place": place, "window": window, "source": source, "rows": rows_digest}
                     yield state, self._shuffle(questions, f"{self.seed} {epoch} {shard} {window}")
                     window, source = window + 1, rows.state_dict()
                 place, window, source = place + 1, 0, None

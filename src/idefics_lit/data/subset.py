@@ -41,6 +41,10 @@ class Subset(Examples):
         """Return the name of a question's row, for error messages."""
         return self.examples.source(self.indices[index])
 
+    def identity(self, index: int) -> object:
+        """Return a question's id and text."""
+        return self.examples.identity(self.indices[index])
+
 
 def hold_out_pages(examples: Examples, fraction: float, seed: int, name: str) -> set[int]:
     """Choose the questions about a random fraction of the pages, for validation.

@@ -1,6 +1,7 @@
 """Export an adapter, alone or merged into its base model, for peft and transformers without this package."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from idefics_lit.training.model_card import model_card
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
 
+# In the names of the weights that peft saves with an adapter.
+ADAPTER_WEIGHT = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
+
 
 @rank_zero_only
 def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = False, **options: Any) -> None:  # noqa: ANN401
@@ -39,21 +43,22 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
             the checkpoint; give those of your own collator.
 
     Raises:
-        InputError: the folder isn't empty or can't be written; the written processor gives other inputs; or the module
-            trains weights that aren't LoRA's.
+        InputError: the folder isn't empty or can't be written; the written processor gives other inputs; or others
+            couldn't load what the module trained: it has trained weights outside of the adapter, or a base model other
+            than ``pretrained``.
     """
     module.configure_model()
     pretrained = module.hparams.pretrained  # a loaded model that was handed over may be another one
     check_base(module.base_fingerprint, base_fingerprint(pretrained), pretrained)
     adapter = {name.removeprefix("model."): value for name, value in module.state_dict().items()}
-    if other := next((name for name in adapter if "lora_" not in name), None):
-        raise InputError(f"{other} is trained but is no weight of LoRA, which alone can be exported")
+    if other := next((name for name in adapter if not ADAPTER_WEIGHT.search(name)), None):
+        raise InputError(f"{other} is trained but isn't part of the adapter, which alone can be exported")
     with new_folder(folder) as temporary:
         collator = module.collator(train=False, **options)
         model = module.model
         if merge:
             model = load_model(
-                module.hparams.pretrained,
+                pretrained,
                 quantization="none",
                 lora=LoRA(**module.hparams.lora),
                 dtype=torch.bfloat16,

@@ -80,9 +80,8 @@ class Idefics2Module(TrainedWeightsModule):
         schedule: how the learning rate falls to 0 at the last step, "linear" or "cosine"; without a last step, as with
             trainer.max_time alone, it stays constant.
         gradient_checkpointing: compute activations twice to save memory.
-        feature_cache: keep the vision tower's features of each page, in "memory" or in a folder, for the page's other
-            questions and for later epochs; or "off". By default "memory" if a fit reads pages again and half of the
-            free memory suffices for all of them.
+        feature_cache: where features of pages are kept for further questions and epochs: "memory", a folder or "off";
+            by default in memory if a fit reads pages again and half of the free memory is enough.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.

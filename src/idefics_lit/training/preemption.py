@@ -3,8 +3,8 @@
 `PreemptionSync` never waits for the GPU, which Lightning does before every batch.
 """
 
+import os
 import signal
-import sys
 import threading
 from collections import deque
 from functools import partial
@@ -118,7 +118,8 @@ class PreemptionSync(Callback):
         if trainer.world_size == 1:
             set_received_sigterm(trainer, True)  # Lightning raises after the batch
         if trainer.is_global_zero:
-            print("\nstopping after this batch; press Ctrl-C again to stop at once", file=sys.stderr)
+            # print raises a RuntimeError if the signal interrupts another print.
+            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
 
     def _on_requeue(self, *_: object) -> None:
         self._received_requeue = True

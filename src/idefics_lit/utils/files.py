@@ -1,13 +1,16 @@
-"""Write files and folders atomically."""
+"""Write files and folders atomically, and find files under another form of their name."""
 
 import os
 import secrets
 import shutil
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from safetensors import SafetensorError
 
@@ -97,3 +100,30 @@ def _remove_unfinished(folder: Path) -> None:
             written = max(file.stat().st_mtime for file in (path, *path.glob("*")))
             if time.time() - written > STALE_AFTER:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def find_similar_file(path: Path) -> Path | None:
+    """Return a file whose path differs from a missing one's only in case, Unicode form or %-escapes, if there is one.
+
+    macOS decomposes accents in the names of files, and other systems tell upper from lower case.
+    """
+    if path.parent == path:
+        return None
+    parent = path.parent if os.path.isdir(path.parent) else find_similar_file(path.parent)
+    if parent is None:
+        return None
+    try:
+        name = _names(parent, parent.stat().st_mtime_ns).get(_simplified(path.name))
+    except OSError:
+        return None
+    return parent / name if name else None
+
+
+@lru_cache(maxsize=8)
+def _names(folder: Path, modified: int) -> dict[str, str]:
+    """Return the names in a folder by their simplified form; a data set may name many missing files."""
+    return {_simplified(name): name for name in sorted(os.listdir(folder))}
+
+
+def _simplified(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(name)).casefold())

@@ -1,7 +1,7 @@
 """Data sets that `datasets` reads, from the Hub or a local folder, with published or named columns."""
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class HubDocVQA(DatasetSplit, Examples):
         self.dataset = dataset.with_format("arrow")  # rows as they are stored
         self.rows: list[tuple[int, int | None]] = []  # the row of each question, and its turn in the row
         self.answers: list[list[str]] = []
+        self.identities: list[tuple[Any, ...]] = []  # the id and text of each question; empty for bad rows
         self.faults: dict[int, str] = {}
         texts = self.dataset.select_columns(self.mapping.text_columns)
         published_ids = [self._read_questions(row, values) for row, values in enumerate(self._read_rows(texts))]
@@ -93,6 +94,10 @@ class HubDocVQA(DatasetSplit, Examples):
     def source(self, index: int) -> str:
         """Return the name of a question's row, for error messages."""
         return self._row_name(*self.rows[index])
+
+    def identity(self, index: int) -> object:
+        """Return a question's id and text."""
+        return self.identities[index]
 
     def _row_name(self, row: int, turn: int | None = None) -> str:
         return f"{self.name}, row {row}" + ("" if turn is None else f", question {turn}")
@@ -131,22 +136,25 @@ class HubDocVQA(DatasetSplit, Examples):
                 raise values
             page_ids, turns = self.mapping.page_ids(values), self.mapping.turns(values, self._row_name(row))
         except InputError as error:
-            self._add_question(row, None, [], str(error))
+            self._add_question(row, None, fault=str(error))
             return ()
         for turn in turns:
             try:
-                answers = self.mapping.read(values, turn, self._row_name(row, turn), row)["answers"]
+                fields = self.mapping.read(values, turn, self._row_name(row, turn), row)
             except InputError as error:
-                self._add_question(row, turn, [], str(error))
+                self._add_question(row, turn, fault=str(error))
             else:
-                self._add_question(row, turn, answers)
+                self._add_question(row, turn, fields["answers"], (fields["question_id"], fields["question"]))
         return page_ids
 
-    def _add_question(self, row: int, turn: int | None, answers: list[str], fault: str = "") -> None:
+    def _add_question(
+        self, row: int, turn: int | None, answers: Sequence[str] = (), identity: tuple[Any, ...] = (), fault: str = ""
+    ) -> None:
         if fault:
             self.faults[len(self.rows)] = fault
         self.rows.append((row, turn))
-        self.answers.append(answers)
+        self.answers.append([*answers])
+        self.identities.append(identity)
 
     def _image_keys(self, images: datasets.Dataset) -> list[tuple[Hashable, ...]]:
         """Return the keys of each row's images: of their content, or of the file of a path."""

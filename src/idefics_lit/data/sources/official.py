@@ -13,7 +13,7 @@ from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.page_keys import file_keys
 from idefics_lit.data.sources.columns import INFOGRAPHIC_TYPES
 from idefics_lit.data.sources.split_names import split_of_file
-from idefics_lit.data.sources.stored_images import Location, split_page
+from idefics_lit.data.sources.stored_images import Location, is_missing, split_page
 from idefics_lit.data.sources.text_files import TABLE_SUFFIXES, is_table, read_json, read_text
 from idefics_lit.data.sources.values import as_id, as_page, as_text, as_texts, convert, read_answers
 from idefics_lit.errors import InputError
@@ -43,7 +43,8 @@ def find_official_splits(source: Path) -> dict[str, Path]:
     if source.suffix.lower() in TABLE_SUFFIXES:
         return splits
     for file in [source] if source.is_file() else sorted(source.glob("*.json")):
-        if file.name == "dataset_infos.json" or is_table(file):  # the former is the Hub's metadata of a data set
+        # The Hub's metadata of a data set, and hidden files such as those that macOS adds to archives.
+        if file.name == "dataset_infos.json" or file.name.startswith(".") or is_table(file):
             continue
         # The names of official files contain the split; other files have it in their content.
         name = split_of_file(file) or _split_of_content(file)
@@ -112,6 +113,11 @@ class OfficialDocVQA(Examples):
         name = f"questionId {row.get('questionId')!s:.100}, {key} {row.get(key)!s:.100}"
         return f"{self.file}, row {index} ({name.encode(errors='backslashreplace').decode()})"
 
+    def identity(self, index: int) -> object:
+        """Return a question's id and text."""
+        row = self.rows[index]
+        return (row.get("questionId"), row.get("question")) if isinstance(row, dict) else None
+
     def _check_row(self, index: int) -> list[str]:
         """Locate the pages of a row, and return its answers."""
         fields, images, source = self._fields(index), self._image_names(index), self.source(index)
@@ -155,7 +161,7 @@ class OfficialDocVQA(Examples):
         candidates = [folder / image] if is_there else [folder / subfolder / name for subfolder in IMAGE_FOLDERS]
         paths = [path for path in candidates if os.path.isfile(path)]
         if not paths:
-            raise InputError(f"{source}: the image file is missing in {folder}: mend the path, or see data.image_root")
+            raise InputError(f"{source}: the image file {is_missing(folder, [folder / image, *candidates])}")
         if len(set(file_keys(paths).values())) > 1:
             raise InputError(f"{source}: {' and '.join(map(str, paths))} are different images: move one away")
         if not Path(os.path.abspath(paths[0])).is_relative_to(os.path.abspath(folder)):  # links may lead out of it

@@ -15,6 +15,7 @@ from PIL import Image
 from idefics_lit.data.documents import open_page_of_file
 from idefics_lit.data.images import open_page
 from idefics_lit.data.page_keys import digest_bytes, digest_file, file_keys
+from idefics_lit.utils.files import find_similar_file
 
 MAX_FILE_BYTES = 2**28  # of a file in an archive or on the Hub, which is read into memory
 CACHES = (datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE)
@@ -47,6 +48,8 @@ def open_stored(stored: Any, folder: str | None = None) -> Image.Image:  # noqa:
         raise ValueError("the image has neither bytes nor a path")
     if isinstance(stored, str):
         file, page = locate_image(stored, folder)
+        if isinstance(file, Path) and not os.path.isfile(file):
+            raise ValueError(f"the image file {stored!r:.100} {is_missing(folder or file.parent, [file])}")
         return open_page_of_file(file, page) if isinstance(file, Path) else open_page(_read_address(file), page)
     # The questions about a page often follow one another, each with a copy of the page's bytes.
     return _open_cached(stored) if isinstance(stored, bytes) else open_page(stored)
@@ -95,6 +98,20 @@ def path_keys(paths: Iterable[str], folder: str | None) -> dict[str, Hashable]:
     }
 
 
+def is_missing(folder: str | Path, files: Iterable[Path]) -> str:
+    """Return the end of the error message for an image path that leads to no file: in which folder, and the cure.
+
+    Args:
+        folder: the folder that the path is relative to.
+        files: the files that it may stand for.
+    """
+    similar = next(filter(None, map(find_similar_file, files)), None)
+    cure = "mend the path, or see data.image_root"
+    if similar:
+        cure = f"{os.path.relpath(similar, folder)!a} is there, in other letters: rename it, or mend the path"
+    return f"is missing in {folder}: {cure}"
+
+
 def locate_image(path: str, folder: str | None) -> Location:
     r"""Return where a path in the data leads.
 
@@ -140,7 +157,8 @@ def _check_inside(path: str, folder: str | None) -> Path | str:
     is_on_hub = folder is None and location.startswith("hf://")
     if not is_on_hub and "://" not in location:
         location = os.path.abspath(os.path.join(folder or "", location))
-    inside = is_on_hub or any(Path(location).is_relative_to(os.path.abspath(root)) for root in (*roots, *CACHES))
+    folders = (os.path.join(os.path.abspath(root), "") for root in (*roots, *CACHES))
+    inside = is_on_hub or any(os.path.join(location, "").startswith(folder) for folder in folders)
     if not inside or not all(member.startswith("zip://") for member in members):
         raise ValueError(f"the image path {path:.100} lies outside the data's folder: see data.image_root")
     if not is_on_hub and not members:

@@ -71,6 +71,10 @@ class SyntheticPages(Examples):
         page, number = self._items[index]
         return f"synthetic {self.split}, page {page} ({self.page_ids[index][0][0]}), question {number}"
 
+    def identity(self, index: int) -> object:
+        """Return the page and the number of the question, which decide its text."""
+        return self.page_ids[index], self._items[index]
+
 
 @lru_cache(maxsize=16)
 def _render(family: str, seed: int) -> tuple[Image, list[Question]]:

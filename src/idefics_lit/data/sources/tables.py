@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from idefics_lit.data.sources.columns import ColumnMapping
 from idefics_lit.data.sources.hub import HubDocVQA, stored_keys
 from idefics_lit.data.sources.split_names import split_of_file
-from idefics_lit.data.sources.stored_images import locate_image
+from idefics_lit.data.sources.stored_images import is_missing, locate_image
 from idefics_lit.data.sources.text_files import DELIMITERS, TABLE_SUFFIXES, is_table, parse_cell, read_rows
 from idefics_lit.errors import InputError
 
@@ -45,8 +45,8 @@ def find_tables(source: Path) -> dict[str, Path]:
             raise InputError(f"{source}: {tables[split].name} and {file.name} both hold split {split!r}: join them")
         if split:
             tables[split] = file
-    files = [file for file in files if file.stem != "metadata"]  # `find_nested_tables` finds it
-    if tables or not files or any(map(_is_nested_table, source.glob("*/**/*"))):
+    has_metadata = any(file.stem == "metadata" for file in files)  # which `find_nested_tables` finds
+    if tables or not files or has_metadata or any(map(_is_nested_table, source.glob("*/**/*"))):
         return tables
     if len(files) > 1:
         raise InputError(
@@ -257,5 +257,5 @@ def _image_fault(image: str, folder: Path) -> str:
     except Exception as error:
         return str(error)
     if isinstance(file, Path) and not os.path.isfile(file):
-        return f"the image file {image!r:.100} is missing in {folder}: mend the path, or see data.image_root"
+        return f"the image file {image!r:.100} {is_missing(folder, [file])}"
     return ""
