@@ -50,8 +50,9 @@ PAGE = (ROOT / "docs" / "lightning.md").read_text()
 # Features with tests of their own: which tests name them.
 TESTED_IN = {
     **dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "training/test_strategies.py"),
-    **dict.fromkeys(("LearningRateFinder", "BatchSizeFinder"), "training/test_tuners.py"),
+    **dict.fromkeys(("LearningRateFinder", "BatchSizeFinder"), "training/test_tuner.py"),
     "WandbLogger": "reporting/test_report.py",
+    **dict.fromkeys(("CometLogger", "MLFlowLogger"), "reporting/test_logger_media.py"),
 }
 
 
@@ -160,11 +161,11 @@ RUNS = [
     run("callbacks", "BaseFinetuning BasePredictionWriter Callback Checkpoint DeviceStatsMonitor EarlyStopping"
         " LambdaCallback LearningRateMonitor ModelCheckpoint OnExceptionCheckpoint SpikeDetection ThroughputMonitor"
         " Timer RichModelSummary RichProgressBar", has_scores,
-        logger=True, log_every_n_steps=1, enable_checkpointing=True, enable_progress_bar=True,
+        logger=True, log_every_n_steps=1, val_check_interval=2, enable_checkpointing=True, enable_progress_bar=True,
         enable_model_summary=True, callbacks=[
             Finetuning(), Writer(), Callback(), SaveAtEnd(), DeviceStatsMonitor(cpu_stats=True),
             EarlyStopping("val/loss"), LambdaCallback(), LearningRateMonitor(), ModelCheckpoint(monitor="val/anls"),
-            OnExceptionCheckpoint("."), SpikeDetection(), ThroughputMonitor(lambda batch: len(batch.examples)),
+            OnExceptionCheckpoint("."), SpikeDetection(), ThroughputMonitor(lambda batch: len(batch.question_ids)),
             Timer("00:00:05:00"), RichModelSummary(), RichProgressBar()]),
     run("other bars", "ModelSummary ProgressBar GradientAccumulationScheduler", enable_progress_bar=True,
         enable_model_summary=True, callbacks=[ModelSummary(2), Bar(), GradientAccumulationScheduler({0: 2})]),
@@ -172,7 +173,7 @@ RUNS = [
         limit_train_batches=1, callbacks=[TQDMProgressBar(), StochasticWeightAveraging(1e-3, swa_epoch_start=1)]),
     run("averages", "WeightAveraging", callbacks=[WeightAveraging()]),
     run("exponential averages", "EMAWeightAveraging", callbacks=[EMAWeightAveraging(decay=0.5)]),
-    run("loggers", "CSVLogger TensorBoardLogger Logger", logs, log_every_n_steps=1,
+    run("loggers", "CSVLogger TensorBoardLogger Logger", logs, log_every_n_steps=1, val_check_interval=2,
         logger=lambda: [CSVLogger("."), TensorBoardLogger("."), MetricNames()]),
 ]  # fmt: skip
 
@@ -226,10 +227,8 @@ def test_every_feature_that_works_is_run():
         for name, (works, note) in rows(section).items():
             assert works in ("yes", "no", "not tried")
             if works == "yes" and name not in ran and not note.startswith("as `"):
-                where = TESTED_IN.get(name) or (
-                    name in ("CometLogger", "MLFlowLogger") and "reporting/test_logger_media.py"
-                )
-                assert where and name in (ROOT / "tests" / where).read_text(), name
+                where = ROOT / "tests" / TESTED_IN[name]
+                assert name in where.read_text(), name
 
 
 @pytest.mark.parametrize("callback", [BackboneFinetuning(), ModelPruning("l1_unstructured")])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.cli import LightningCLI
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
@@ -227,3 +228,10 @@ def test_initializations_that_change_the_base_are_refused(tiny):
 def test_an_adapter_in_16_bits_is_refused_with_the_reason(tiny, precision):
     with pytest.raises(InputError, match=rf"trainer\.precision {precision}: .*bf16-mixed.*rounded away"):
         Trainer(**CPU, precision=precision).fit(Idefics2Module(tiny, **OPTIONS), [])
+
+
+def test_an_adapter_is_the_start_in_a_users_own_command_line(tiny, adapter):
+    args = ["--model.pretrained", tiny, "--model.adapter", adapter, "--model.quantization", "none"]
+    cli = LightningCLI(Idefics2Module, run=False, args=args, save_config_callback=None)
+    assert cli.model.hparams.lora == LoRA.from_peft(CONFIG).__dict__
+    assert "adapter" not in cli.model.hparams

@@ -1,22 +1,18 @@
 """The LoRA adapter of a base model: a new one, a saved one, or that of a peft model."""
 
-import json
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.hub import cached_file
 
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.lora import LoRA
+from idefics_lit.model.lora import ADAPTER, LoRA
 from idefics_lit.model.quiet_imports import peft
 
 # Other initializations change the base model's weights, which neither checkpoints nor adapters hold.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
-ADAPTER = "default"  # peft's name of an adapter that is given none
 
 
 def add_lora(base: nn.Module, lora: LoRA) -> peft.PeftModel:
@@ -75,16 +71,6 @@ def read_adapter_options(adapter: str) -> LoRA:
     if not isinstance(config, peft.LoraConfig):
         raise InputError(f"model.adapter {adapter!r} is of the kind {_kind(config)}: only LoRA can be trained")
     return LoRA.from_peft(config)
-
-
-def read_training_options(adapter: str) -> dict[str, Any]:
-    """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
-    try:
-        file = cached_file(adapter, "idefics_lit.json")
-        facts = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-        return {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
 
 
 def load_adapter(model: peft.PeftModel, adapter: str) -> None:

@@ -12,6 +12,7 @@ Quantization = Literal["nf4", "none"]
 # From the recipe: the attention projections of text model and resampler, the modality projection, and the head.
 TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
 
+ADAPTER = "default"  # peft's name of an adapter that is given none
 # peft's names of the options that `LoRA` has itself.
 NAMES = {
     "r": "r",
@@ -63,10 +64,10 @@ class LoRA:
             TypeError: ``options`` names an argument that the installed peft doesn't have.
             ValueError: an option has a wrong value.
         """
-        from peft import LoraConfig
+        from idefics_lit.model.quiet_imports import peft  # takes seconds to import
 
         options: dict[str, Any] = {theirs: getattr(self, name) for name, theirs in NAMES.items()}
-        return LoraConfig(**options, **self.options)
+        return peft.LoraConfig(**options, **self.options)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_only
-from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.loading import load_model
 from idefics_lit.model.lora import LoRA
+from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
 from idefics_lit.training.checkpoint import base_fingerprint
 from idefics_lit.training.checkpoint_checks import check_base, check_weights
@@ -48,7 +48,7 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
             than ``pretrained``.
     """
     module.configure_model()
-    pretrained = module.hparams.pretrained
+    pretrained = module.hparams.pretrained  # a loaded model that was handed over may be another one
     check_base(module.base_fingerprint, base_fingerprint(pretrained), pretrained)
     adapter = {name.removeprefix("model."): value for name, value in module.state_dict().items()}
     if other := next((name for name in adapter if not ADAPTER_WEIGHT.search(name)), None):
@@ -87,7 +87,7 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
 
 def write_export(
     folder: Path,
-    model: PeftModel,
+    model: peft.PeftModel,
     processor: ProcessorMixin,
     *,
     options: Mapping[str, Any],

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import transformers
 import yaml
 from transformers import GenerationConfig
+
+from idefics_lit.model.quiet_imports import peft
 
 # transformers before 5.21 rounds the coordinates of image patches to the dtype of the pixels; version 4 can't load the
 # processor.

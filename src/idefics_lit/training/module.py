@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -21,33 +21,34 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel, ProcessorMixin
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer
 from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
-from idefics_lit.model.adapter import ADAPTER, read_training_options
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
 from idefics_lit.model.feature_cache import open_cache
 from idefics_lit.model.forward import Idefics2Backbone
 from idefics_lit.model.loading import check_vocabulary, load_model
-from idefics_lit.model.lora import LoRA, Quantization
-from idefics_lit.model.quiet_imports import peft
+from idefics_lit.model.lora import ADAPTER, LoRA, Quantization
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint, check_training_options
 from idefics_lit.training.execution import describe, find_batch_size, options_in_effect
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
-from idefics_lit.training.options import check_options, plain_lora_options
+from idefics_lit.training.options import check_options, plain_lora_options, read_training_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import TrainedWeightsModule, trained_parameters
 from idefics_lit.training.unsupported import check_supported
 from idefics_lit.utils.distributed import gather_objects
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
 
 class Idefics2Module(TrainedWeightsModule):
@@ -168,7 +169,7 @@ class Idefics2Module(TrainedWeightsModule):
         check_supported(self.trainer)
         return super().configure_callbacks()
 
-    def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
+    def configure_model(self, model: "PreTrainedModel | PeftModel | None" = None) -> None:
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
 
         The Trainer calls it.
@@ -226,7 +227,7 @@ class Idefics2Module(TrainedWeightsModule):
         )
         check_vocabulary(options.pretrained, self.processor, self.model)
 
-    def load_processor(self, **options: Any) -> ProcessorMixin:  # noqa: ANN401
+    def load_processor(self, **options: Any) -> "ProcessorMixin":  # noqa: ANN401
         """Return the processor; override it to add tokens.
 
         Args:
@@ -234,7 +235,7 @@ class Idefics2Module(TrainedWeightsModule):
         """
         return load_processor(self.hparams.pretrained, **options)
 
-    def prepare_base(self, model: PreTrainedModel) -> None:
+    def prepare_base(self, model: "PreTrainedModel") -> None:
         """Change the base model before the adapter is added, such as its number of tokens; nothing by default.
 
         Weights that this adds are in checkpoints only if they are trained: name them in ``LoRA.options``.

@@ -1,11 +1,14 @@
 """Checks of the options of `Idefics2Module`."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import cached_file
+
 from idefics_lit.errors import InputError
-from idefics_lit.model.adapter import read_adapter_options
 from idefics_lit.model.lora import LoRA
 
 
@@ -43,8 +46,20 @@ def plain_lora_options(lora: Any, adapter: str | None) -> dict[str, Any]:  # noq
     if not isinstance(lora, LoRA):
         lora = LoRA(**lora) if isinstance(lora, Mapping) else LoRA.from_peft(lora)
     if adapter is not None:
+        from idefics_lit.model.adapter import read_adapter_options  # imports peft
+
         saved = read_adapter_options(adapter)
         if lora not in (LoRA(), saved):
             raise InputError(f"model.lora: model.adapter {adapter} has other options, {saved}: leave model.lora out")
         lora = saved
     return asdict(lora)
+
+
+def read_training_options(adapter: str) -> dict[str, Any]:
+    """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
+    try:
+        file = cached_file(adapter, "idefics_lit.json")
+        facts = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        return {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
