@@ -141,6 +141,15 @@ class DocVQADataModule(LightningDataModule):
         """The options that choose which pages of the training split are scored; empty if none are."""
         self._splits = SplitRoles(self.hparams)
 
+    @property
+    def batch_size(self) -> int:
+        """``hparams.batch_size``, which Lightning's `Tuner` and ``BatchSizeFinder`` set."""
+        return self.hparams.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self.hparams.batch_size = value
+
     def setup(self, stage: str) -> None:
         """Load the processor and open the splits that the stage needs, without the rows that are known to be bad."""
         self.open(stage)

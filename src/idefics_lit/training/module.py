@@ -40,7 +40,7 @@ from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_checkpoint, check_training_options
 from idefics_lit.training.execution import describe, find_batch_size, options_in_effect
-from idefics_lit.training.optimizer import adamw_with_schedule
+from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
@@ -131,9 +131,19 @@ class Idefics2Module(TrainedWeightsModule):
         self.answers = []
         self._token_mean = TokenMean()
         self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
+        self._scheduled_lr = lr
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
         saved = read_training_options(adapter) if adapter else {}
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, ``hparams.lr``, which Lightning's `Tuner` and ``LearningRateFinder`` set."""
+        return self.hparams.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.hparams.lr = value
 
     def configure_model(self, model: PreTrainedModel | peft.PeftModel | None = None) -> None:
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one.
@@ -285,17 +295,20 @@ class Idefics2Module(TrainedWeightsModule):
 
     def on_train_start(self) -> None:
         """Continue the checkpoint's unfinished optimizer step, if there is one."""
-        if not self._restored:
-            return
-        self._token_mean.restore(self._restored, trained_parameters(self), self.device)
-        self._restored = {}
+        if self._restored:
+            self._token_mean.restore(self._restored, trained_parameters(self), self.device)
+            self._restored = {}
 
     def on_fit_end(self) -> None:
         """Delete the CUDA graphs, since Lightning moves the weights to the CPU."""
         self.backbone.forget_graphs()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
-        """Make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        """Use a new ``lr``; make dropout a function of seed, rank, epoch and batch, for resumed runs."""
+        for config in self.trainer.lr_scheduler_configs:
+            if self.lr != self._scheduled_lr and isinstance(config.scheduler, ResumableLambdaLR):
+                config.scheduler.replace_lr(self._scheduled_lr, self.lr)
+                self._scheduled_lr = self.lr
         if torch.initial_seed() != self._batch_seed:
             self._seed = torch.initial_seed()
         torch.manual_seed(hash((self._seed, self.global_rank, self.current_epoch, batch_idx)))
@@ -349,6 +362,7 @@ class Idefics2Module(TrainedWeightsModule):
         optimizer, scheduler = adamw_with_schedule(
             [*trained_parameters(self).values()], self.trainer, **{name: self.hparams[name] for name in names}
         )
+        self._scheduled_lr = self.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Evaluation

@@ -21,10 +21,20 @@ class ResumableLambdaLR(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the step; the learning rates are those that this schedule has at that step."""
         super().load_state_dict(state_dict)
-        groups = self.optimizer.param_groups
-        self.base_lrs = [group["initial_lr"] for group in groups]
-        for group, factor in zip(groups, self.lr_lambdas, strict=True):
-            group["lr"] = group["initial_lr"] * factor(self.last_epoch)
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self._set_rates()
+
+    def replace_lr(self, old: float, new: float) -> None:
+        """Replace the learning rate from which the schedule was made; groups with other rates keep their ratio to it.
+
+        Sets the rates of the current step, whatever they have been changed to.
+        """
+        self.base_lrs = [new if lr == old else lr * new / old for lr in self.base_lrs]
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        for group, base_lr, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base_lr, base_lr * factor(self.last_epoch)
 
 
 def adamw_with_schedule(
