@@ -62,7 +62,7 @@ def test_a_copy_after_a_fit_can_be_fitted(tiny, examples):
     for make_copy in (copy.deepcopy, pickled):
         other = make_copy(module)
         Trainer(**CPU, max_steps=1).fit(other, loader)
-        assert other.step_loss.isfinite()
+        assert other.step_loss is not None and other.step_loss.isfinite()
 
 
 class Parent(LightningModule):

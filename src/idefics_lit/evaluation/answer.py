@@ -23,6 +23,7 @@ class Answer:
         answer_page: the page, counted from 0, on which the model locates the answer; None if that wasn't computed.
         reference_page: the page, counted from 0, that the data set names; None if it names none.
         index: the question's index in its split; None if the data loader sets none.
+        dataloader_idx: which of several data loaders the question is from.
     """
 
     question_id: int | str
@@ -34,14 +35,15 @@ class Answer:
     answer_page: int | None = None
     reference_page: int | None = None
     index: int | None = None
+    dataloader_idx: int = 0
 
     def to(self, *args: object, **kwargs: object) -> "Answer":
         """Return the answer itself; Lightning moves predictions with it and rejects frozen dataclasses without it."""
         return self
 
     def to_json(self) -> str:
-        """Return one line of ``predictions.jsonl``: all fields but ``index``, without the pages that are None."""
-        fields = {name: value for name, value in asdict(self).items() if name != "index"}
+        """Return one line of ``predictions.jsonl``: all fields but the last two, without the pages that are None."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("index", "dataloader_idx")}
         for name in ("answer_page", "reference_page"):
             if fields[name] is None:
                 del fields[name]
@@ -53,16 +55,17 @@ def by_question(answers: Iterable[Answer]) -> dict[Hashable, Answer]:
 
     The key is the question's index in its split, since ids may recur. An answer without an index has the key
     ``"<id> <n>"``, where n counts the earlier answers with this id on this rank: a distributed sampler that pads
-    repeats an example on another rank.
+    repeats an example on another rank. With several data loaders the loader's number is part of the key.
     """
     id_counts: Counter[Hashable] = Counter()
     unique: dict[Hashable, Answer] = {}
     for answer in answers:
         key: Hashable = answer.index
         if key is None:
-            key = f"{answer.question_id!r} {id_counts[answer.question_id]}"
-            id_counts[answer.question_id] += 1
-        unique.setdefault(key, answer)
+            id_key = answer.dataloader_idx, answer.question_id
+            key = f"{answer.question_id!r} {id_counts[id_key]}"
+            id_counts[id_key] += 1
+        unique.setdefault((answer.dataloader_idx, key) if answer.dataloader_idx else key, answer)
     return unique
 
 

@@ -46,11 +46,13 @@ def group_by_page(answers: Iterable[Answer], examples: Examples) -> list[Card]:
     """Return a card without images for each page, ordered by the lowest score, then by the mean score.
 
     Args:
-        answers: scored answers with an index.
-        examples: the split of the answers.
+        answers: scored answers with an index; those of further data loaders are left out.
+        examples: the split of the first data loader.
     """
     pages: dict[Hashable, list[Answer]] = {}
     for answer in answers:
+        if answer.dataloader_idx:
+            continue
         assert answer.index is not None
         pages.setdefault(examples.page_ids[answer.index], []).append(answer)
 

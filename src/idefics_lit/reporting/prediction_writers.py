@@ -126,7 +126,7 @@ def gather_answers(trainer: Trainer, answers: Iterable[Answer]) -> Answers:
             f"Several questions have the id {', '.join(shared_ids[:MAX_LISTED_IDS])}{more}: each of them is scored and "
             f"written, but readers of the files can't tell them apart by id: name another column of ids in data.columns"
         )
-    return dict(sorted(unique.items(), key=lambda item: item[1].index or 0))
+    return dict(sorted(unique.items(), key=lambda item: (item[1].dataloader_idx, item[1].index or 0)))
 
 
 def _submission(answers: Sequence[Answer]) -> str:

@@ -57,7 +57,8 @@ class Report(Callback):
         """Record loss and learning rate after each optimizer step."""
         if trainer.global_step > self.last_global_step:
             self.last_global_step = trainer.global_step
-            self.history.add_step(trainer.global_step, pl_module.step_loss, pl_module.step_lr)
+            if pl_module.step_loss is not None:
+                self.history.add_step(trainer.global_step, pl_module.step_loss, pl_module.step_lr)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
         """Record a validation of a fit; write the report of ``Trainer.validate``."""

@@ -9,8 +9,9 @@ What is special here:
   a resumed run ends with the same adapter, wherever it was interrupted.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -52,8 +53,9 @@ class Idefics2Module(TrainedWeightsModule):
     """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
-    for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
-    test logs the same under ``test/``. Batches come from `Idefics2Collator`.
+    for every question type in the data, ``val/anls_dataloader_idx_N`` for each of several data loaders, and
+    ``val/answer_page_accuracy`` if the data says which page an answer is on; a test logs the same under ``test/``.
+    Batches come from `Idefics2Collator`.
 
     ``dequantize``, ``gradient_checkpointing``, ``cuda_graphs`` and ``compile`` are worked out where they are None: see
     `idefics_lit.model.execution`. They don't change the loss.
@@ -95,8 +97,9 @@ class Idefics2Module(TrainedWeightsModule):
     hparams: Any  # the arguments of __init__, by name
     answers: list[Answer]
     """The answers of this rank's last validation or test."""
-    step_loss: Tensor
-    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate."""
+    step_loss: Tensor | None = None
+    """The loss of the last optimizer step, on the training device; ``step_lr`` is its learning rate. None if a subclass
+    computes its own loss."""
 
     def __init__(
         self,
@@ -120,11 +123,8 @@ class Idefics2Module(TrainedWeightsModule):
         strip_period: bool = False,
     ) -> None:
         super().__init__()
-        # A dict, since a checkpoint's hyperparameters must be plain types to load with weights_only.
-        lora = plain_lora_options(lora, adapter)  # type: ignore[assignment]
-        self.save_hyperparameters(ignore="adapter")  # checkpoints hold the adapter's weights
-        self.hparams.lora = lora  # LightningCLI saves its config instead
         self.adapter = adapter
+        self.save_hyperparameters()
         check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
@@ -135,6 +135,19 @@ class Idefics2Module(TrainedWeightsModule):
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
         saved = read_training_options(adapter) if adapter else {}
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
+
+    def save_hyperparameters(self, *args: Any, ignore: Any = (), frame: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save hyperparameters as Lightning does, but ``lora`` as a dict and not ``adapter``, which checkpoints hold.
+
+        Checkpoints load with weights_only, so that hyperparameters must be plain types. Lightning collects them from
+        the ``__init__`` of subclasses, too.
+        """
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        ignore = ["adapter", *([ignore] if isinstance(ignore, str) else ignore or ())]
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)
+        if "lora" in self.hparams:
+            lora = plain_lora_options(self.hparams.lora, self.adapter)
+            super().save_hyperparameters({"lora": lora}, ignore=ignore, frame=frame, **kwargs)
 
     @property
     def lr(self) -> float:
@@ -367,17 +380,15 @@ class Idefics2Module(TrainedWeightsModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer the batch's questions and add its loss."""
-        self.answers += self.evaluator.evaluate(batch, self.eval_loss)
+        if batch_idx == dataloader_idx == 0:
+            self.answers = []
+            self.eval_loss.reset()
+        answers = self.evaluator.evaluate(batch, self.eval_loss)
+        self.answers += [replace(answer, dataloader_idx=dataloader_idx) for answer in answers]
 
     test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the answers of the last evaluation."""
-        self.answers = []
-
-    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation's loss and scores."""
@@ -391,14 +402,13 @@ class Idefics2Module(TrainedWeightsModule):
         """Free the memory that decoding took."""
         self.evaluator.free_memory()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Answer]:
         """Return the answer to each question of the batch."""
         return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
-        self.eval_loss.reset()
         for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
             self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls")
 

@@ -20,13 +20,16 @@ def compute_scores(answers: Collection[Answer], metric: ANLS, trainer: Trainer) 
         trainer: of the ranks.
 
     Returns:
-        ``anls``, ``anls_TYPE`` for every question type, and ``answer_page_accuracy`` if questions have a reference
-        page.
+        ``anls``, ``anls_TYPE`` for every question type, ``anls_dataloader_idx_N`` for every data loader if there are
+        several, and ``answer_page_accuracy`` if questions have a reference page.
     """
     own = by_question(answers)
+    has_several = any(gather_objects(trainer, any(answer.dataloader_idx for answer in answers)))
     scores: dict[str, Tensor | float] = {"anls": _anls(own, metric)}
     # All ranks must compute the same scores, also of types of which they have no questions.
     groups = by_question_type(own, name=metric_name)
+    for number in {answer.dataloader_idx for answer in answers} if has_several else ():
+        groups[f"dataloader_idx_{number}"] = {k: a for k, a in own.items() if a.dataloader_idx == number}
     for name in sorted(set().union(*gather_objects(trainer, [*groups]))):
         scores[f"anls_{name}"] = _anls(groups.get(name, {}), metric)
     page_is_correct = {
