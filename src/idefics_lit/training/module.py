@@ -55,8 +55,9 @@ class Idefics2Module(TrainedWeightsModule):
     """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
-    for every question type in the data, and ``val/answer_page_accuracy`` if the data says which page an answer is on; a
-    test logs the same under ``test/``. Batches come from `Idefics2Collator`.
+    for every question type in the data, ``val/anls_dataloader_idx_N`` for each of several data loaders, and
+    ``val/answer_page_accuracy`` if the data says which page an answer is on; a test logs the same under ``test/``.
+    Batches come from `Idefics2Collator`.
 
     ``dequantize``, ``gradient_checkpointing``, ``cuda_graphs`` and ``compile`` are worked out where they are None: see
     `idefics_lit.model.execution`. They don't change the loss.
@@ -136,24 +137,18 @@ class Idefics2Module(TrainedWeightsModule):
         saved = read_training_options(adapter) if adapter else {}
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
 
-    def save_hyperparameters(
-        self,
-        *args: Any,  # noqa: ANN401
-        ignore: Sequence[str] | str | None = None,
-        frame: Any = None,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Save hyperparameters as Lightning does, with ``lora`` as a dict and without ``adapter``.
+    def save_hyperparameters(self, *args: Any, ignore: Any = (), frame: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save hyperparameters as Lightning does, but ``lora`` as a dict and not ``adapter``, which checkpoints hold.
 
-        A checkpoint's hyperparameters must be plain types to load with ``weights_only``, and it holds the adapter's
-        weights itself. Lightning also collects the arguments of a subclass's ``__init__``.
+        Checkpoints load with weights_only, so that hyperparameters must be plain types. Lightning collects them from
+        the ``__init__`` of subclasses, too.
         """
-        ignore = ["adapter", *([ignore] if isinstance(ignore, str) else ignore or ())]
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        ignore = ["adapter", *([ignore] if isinstance(ignore, str) else ignore or ())]
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, **kwargs)
         if "lora" in self.hparams:
             lora = plain_lora_options(self.hparams.lora, self.adapter)
-            super().save_hyperparameters({"lora": lora}, frame=frame, **kwargs)
+            super().save_hyperparameters({"lora": lora}, ignore=ignore, frame=frame, **kwargs)
 
     @property
     def lr(self) -> float:
