@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -218,3 +220,30 @@ def test_an_answer_on_a_page_that_the_question_does_not_have_is_named():
         assert collator._reference_page(example) is None
     with pytest.raises(ValueError, match="holds '-3' where the number of a page should be"):
         as_page(-3)
+
+
+@pytest.mark.parametrize("change", ["", " | upper"])
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+def test_texts_are_those_of_the_chat_template(processor, style, change):
+    changed = copy.deepcopy(processor)
+    changed.chat_template = processor.chat_template.replace("line['text']", f"line['text']{change}")
+    assert not change or changed.chat_template != processor.chat_template
+    collate = Idefics2Collator(changed, train=True, prompt_style=style)
+    texts = ["Plain?", "{{ 1 + 1 }} {% if %}", "{0} %s \\n $1", "a\n  b\t", "\ue000\ue001", "é 名前 \u2028", "'\"<b>"]
+    for pages in (1, 2):
+        for question in texts:
+            for answer in texts:
+                example = Example(0, question, [Image.new("L", (40, 30))] * pages, [answer])
+                text = {"type": "text"}
+                asked = [{"type": "image"}] * pages + [{**text, "text": question.strip()}]
+                if style == "recipe":
+                    asked.insert(0, {**text, "text": "Answer briefly."})
+                else:
+                    asked[-1]["text"] += "\nGive a very brief answer."
+                turns = [{"role": "user", "content": asked}]
+                prompt = changed.apply_chat_template(turns, add_generation_prompt=True)
+                assert collate.prompt(example) == prompt.strip()
+                turns.append({"role": "assistant", "content": [{**text, "text": answer.strip()}]})
+                whole = changed.tokenizer(changed.apply_chat_template(turns).strip()).input_ids
+                (ids,) = collate.tokenize([example]).full_ids
+                assert whole[-len(ids) :] == ids

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,18 +152,22 @@ def _check_inside(path: str, folder: str | None) -> Path | str:
     """
     # A file in an archive has an address such as zip://page.png::archive.zip.
     *members, location = path.split("::") if "://" in path else [path]
-    # `datasets` resolves links in the folder's path.
-    roots = [] if folder is None else [folder, os.path.realpath(folder)]
     is_on_hub = folder is None and location.startswith("hf://")
     if not is_on_hub and "://" not in location:
         location = os.path.abspath(os.path.join(folder or "", location))
-    folders = (os.path.join(os.path.abspath(root), "") for root in (*roots, *CACHES))
-    inside = is_on_hub or any(os.path.join(location, "").startswith(folder) for folder in folders)
+    folders = [os.path.abspath(root) for root in (*CACHES, *([] if folder is None else [folder]))]
+    inside = is_on_hub or os.path.join(location, "").startswith(_allowed_folders(*folders))
     if not inside or not all(member.startswith("zip://") for member in members):
         raise ValueError(f"the image path {path:.100} lies outside the data's folder: see data.image_root")
     if not is_on_hub and not members:
         return Path(location)
     return "::".join([*members, location])
+
+
+@cache
+def _allowed_folders(*folders: str) -> tuple[str, ...]:
+    """Return the folders with a slash at the end, also with links resolved, as `datasets` does."""
+    return tuple(os.path.join(path, "") for folder in folders for path in (folder, os.path.realpath(folder)))
 
 
 def _bytes_or_path(stored: Any) -> Any:  # noqa: ANN401
