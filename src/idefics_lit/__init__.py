@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from idefics_lit.data.example import Example
     from idefics_lit.errors import InputError
     from idefics_lit.metrics import ANLS, anls
-    from idefics_lit.model.loading import LoRA
+    from idefics_lit.model.lora import LoRA
     from idefics_lit.pretrained import load_processor
     from idefics_lit.training.module import Idefics2Module
 
@@ -36,7 +36,7 @@ _MODULES = {
     "Idefics2Collator": "data.collator",
     "Idefics2Module": "training.module",
     "InputError": "errors",
-    "LoRA": "model.loading",
+    "LoRA": "model.lora",
     "anls": "metrics",
     "load_processor": "pretrained",
 }

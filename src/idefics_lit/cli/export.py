@@ -21,7 +21,8 @@ from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.cli.model_card import SPLITTING_OFF, model_card
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.loading import LoRA, load_model
+from idefics_lit.model.loading import load_model
+from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import load_processor, resolve
 from idefics_lit.training.checkpoint import check_hyperparameters, read_checkpoint
 from idefics_lit.training.module import Idefics2Module

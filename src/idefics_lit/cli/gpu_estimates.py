@@ -58,7 +58,8 @@ def weights_gib(config: PretrainedConfig, options: Mapping[str, Any], precision:
     Raises:
         InputError: ``lora.target_modules`` match no layer.
     """
-    from idefics_lit.model.loading import LoRA, add_lora  # after the noise filter: bitsandbytes logs on import
+    from idefics_lit.model.loading import add_lora  # after the noise filter: bitsandbytes logs on import
+    from idefics_lit.model.lora import LoRA
 
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config)

@@ -1,7 +1,8 @@
 """The LightningDataModule: opens the splits that a stage needs and builds their loaders."""
 
 import os
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.utils.data
 from lightning import LightningDataModule
@@ -13,11 +14,13 @@ from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import StreamLoader, TrainingLoader
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
-from idefics_lit.data.sources.streaming import StreamedQuestions
-from idefics_lit.data.split_roles import SplitRoles
 from idefics_lit.data.subset import Subset, sample_pages
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
+
+if TYPE_CHECKING:
+    from idefics_lit.data.sources.streaming import StreamedQuestions
+    from idefics_lit.data.split_roles import SplitRoles
 
 MINIMUMS = {
     **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
@@ -123,10 +126,9 @@ class DocVQADataModule(LightningDataModule):
         """What is wrong with the rows that were left out before any page was opened, one line each."""
         self.held_out_by: dict[str, Any] = {}
         """The options that choose which pages of the training split are scored; empty if none are."""
-        self._splits = SplitRoles(self.hparams)
 
     def setup(self, stage: str) -> None:
-        """Load the processor and open the splits that the stage needs, without the rows that are known to be bad."""
+        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad."""
         self.open(stage)
         self.examples = {
             split: self._without_faults(examples, need_answers=split != "predict")
@@ -134,13 +136,10 @@ class DocVQADataModule(LightningDataModule):
         }
 
     def open(self, stage: str) -> None:
-        """Load the processor and open the splits that the stage needs, bad rows included."""
+        """Open the splits that the stage needs and load the processor, bad rows included."""
         options = self.hparams
         # Tokenizer threads and forked workers can deadlock.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.processor = load_processor(
-            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
-        )
         if options.streaming:
             self._check_streaming(stage)
         elif stage == "fit":
@@ -154,6 +153,9 @@ class DocVQADataModule(LightningDataModule):
             self.examples["test"] = _first(self._splits.test(), options.limit_test)
         if stage == "predict":
             self.examples["predict"] = _first(self._splits.predict(), options.limit_test)
+        self.processor = load_processor(
+            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
@@ -232,6 +234,12 @@ class DocVQADataModule(LightningDataModule):
     def _dataset(self, split: str) -> Any:  # noqa: ANN401
         return SkipBadExamples(self.examples[split]) if self._skips_bad_examples else self.examples[split]
 
+    @cached_property
+    def _splits(self) -> "SplitRoles":
+        from idefics_lit.data.split_roles import SplitRoles
+
+        return SplitRoles(self.hparams)
+
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
         return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
@@ -243,7 +251,9 @@ class DocVQADataModule(LightningDataModule):
         if stage == "fit" and (self.trainer is None or self.trainer.max_steps < 0):
             raise InputError("trainer.max_steps is missing: a stream has no end, say how many steps to train for")
 
-    def _streamed_questions(self) -> StreamedQuestions:
+    def _streamed_questions(self) -> "StreamedQuestions":
+        from idefics_lit.data.sources.streaming import StreamedQuestions
+
         options = self.hparams
         # All validation questions are held out, not only those of val_in_fit.
         held_out = () if self._splits.val_name() else _first(self._splits.val(), options.limit_val).page_ids

@@ -8,8 +8,7 @@ kernels are disabled: they have no gradient and repack a layer's weight permanen
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -21,31 +20,8 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTra
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.compat import configure_compile
+from idefics_lit.model.lora import LoRA, Quantization
 from idefics_lit.pretrained import cannot_load, refuse_adapter, resolve
-
-Quantization = Literal["nf4", "none"]
-
-# From the recipe: the attention projections of text model and resampler, the modality projection, and the head.
-TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
-
-
-@dataclass
-class LoRA:
-    """Low-rank adaptation, https://arxiv.org/abs/2106.09685; the defaults are those of the recipe.
-
-    Args:
-        r: rank.
-        alpha: scale; the update is multiplied by alpha / r.
-        dropout: dropout probability of the adapter's input.
-        init: initialization of the adapter, see peft's ``init_lora_weights``.
-        target_modules: regular expression of the layers that get an adapter.
-    """
-
-    r: int = 8
-    alpha: int = 8
-    dropout: float = 0.1
-    init: str = "gaussian"
-    target_modules: str = TARGET_MODULES
 
 
 def load_model(

@@ -27,12 +27,9 @@ from torchmetrics import MeanMetric
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
-from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.feature_cache import open_cache
-from idefics_lit.model.forward import Idefics2Backbone
-from idefics_lit.model.loading import LoRA, Quantization, load_model
+from idefics_lit.model.lora import LoRA, Quantization
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, load_examples, pair_questions
 from idefics_lit.training.checkpoint import (
@@ -142,6 +139,11 @@ class Idefics2Module(LightningModule):
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
         if hasattr(self, "model"):
             return
+        from idefics_lit.evaluation.evaluator import Evaluator
+        from idefics_lit.model.feature_cache import open_cache
+        from idefics_lit.model.forward import Idefics2Backbone
+        from idefics_lit.model.loading import load_model
+
         options = self.hparams
         if (trainer := self._attached_trainer) is not None:
             fits = trainer.state.fn == TrainerFn.FITTING
