@@ -139,6 +139,9 @@ class Idefics2Module(LightningModule):
         """Load the processor and the model, onto the Trainer's device or else onto a GPU if there is one."""
         if hasattr(self, "model"):
             return
+        from idefics_lit.model.compat import import_bitsandbytes
+
+        import_bitsandbytes()
         from idefics_lit.evaluation.evaluator import Evaluator
         from idefics_lit.model.feature_cache import open_cache
         from idefics_lit.model.forward import Idefics2Backbone
