@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+from idefics_lit.training.module import Idefics2Module
+
 
 def test_help_and_mistakes_import_no_heavy_packages(tmp_path):
     """They take little longer than `import lightning`, which imports transformers without its models."""
@@ -32,3 +34,10 @@ def test_a_missing_source_is_reported_before_anything_is_loaded(run, tmp_path, c
         except SystemExit as end:
             assert end.code == 2
         assert "no_pages" in capsys.readouterr().err
+
+
+def test_the_weights_stay_on_their_device_at_the_end(run, short_fit, monkeypatch):
+    moved = []
+    monkeypatch.setattr(Idefics2Module, "cpu", lambda module: moved.append("fit") or module)
+    run(*short_fit("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0))
+    assert not moved
