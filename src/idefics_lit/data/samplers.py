@@ -46,9 +46,8 @@ class TrainSampler(DistributedSampler[Any]):
         return {
             "trainer.devices": self.num_replicas,
             "data.seed": self.seed,
-            "data.questions_per_page": self.questions_per_page,
             # Earlier versions didn't combine the groups of several pages into blocks.
-            **({"order of pages": "in blocks"} if self.questions_per_page > 1 else {}),
+            "data.questions_per_page": 1 if (size := self.questions_per_page) == 1 else f"{size} in blocks",
             "training questions": f"{len(self.page_ids)} ({digest})",
         }
 
