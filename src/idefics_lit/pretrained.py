@@ -4,14 +4,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 # The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
@@ -73,7 +76,9 @@ def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
     return [file for name in names if (file := find(name))]
 
 
-def load_processor(pretrained: str, *, image_splitting: bool = False, image_size: int | None = None) -> ProcessorMixin:
+def load_processor(
+    pretrained: str, *, image_splitting: bool = False, image_size: int | None = None
+) -> "ProcessorMixin":
     """Load Idefics2's processor.
 
     Args:
@@ -89,7 +94,7 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
     refuse_adapter(pretrained)
     try:
         with quiet_transformers():  # it warns about the form of the Hub's files
-            processor = AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
+            processor = transformers.AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
     images = processor.image_processor
@@ -97,7 +102,8 @@ def load_processor(pretrained: str, *, image_splitting: bool = False, image_size
     if image_size is not None:
         longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
         try:
-            patch = AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False).vision_config.patch_size
+            config = transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
+            patch = config.vision_config.patch_size
         except Exception as error:
             raise cannot_load("configuration", pretrained, error) from error
         if not patch <= image_size <= longest:

@@ -215,6 +215,21 @@ def drawn(tiny):
     return data.examples["train"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_split_few_pages(tiny, ranks):
+    """Most identity cards have eight questions, some one more or less."""
+    data = DocVQADataModule("synthetic:id_card", tiny, limit_train=1600)
+    data.setup("fit")
+    cards, split = data.examples["train"], 0
+    for rank in range(ranks):
+        visits = list(TrainSampler(cards, 8, num_replicas=ranks, rank=rank, seed=0))
+        pages = [{cards.page_ids[index] for index, *_ in visits[i : i + 16]} for i in range(0, len(visits), 16)]
+        split += sum(len(batch) for batch in pages)
+    # A page with nine questions is in two batches.
+    count = Counter(cards.page_ids)
+    assert split < 1.1 * (len(count) + sum(number > 8 for number in count.values()))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("questions", [1, 3, 4, 100])
 def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questions, ranks):

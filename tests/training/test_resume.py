@@ -168,7 +168,7 @@ def test_another_order_of_the_questions_begins_the_epoch_anew(cut, short_fit, do
         warnings.filterwarnings("error", message=".*epoch restarts")
         assert cut([*args, "--data.source", "moved"])[1].visited == visited[6:]
     others = ("--data.seed", "1", "--data.questions_per_page", "2", "--data.source", "turned")
-    differing = "data.seed 0, here 1, data.questions_per_page 1, here 2, "
+    differing = "data.seed 0, here 1, data.questions_per_page 1, here 2 in blocks, "
     differing += r"training questions 10 \((\w+)\), here 10 \((?!\1)\w+\)"
     with pytest.warns(UserWarning, match=rf"checkpoint's epoch restarts, .* other settings: {differing}\."):
         _, callback = cut([*args, *others])

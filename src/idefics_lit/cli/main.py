@@ -23,6 +23,7 @@ from idefics_lit.reporting.skipped_examples import SkippedExamples
 from idefics_lit.reporting.summary import Summary
 from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
+from idefics_lit.training.module import Idefics2Module
 from idefics_lit.training.preemption import PreemptionSync, SaveOnInterrupt
 
 OUT_OF_MEMORY = (
@@ -45,9 +46,6 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     debug = "--debug" in args or os.environ.get("IDEFICS_LIT_DEBUG", "0") not in ("", "0")
     hide_noise(fit="fit" in args, quiet=not WITHOUT_RUN.isdisjoint(args))
-    # Imported after the filter, which hides what bitsandbytes logs on import.
-    from idefics_lit.training.module import Idefics2Module
-
     writer = EvaluationWriter()
     report = Report(writer)
     summary = Summary(writer, report)

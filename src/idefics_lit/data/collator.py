@@ -7,18 +7,20 @@ tokenizer. Nothing is ever truncated. Questions on one page are packed into one 
 import hashlib
 import random
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, ProcessorMixin
 
 from idefics_lit.data.example import Example
 from idefics_lit.data.page_keys import page_digest
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, ProcessorMixin
 
 PromptStyle = Literal["recipe", "idefics"]
 PLACEHOLDERS = ("\ue000", "\ue001")  # of question and answer: characters that Unicode leaves to programs
@@ -38,7 +40,7 @@ class TokenizedExamples(NamedTuple):
     """
 
     row_members: list[list[int]]
-    images: BatchFeature
+    images: "BatchFeature"
     page_ids: list[list[int]]
     prompt_ids: list[list[int]]
     full_ids: list[list[int]]
@@ -63,7 +65,7 @@ class Idefics2Collator:
 
     def __init__(
         self,
-        processor: ProcessorMixin,
+        processor: "ProcessorMixin",
         *,
         train: bool,
         prompt_style: PromptStyle = "recipe",
@@ -251,7 +253,7 @@ class Idefics2Collator:
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
         return str(text).strip()
 
-    def _process(self, examples: Sequence[Example], texts: list[str]) -> BatchFeature:
+    def _process(self, examples: Sequence[Example], texts: list[str]) -> "BatchFeature":
         try:
             return self.processor(
                 text=texts,

@@ -1,7 +1,8 @@
 """The LightningDataModule: opens the splits that a stage needs and builds their loaders."""
 
 import os
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.utils.data
 from lightning import LightningDataModule
@@ -15,12 +16,14 @@ from idefics_lit.data.loaders import StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
-from idefics_lit.data.split_roles import SplitRoles
-from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.data.subset import Subset, sample_pages
 from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.pretrained import DTYPES, load_processor
+
+if TYPE_CHECKING:
+    from idefics_lit.data.split_roles import SplitRoles
+    from idefics_lit.data.streamed_questions import StreamedQuestions
 
 MINIMUMS = {
     **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
@@ -136,10 +139,9 @@ class DocVQADataModule(LightningDataModule):
         """What is wrong with the rows that were left out before any page was opened, one line each."""
         self.held_out_by: dict[str, Any] = {}
         """The options that choose which pages of the training split are scored; empty if none are."""
-        self._splits = SplitRoles(self.hparams)
 
     def setup(self, stage: str) -> None:
-        """Load the processor and open the splits that the stage needs, without the rows that are known to be bad."""
+        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad."""
         self.open(stage)
         self.examples = {
             split: self._without_faults(examples, need_answers=split != "predict")
@@ -147,7 +149,7 @@ class DocVQADataModule(LightningDataModule):
         }
 
     def open(self, stage: str) -> None:
-        """Load the processor and open the splits that the stage needs, bad rows included."""
+        """Open the splits that the stage needs and load the processor, bad rows included."""
         options = self.hparams
         if options.batch_size is None and self._has_batch_size_finder:
             options.batch_size = self.batch_size  # which the callback multiplies
@@ -156,9 +158,6 @@ class DocVQADataModule(LightningDataModule):
             self.step = OptimizerStep(self.trainer, options)
         # Tokenizer threads and forked workers can deadlock.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.processor = load_processor(
-            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
-        )
         if options.streaming:
             self._check_streaming(stage)
         elif stage == "fit":
@@ -172,6 +171,9 @@ class DocVQADataModule(LightningDataModule):
             self.examples["test"] = _first(self._splits.test(), options.limit_test)
         if stage == "predict":
             self.examples["predict"] = _first(self._splits.predict(), options.limit_test)
+        self.processor = load_processor(
+            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
+        )
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own accumulation and validation interval back."""
@@ -289,6 +291,12 @@ class DocVQADataModule(LightningDataModule):
     def _skips_bad_examples(self) -> bool:
         return self.hparams.on_bad_example == "skip"
 
+    @cached_property
+    def _splits(self) -> "SplitRoles":
+        from idefics_lit.data.split_roles import SplitRoles
+
+        return SplitRoles(self.hparams)
+
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer
         return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
@@ -300,7 +308,9 @@ class DocVQADataModule(LightningDataModule):
         if stage == "fit" and (self.trainer is None or self.trainer.max_steps < 0):
             raise InputError("trainer.max_steps is missing: a stream has no end, say how many steps to train for")
 
-    def _streamed_questions(self) -> StreamedQuestions:
+    def _streamed_questions(self) -> "StreamedQuestions":
+        from idefics_lit.data.streamed_questions import StreamedQuestions
+
         options = self.hparams
         # All validation questions are held out, not only those of val_in_fit.
         held_out = () if self._splits.val_name() else _first(self._splits.val(), options.limit_val).page_ids

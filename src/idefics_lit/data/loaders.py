@@ -6,15 +6,17 @@ of existing checkpoints.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from idefics_lit.data.streamed_questions import StreamedQuestions
 from idefics_lit.errors import InputError
 from idefics_lit.utils.distributed import gather_objects
+
+if TYPE_CHECKING:
+    from idefics_lit.data.streamed_questions import StreamedQuestions
 
 
 class _QuietLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -87,7 +89,7 @@ class StreamLoader(_QuietLoader):
         InputError: when a loaded state is of a stream in another order.
     """
 
-    def __init__(self, dataset: StreamedQuestions, trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, dataset: "StreamedQuestions", trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, **options)
         self.trainer, self.started = trainer, False
 

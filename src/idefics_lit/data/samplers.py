@@ -5,6 +5,7 @@ a resumed run reads the same questions.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import chain, cycle, islice
@@ -25,7 +26,8 @@ class TrainSampler(DistributedSampler[Any]):
 
     Args:
         examples: the split.
-        questions_per_page: up to this many questions about one page follow one another.
+        questions_per_page: up to this many questions about one page follow one another. A batch whose size is a
+            multiple of this number splits few pages, whose images would be encoded in two batches.
         kwargs: see `torch.utils.data.DistributedSampler`.
     """
 
@@ -45,7 +47,8 @@ class TrainSampler(DistributedSampler[Any]):
         return {
             "trainer.devices": self.num_replicas,
             "data.seed": self.seed,
-            "data.questions_per_page": self.questions_per_page,
+            # Earlier versions didn't combine the groups of several pages into blocks.
+            "data.questions_per_page": 1 if (size := self.questions_per_page) == 1 else f"{size} in blocks",
             "training questions": f"{len(self.page_ids)} ({digest})",
         }
 
@@ -54,9 +57,8 @@ class TrainSampler(DistributedSampler[Any]):
         size, ranks = self.questions_per_page, self.num_replicas
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         shuffled = torch.randperm(len(self.page_ids), generator=generator).tolist()
-        # Groups of one page's questions, each at the position of its first question.
         groups = sorted(group_by_page((self.page_ids[index] for index in shuffled), size))
-        order = [shuffled[position] for group in groups for position in group]
+        order = [shuffled[position] for position in chain.from_iterable(_blocks(groups, size))]
         padded = islice(cycle(order), self.total_size)
         samples = [(index, self.epoch, position >= len(order)) for position, index in enumerate(padded)]
         # Ranks take blocks of `size` questions in turn; the incomplete last round is cut into equal shares.
@@ -65,6 +67,28 @@ class TrainSampler(DistributedSampler[Any]):
         share = (len(samples) - end) // ranks
         rest = samples[end + self.rank * share :][:share]
         return iter([*chain.from_iterable(blocks[self.rank :: ranks]), *rest])
+
+
+def _blocks(groups: Iterable[list[int]], size: int) -> list[list[int]]:
+    """Combine groups into blocks of ``size`` members, each at the position of its first member.
+
+    Groups that fill no block with others are split over blocks of their own. Only the last block may be incomplete.
+
+    Args:
+        groups: groups of at most ``size`` positions.
+        size: the size of a block.
+    """
+    blocks: list[list[int]] = []
+    with_room: list[deque[list[int]]] = [deque() for _ in range(size + 1)]  # incomplete blocks, by their free places
+    for group in groups:
+        room = next((room for room in range(len(group), size + 1) if with_room[room]), None)
+        block = with_room[room].popleft() if room is not None else []
+        block += group
+        (with_room[size - len(block)] if len(block) < size else blocks).append(block)
+    rest = [*chain.from_iterable(sorted(chain.from_iterable(with_room)))]
+    complete = len(rest) - len(rest) % size
+    blocks += [rest[start : start + size] for start in range(0, complete, size)]
+    return [*sorted(blocks), rest[complete:]]
 
 
 class EvalSampler(DistributedSampler[Any]):

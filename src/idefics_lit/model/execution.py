@@ -8,13 +8,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig
 
 from idefics_lit.model.memory import GIB, WeightCount, available_ram_bytes, free_gpu_bytes, peak_gib
 from idefics_lit.pretrained import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The options of `Idefics2Module` that are worked out where they are None.
 EXECUTION_OPTIONS = ("dequantize", "cuda_graphs", "compile", "gradient_checkpointing")
@@ -106,7 +108,7 @@ def default_precision(*, gpu: bool) -> str:
 
 def choose_execution(
     device: Device,
-    config: PretrainedConfig,
+    config: "PretrainedConfig",
     weights: WeightCount,
     options: Mapping[str, Any],
     precision: str,
@@ -158,7 +160,7 @@ def choose_execution(
     return chosen
 
 
-def _activations_gib(config: PretrainedConfig, execution: Execution, precision: str, workload: Workload) -> float:
+def _activations_gib(config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
     size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
     rows = -(-size // max(1, round(workload.questions_per_row)))

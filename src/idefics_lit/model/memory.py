@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from idefics_lit.pretrained import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # NF4 with double quantization (QLoRA, arXiv:2305.14314, section 3): 4 bits per weight, an 8-bit scale per 64 weights
 # and a 32-bit scale per 256 of those scales.
@@ -55,7 +58,7 @@ class WeightCount(NamedTuple):
         return (base + self.trainable * 16) / GIB
 
 
-def count_weights(config: PretrainedConfig, options: Mapping[str, Any]) -> WeightCount:
+def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> WeightCount:
     """Count the weights of a model with an adapter, without loading any.
 
     Args:
@@ -69,7 +72,7 @@ def count_weights(config: PretrainedConfig, options: Mapping[str, Any]) -> Weigh
     from idefics_lit.model.lora import LoRA
 
     with torch.device("meta"):
-        base = AutoModelForImageTextToText.from_config(config)
+        base = transformers.AutoModelForImageTextToText.from_config(config)
     unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
     layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
     quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
@@ -80,7 +83,7 @@ def count_weights(config: PretrainedConfig, options: Mapping[str, Any]) -> Weigh
     return WeightCount(quantizable, others, sum(trainable.values()), is_vision_trained)
 
 
-def weights_gib(config: PretrainedConfig, options: Mapping[str, Any], precision: str) -> float:
+def weights_gib(config: "PretrainedConfig", options: Mapping[str, Any], precision: str) -> float:
     """Count the GiB of weights, adapter, its gradients and AdamW's two moments, without loading any.
 
     Args:

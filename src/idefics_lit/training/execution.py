@@ -1,13 +1,13 @@
 """The options that a run leaves open: they are worked out for its device, and tried before the first step."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.parsing import AttributeDict
-from transformers import AutoConfig, PretrainedConfig
 
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.workload import count_pages, largest_batch, workload
@@ -17,6 +17,9 @@ from idefics_lit.model.fsdp import FSDP2Strategy
 from idefics_lit.model.memory import GIB, count_weights
 from idefics_lit.pretrained import DTYPES, cannot_load, resolve
 from idefics_lit.utils.distributed import gather_objects
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Of an evaluation, and of a fit with a DataLoader of one's own, whose batches aren't known.
 UNKNOWN_WORKLOAD = Workload([8])
@@ -44,7 +47,7 @@ def options_in_effect(
         InputError: the model's configuration can't be loaded, or ``lora.target_modules`` match no layer.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve(options["pretrained"]), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(resolve(options["pretrained"]), trust_remote_code=False)
     except Exception as error:
         raise cannot_load("configuration", options["pretrained"], error) from error
     weights, given = count_weights(config, options), dict(options)
@@ -170,7 +173,7 @@ def _pages_recur(trainer: Trainer, datamodule: DocVQADataModule, load: Workload)
     return min(epochs, default=2) > 1 or visits > len(set(examples.page_ids))
 
 
-def _page_bytes(config: PretrainedConfig, load: Workload, precision: str) -> int:
+def _page_bytes(config: "PretrainedConfig", load: Workload, precision: str) -> int:
     """Return the size of a square page's features."""
     vision = config.vision_config
     patches = load.images_per_page * (load.longest_edge // vision.patch_size) ** 2

@@ -25,13 +25,9 @@ from torchmetrics import MeanMetric
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer
-from idefics_lit.evaluation.evaluator import Evaluator
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
-from idefics_lit.model.feature_cache import open_cache
-from idefics_lit.model.forward import Idefics2Backbone
-from idefics_lit.model.loading import check_vocabulary, load_model
 from idefics_lit.model.lora import ADAPTER, LoRA, Quantization
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
@@ -176,6 +172,11 @@ class Idefics2Module(TrainedWeightsModule):
         """
         if hasattr(self, "model"):
             return
+        from idefics_lit.evaluation.evaluator import Evaluator
+        from idefics_lit.model.feature_cache import open_cache
+        from idefics_lit.model.forward import Idefics2Backbone
+        from idefics_lit.model.loading import check_vocabulary, load_model
+
         options = self.hparams
         if (trainer := self.attached_trainer) is not None:
             device, precision = trainer.strategy.root_device, str(trainer.precision)

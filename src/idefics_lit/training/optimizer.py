@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import transformers
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from idefics_lit.errors import InputError
 from idefics_lit.training.lightning_compat import close_train_dataloader
@@ -81,7 +81,9 @@ def adamw_with_schedule(
             f"model.warmup_steps {warmup_steps}: training takes {total_steps} optimizer steps, so the learning rate "
             f"doesn't reach model.lr: give fewer"
         )
-    factors: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    factors: Any = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+    )
     scheduler = ResumableLambdaLR(optimizer, factors.lr_lambdas)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.register_load_state_dict_pre_hook(
