@@ -44,7 +44,7 @@ class LoRA:
     r: int = 8
     alpha: int = 8
     dropout: float = 0.1
-    init: str | bool = "gaussian"
+    init: bool | str = "gaussian"
     target_modules: str | list[str] = TARGET_MODULES
     options: dict[str, Any] = field(default_factory=dict)
 
