@@ -26,6 +26,19 @@ print(codes, [name for name in heavy if name in sys.modules], file=sys.stderr)
     assert run.stderr.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2] []", run.stderr
 
 
+def test_loading_a_model_imports_no_inductor(tmp_path):
+    """Inductor is imported only where something is compiled."""
+    program = """
+import sys
+from idefics_lit import Idefics2Module
+
+Idefics2Module("tiny").configure_model()
+print("bitsandbytes" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "True False", run.stderr
+
+
 def test_a_missing_source_is_reported_before_anything_is_loaded(run, tmp_path, capsys):
     flags = ["--trainer.accelerator", "cpu", "--model.pretrained", tmp_path / "no_model"]
     for command in ("fit", "validate", "test", "predict"):
