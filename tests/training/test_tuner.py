@@ -108,8 +108,9 @@ class OutOfMemory(Idefics2Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("as_callback", [False, True])
-def test_the_batch_size_that_is_found_is_used(tiny, data, make_trainer, as_callback):
+@pytest.mark.parametrize(("as_callback", "given"), [(False, 1), (True, None)])
+def test_the_batch_size_that_is_found_is_used(tiny, data, make_trainer, as_callback, given):
+    data.hparams.batch_size = given
     module, options = make_module(tiny, OutOfMemory), {"steps_per_trial": 2, "init_val": 2}
     if as_callback:
         trainer = make_trainer(finder := BatchSizeFinder(**options))

@@ -316,4 +316,5 @@ def _checkpoint_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         {"model": checkpoint["hyper_parameters"], "data": checkpoint.get("datamodule_hyper_parameters", {})}
     )
     options.pop("data.pretrained", None)  # linked to model.pretrained
-    return options
+    # Another LightningCLI adds _class_path and _instantiator.
+    return {name: value for name, value in options.items() if "._" not in name}

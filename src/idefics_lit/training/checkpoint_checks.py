@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idefics_lit.data.collator import PromptStyle
 from idefics_lit.errors import InputError
+from idefics_lit.training.options import plain_lora_options
 
 # If these differ from the training's, the answers get worse without an error, so that a difference is reported.
 PROMPT_OPTIONS = ("prompt_style", "image_splitting", "image_size")
@@ -138,10 +139,11 @@ def check_hyperparameters(
         )
 
 
-def _scales(lora: Mapping[str, Any]) -> dict[str, Any]:
+def _scales(lora: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the options of an adapter that change the scale of its update; empty without options."""
     if not lora:
         return {}
+    lora = plain_lora_options(lora, None)  # an argument of load_from_checkpoint replaces the checkpoint's
     others, names = lora.get("options", {}), ("use_rslora", "alpha_pattern")
     return {"alpha": lora.get("alpha"), **{f"options.{name}": others.get(name) or None for name in names}}
 
