@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch.utils.data
 from lightning import LightningDataModule
 from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.utils.data import DataLoader
 
 from idefics_lit.data.collator import Idefics2Collator, PromptStyle
@@ -148,6 +149,8 @@ class DocVQADataModule(LightningDataModule):
     def open(self, stage: str) -> None:
         """Load the processor and open the splits that the stage needs, bad rows included."""
         options = self.hparams
+        if options.batch_size is None and self._has_batch_size_finder:
+            options.batch_size = self.batch_size  # which the callback reads and multiplies
         if stage == "fit" and self.trainer:
             self.teardown(stage)  # an earlier fit may have been interrupted
             self.step = OptimizerStep(self.trainer, options)
@@ -181,11 +184,14 @@ class DocVQADataModule(LightningDataModule):
         """Training examples per batch and device; Lightning's `Tuner` and ``BatchSizeFinder`` set it."""
         options = self.hparams
         size, _ = split_step(options.global_batch_size, options.batch_size, 1, 1)
-        return options.batch_size or (self.step.batch_size if self.step else size)
+        return self.step.batch_size if self.step else size
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
         self.hparams.batch_size = value
+        if self.step:
+            self.step.restore()
+            self.step = OptimizerStep(self.step.trainer, self.hparams)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
@@ -268,6 +274,11 @@ class DocVQADataModule(LightningDataModule):
             "worker_init_fn": ignore_group_signals,
             "pin_memory": torch.cuda.is_available(),
         }
+
+    @property
+    def _has_batch_size_finder(self) -> bool:
+        callbacks: Any = self.trainer.callbacks if self.trainer else ()  # type: ignore[attr-defined]
+        return any(isinstance(callback, BatchSizeFinder) for callback in callbacks)
 
     @property
     def _skips_bad_examples(self) -> bool:
