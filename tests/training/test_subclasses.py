@@ -189,8 +189,10 @@ class OwnSchedule(Idefics2Module):
 
 def test_an_own_optimizer_and_schedule_are_resumed(tiny, examples, tmp_path):
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
-    options = {"max_steps": 4, "max_epochs": 2, "enable_checkpointing": True}
-    make_trainer(save, **options).fit(whole := make_module(tiny, OwnSchedule), loader(tiny, examples[:2]))
+    options = {"max_steps": 4, "max_epochs": 2}
+    make_trainer(save, **options, enable_checkpointing=True).fit(
+        whole := make_module(tiny, OwnSchedule), loader(tiny, examples[:2])
+    )
     resumed = make_module(tiny, OwnSchedule)
     path = tmp_path / "step=2.ckpt"
     make_trainer(**options).fit(resumed, loader(tiny, examples[:2]), ckpt_path=path, weights_only=True)

@@ -186,11 +186,7 @@ class DocVQADataModule(LightningDataModule):
         """Training examples per batch and device; Lightning's `Tuner` and ``BatchSizeFinder`` set it."""
         options = self.hparams
         size, _ = split_step(options.global_batch_size, options.batch_size, 1, 1)
-        return options.batch_size or (self.step.batch_size if self.step else size)
-
-    @batch_size.setter
-    def batch_size(self, value: int) -> None:
-        self.hparams.batch_size = value
+        return self.step.batch_size if self.step else size
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:

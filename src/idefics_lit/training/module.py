@@ -417,8 +417,7 @@ class Idefics2Module(TrainedWeightsModule):
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
-            # Without add_dataloader_idx=False Lightning refuses the name of a data loader.
-            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls", add_dataloader_idx=False)
+            self.log(f"{stage}/{name}", score, sync_dist=True, prog_bar=name == "anls")
 
     # Checkpoints
 
