@@ -14,13 +14,13 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.utils.texts import list_of_texts
 
 if TYPE_CHECKING:
-    from idefics_lit.training.module import Idefics2Module
+    from idefics_lit.training.inference import InferenceModule
 
 ImageSource: TypeAlias = Image.Image | str | PathLike[str]
 
 
 def answer_questions(
-    module: "Idefics2Module",
+    module: "InferenceModule",
     images: ImageSource | Sequence[ImageSource],
     questions: str | Sequence[str],
     batch_size: int,
