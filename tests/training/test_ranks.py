@@ -17,6 +17,7 @@ def fit(tiny, *args):
     """Return the arguments of a fit on nine questions."""
     command = f"""fit --model.pretrained {tiny} --data.source synthetic
         --data.limit_train 9 --data.limit_val 5 --data.image_size 112 --data.num_workers 0
+        --data.batch_size 2 --data.questions_per_page 1
         --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4 --model.lora.r 32
         --trainer.max_steps 4 --trainer.accelerator cpu --trainer.precision 32-true
         --trainer.enable_progress_bar false""".split()
