@@ -257,6 +257,14 @@ def test_each_validation_scores_its_own_answers(tiny, examples):
     assert answers.values == [2, 2]
 
 
+def test_a_first_loader_without_questions_adds_no_earlier_answers(tiny, examples):
+    module, own, empty = make_module(tiny), loader(tiny, examples[1:], train=False), loader(tiny, [], train=False)
+    (expected,) = make_trainer().validate(module, own, verbose=False)
+    make_trainer().validate(module, loader(tiny, examples[:1], train=False), verbose=False)
+    scores = make_trainer().validate(module, [empty, own], verbose=False)[0]
+    assert (len(module.answers), scores["val/loss"]) == (3, expected["val/loss"])
+
+
 def test_several_loaders_are_scored_together_and_one_by_one(tiny, examples, tmp_path):
     """Though their questions have the same ids and indices, as those of two data modules."""
     module, writer = make_module(tiny), EvaluationWriter()
