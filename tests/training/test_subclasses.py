@@ -283,3 +283,24 @@ def test_several_loaders_are_scored_together_and_one_by_one(tiny, examples, tmp_
     assert "val/anls_dataloader_idx_0" not in first
     predictions = trainer.predict(module, loaders)
     assert [len(batches) for batches in predictions] == [1, 3]
+
+
+class TrainsVision(Idefics2Module):
+    """Unfreezes a layer of the vision tower, whose features change with each step."""
+
+    def configure_model(self, model=None):
+        super().configure_model(model)
+        self.model.get_base_model().model.vision_model.encoder.layers[0].requires_grad_(True)
+
+
+def test_features_of_an_unfrozen_vision_tower_are_not_kept(tiny, examples):
+    def train(feature_cache):
+        module = make_module(tiny, TrainsVision, feature_cache=feature_cache)
+        make_trainer().fit(module, loader(tiny, examples[:1]))
+        return module.state_dict()
+
+    expected = train("off")
+    with pytest.warns(UserWarning, match=r"model\.feature_cache: the vision tower is trained"):
+        weights = train("memory")
+    assert any(".vision_model." in name for name in weights)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
