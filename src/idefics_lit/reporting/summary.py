@@ -2,6 +2,7 @@
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -41,7 +42,7 @@ class Summary(Callback):
             console.print(self._path_table(trainer))
         else:
             if metrics := trainer.callback_metrics:
-                table = Table(f"{stage} metric", Column("value", justify="right"))
+                table = Table(f"{TrainerFn(stage).value} metric", Column("value", justify="right"))
                 for name, value in metrics.items():
                     table.add_row(escape(name), f"{float(value):.4f}")
                 console.print(table)
