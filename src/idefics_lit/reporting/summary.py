@@ -58,6 +58,11 @@ class Summary(Callback):
         if best is not None:
             score = f"({best.monitor} {float(best.best_model_score):.4f})"  # type: ignore[attr-defined]
             table.add_row("best checkpoint", escape(f"{best.best_model_path} {score}"))  # type: ignore[attr-defined]
+        elif not self.writer.answers and any(getattr(c, "monitor", None) for c in trainer.checkpoint_callbacks):
+            table.add_row("best checkpoint", "none: no validation ran (data.val_every_n_steps says how often)")
+            paths = [getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks]
+            if path := next(filter(None, paths), None):
+                table.add_row("last checkpoint", escape(path))
         if self.writer.answers:
             table.add_row("answers", escape(str(self.writer.path)))
         if self.report and self.report.path:
