@@ -33,7 +33,7 @@ trainer = Trainer(
     max_epochs=2,
     precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
     callbacks=[checkpoint, EarlyStopping("val/loss", patience=3), LearningRateMonitor()],
-    logger=CSVLogger("lightning_logs"),
+    logger=CSVLogger("."),  # lightning_logs/version_N
     log_every_n_steps=1,
     gradient_clip_val=1.0,
 )

@@ -124,8 +124,9 @@ def _configs() -> Iterator[str]:
 
 def _keys() -> Iterator[str]:
     """Yield each command with its own options, then the keys of a fit, which all commands have."""
-    # jsonargparse has no public access to the parsers of its commands.
-    parsers: dict[str, ArgumentParser] = capture_parser(main, ["fit"])._subcommands_action.choices
+    # With a config, which may name any command, the parsers of all commands have their options. jsonargparse has no
+    # public access to them.
+    parsers: dict[str, ArgumentParser] = capture_parser(main, ["--config"])._subcommands_action.choices
     keys = _options(parsers["fit"])
     yield "### Commands\n"
     for command, parser in parsers.items():

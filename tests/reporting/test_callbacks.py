@@ -64,4 +64,6 @@ def test_report_and_summary(evaluate, tmp_path, capsys, monkeypatch):
     report = Report(writer)
     evaluate("validate", writer, Summary(writer, report), report)
     assert "Questions by score" in (tmp_path / "report.html").read_text()
-    assert f"report in {tmp_path / 'report.html'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "validate metric" in printed
+    assert f"report in {tmp_path / 'report.html'}" in printed

@@ -2,6 +2,7 @@
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -41,7 +42,7 @@ class Summary(Callback):
             console.print(self._path_table(trainer))
         else:
             if metrics := trainer.callback_metrics:
-                table = Table(f"{stage} metric", Column("value", justify="right"))
+                table = Table(f"{TrainerFn(stage).value} metric", Column("value", justify="right"))
                 for name, value in metrics.items():
                     table.add_row(escape(name), f"{float(value):.4f}")
                 console.print(table)
@@ -57,6 +58,11 @@ class Summary(Callback):
         if best is not None:
             score = f"({best.monitor} {float(best.best_model_score):.4f})"  # type: ignore[attr-defined]
             table.add_row("best checkpoint", escape(f"{best.best_model_path} {score}"))  # type: ignore[attr-defined]
+        elif not self.writer.answers and any(getattr(c, "monitor", None) for c in trainer.checkpoint_callbacks):
+            table.add_row("best checkpoint", "none: no validation ran (data.val_every_n_steps says how often)")
+            paths = [getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks]
+            if path := next(filter(None, paths), None):
+                table.add_row("last checkpoint", escape(path))
         if self.writer.answers:
             table.add_row("answers", escape(str(self.writer.path)))
         if self.report and self.report.path:
