@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from lightning import Callback
 
-from idefics_lit.model.loading import TARGET_MODULES
+from idefics_lit.model.lora import TARGET_MODULES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # steps that aren't counted

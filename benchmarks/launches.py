@@ -14,7 +14,7 @@ import torch
 from full_size import GPU_80GB, arguments, build, command, measure, save, versions
 from train_throughput import build_data
 
-from idefics_lit.model.loading import tiny
+from idefics_lit.model import tiny
 
 WARM_UP = 60  # shapes that are captured
 

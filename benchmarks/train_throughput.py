@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from full_size import GPU_15GB, GPU_80GB, RECIPE, REPOSITORY, arguments, build, command, measure, save, versions
 
-from idefics_lit.model.loading import TARGET_MODULES, LoRA
+from idefics_lit.model.lora import TARGET_MODULES, LoRA
 
 SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]  # one page in seven is no portrait
 

@@ -91,7 +91,8 @@ def generate(model: Any, processor: Any, batch: Any) -> torch.Tensor:
 def run_generate(options: argparse.Namespace) -> None:
     """Answer with transformers' generate, every question with its page."""
     from idefics_lit.data.datamodule import DocVQADataModule
-    from idefics_lit.model.loading import LoRA, load_model
+    from idefics_lit.model.loading import load_model
+    from idefics_lit.model.lora import LoRA
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -311,7 +311,7 @@ def test_an_adapter_is_no_model_to_begin_with(export, run, checkpoint, capfd, tm
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     base = resolve("tiny")
     assert f"model.pretrained '{folder}' is an adapter (adapter_config.json) on the model {base}: give" in error
-    assert f"--model.pretrained {base} --ckpt_path CHECKPOINT" in error and "--merge true" in error
+    assert f"--model.pretrained {base} --model.adapter {folder}" in error
     if command == "validate":
         for refuses in (load_processor, refuse_adapter):
             with pytest.raises(InputError, match="is an adapter"):

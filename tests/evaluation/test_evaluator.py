@@ -48,7 +48,7 @@ def test_questions_that_share_an_id_are_all_scored_and_written(run, source, capf
     scores = [record["score"] for record in records]
     assert scores[1] == 0 and sum(scores) >= 4
     logged = re.search(r"val/anls\W+([\d.]+)", capfd.readouterr().out)[1]
-    assert float(logged) == pytest.approx(sum(scores) / 6, abs=1e-6)
+    assert float(logged) == pytest.approx(sum(scores) / 6, abs=1e-4)
 
 
 def test_a_submission_has_an_answer_for_every_question_and_no_two_ids_become_one(run, source):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
@@ -167,3 +167,19 @@ def test_sizes_that_do_not_multiply_are_one_line(run, tiny, docvqa, capfd):
     assert error.startswith(
         "error: data.global_batch_size 16 isn't data.batch_size 3 x trainer.accumulate_grad_batches 1"
     )
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(4, 1), (2, 2), (1, 4)])
+def test_a_fit_validates_after_the_same_steps_whatever_the_batch_size(module, data, batch_size, accumulated):
+    """Also where an epoch ends with an incomplete step: its ten questions are steps of 4, 4 and 2."""
+    steps = []
+
+    class Steps(Callback):
+        def on_validation_start(self, trainer, module):
+            steps.append(trainer.global_step)
+
+    trainer = Trainer(
+        **CPU, max_steps=9, accumulate_grad_batches=accumulated, num_sanity_val_steps=0, callbacks=Steps()
+    )
+    trainer.fit(module(), data(batch_size=batch_size, limit_train=10, val_every_n_steps=2))
+    assert steps == [2, 4, 6, 8]

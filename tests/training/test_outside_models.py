@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
-from idefics_lit import Idefics2Module, InputError, LoRA
+from idefics_lit import DocVQADataModule, Idefics2Module, InputError, LoRA
 from idefics_lit.data.sources.synthetic import SyntheticPages
 
 CPU = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
@@ -156,6 +156,21 @@ def test_a_peft_model_is_trained_on(tiny, base, adapter, batch, fit):
     path = fit(module, steps=3)
     assert loss(module, batch) < before
     assert loss(reload(path), batch) == loss(module, batch)
+
+
+def test_the_options_of_a_peft_model_decide_what_is_cached(tiny, base, docvqa):
+    """Also with the options of `LoRA` that the module has by default, which leave the vision tower frozen."""
+    module = Idefics2Module(tiny, **OPTIONS)
+    pages = DocVQADataModule(str(docvqa), tiny, image_size=112, limit_train=4, limit_val=1, num_workers=0)
+    config = LoraConfig(r=2, target_modules=r".*vision_model.*q_proj")
+
+    class TakesModel(Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.configure_model(get_peft_model(base, config))
+
+    trainer = Trainer(**CPU, max_steps=1, limit_val_batches=0, callbacks=TakesModel())
+    trainer.fit(module, pages)
+    assert module.options.feature_cache == "off"
 
 
 def test_a_checkpoint_of_a_changed_base_needs_that_base(tiny, base, batch, fit):

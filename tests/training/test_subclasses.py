@@ -257,6 +257,14 @@ def test_each_validation_scores_its_own_answers(tiny, examples):
     assert answers.values == [2, 2]
 
 
+def test_a_first_loader_without_questions_adds_no_earlier_answers(tiny, examples):
+    module, own, empty = make_module(tiny), loader(tiny, examples[1:], train=False), loader(tiny, [], train=False)
+    (expected,) = make_trainer().validate(module, own, verbose=False)
+    make_trainer().validate(module, loader(tiny, examples[:1], train=False), verbose=False)
+    scores = make_trainer().validate(module, [empty, own], verbose=False)[0]
+    assert (len(module.answers), scores["val/loss"]) == (3, expected["val/loss"])
+
+
 def test_several_loaders_are_scored_together_and_one_by_one(tiny, examples, tmp_path):
     """Though their questions have the same ids and indices, as those of two data modules."""
     module, writer = make_module(tiny), EvaluationWriter()
@@ -275,3 +283,24 @@ def test_several_loaders_are_scored_together_and_one_by_one(tiny, examples, tmp_
     assert "val/anls_dataloader_idx_0" not in first
     predictions = trainer.predict(module, loaders)
     assert [len(batches) for batches in predictions] == [1, 3]
+
+
+class TrainsVision(Idefics2Module):
+    """Unfreezes a layer of the vision tower, whose features change with each step."""
+
+    def configure_model(self, model=None):
+        super().configure_model(model)
+        self.model.get_base_model().model.vision_model.encoder.layers[0].requires_grad_(True)
+
+
+def test_features_of_an_unfrozen_vision_tower_are_not_kept(tiny, examples):
+    def train(feature_cache):
+        module = make_module(tiny, TrainsVision, feature_cache=feature_cache)
+        make_trainer().fit(module, loader(tiny, examples[:1]))
+        return module.state_dict()
+
+    expected = train("off")
+    with pytest.warns(UserWarning, match=r"model\.feature_cache: the vision tower is trained"):
+        weights = train("memory")
+    assert any(".vision_model." in name for name in weights)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())

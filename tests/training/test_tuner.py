@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.errors import InputError
 from idefics_lit.model.loading import LoRA
 from idefics_lit.training.module import Idefics2Module
 
@@ -125,3 +126,17 @@ def test_the_batch_size_that_is_found_is_used(tiny, data, make_trainer, as_callb
     data.batch_size = 4
     make_trainer().fit(expected := make_module(tiny), data)
     assert_same_weights(module, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [(LearningRateFinder, "model.lr 0.01"), (BatchSizeFinder, "data.batch_size 1")]
+)
+def test_a_search_in_a_resumed_fit_is_refused(tiny, data, make_trainer, tmp_path, kind, option):
+    """Lightning would forget the checkpoint after the search, and begin at step 0."""
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(tiny), data)
+    trainer.save_checkpoint(path := tmp_path / "one.ckpt")
+    with pytest.raises(
+        InputError, match=rf"{kind.__name__} can't search in a fit that resumes: .* give {option}, which"
+    ):
+        make_trainer(kind()).fit(make_module(tiny), data, ckpt_path=path, weights_only=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 
 from idefics_lit.errors import InputError
 
@@ -35,6 +36,8 @@ class OptimizerStep:
         self.examples_per_device = size * batches
         self.is_batch_size_given = options.batch_size is not None or accumulated > 1
         self.set_batch_size(size)
+        if self.val_every_n_steps is not None and not getattr(trainer, "fast_dev_run", False):
+            trainer.callbacks.append(ValidateEveryNSteps(self.val_every_n_steps))  # type: ignore[attr-defined]
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -56,6 +59,29 @@ class OptimizerStep:
         """Give the Trainer its own options back."""
         for name, value in self.own_options.items():
             setattr(self.trainer, name, value)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ValidateEveryNSteps)]
+
+
+class ValidateEveryNSteps(Callback):
+    """Let the Trainer validate after each optimizer step whose number is a multiple of ``n``.
+
+    Lightning counts batches, which drift from the steps where an epoch ends with an incomplete one.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Decide whether to validate after this batch."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        ends_step = batches.is_last_batch or batches.current.ready % trainer.accumulate_grad_batches == 0
+        is_due = ends_step and trainer.global_step > 0 and trainer.global_step % self.n == 0
+        # Lightning validates if this divides the number of batches so far.
+        trainer.val_check_batch = batches.total.ready if is_due else batches.total.ready + 1
+
+    # A checkpoint may be from before the end of a validation.
+    on_train_start = on_train_batch_end  # type: ignore[assignment]
 
 
 def split_step(

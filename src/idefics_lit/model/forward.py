@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,7 @@ class Idefics2Backbone:
 
     Args:
         model: Idefics2 with an adapter.
-        feature_cache: stores the features of images; only with a frozen vision tower.
+        feature_cache: stores the features of images, while the vision tower is frozen.
         graphs: train with CUDA graphs.
     """
 
@@ -105,6 +106,10 @@ class Idefics2Backbone:
         Returns:
             For each image its features (P, width) in the model's dtype.
         """
+        is_trained = is_vision_trained(self.model)
+        if is_trained and self.feature_cache:  # by layers that were unfrozen after the model was loaded
+            rank_zero_warn("model.feature_cache: the vision tower is trained, so that no features are kept")
+            self.feature_cache = None
         cached = [
             self.feature_cache.get(key, image.device) if self.feature_cache else None
             for key, image in zip(keys, images, strict=True)
@@ -112,11 +117,12 @@ class Idefics2Backbone:
         # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
         no_autocast = torch.autocast(images[0].device.type, enabled=False)
         features = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained(self.model)), no_autocast:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained), no_autocast:
             for image, size, key, encoded in zip(images, sizes, keys, cached, strict=True):
                 if encoded is None:
                     patches = embed_patches(self.vision_tower, image.to(self.dtype), *size)
-                    encoded = self._run("encode_images", patches)[0]
+                    # A graph holds the activations of one image, and the backward passes of all follow later.
+                    encoded = (self._encode_images(patches) if is_trained else self._run("encode_images", patches))[0]
                     if self.feature_cache:
                         self.feature_cache.put(key, encoded)
                 features.append(encoded)

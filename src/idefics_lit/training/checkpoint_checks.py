@@ -1,11 +1,13 @@
 """Checks that a checkpoint belongs to the model and the run that load it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -20,6 +22,12 @@ REPORTED_OPTIONS = {
     "hyper_parameters": ("model", ("quantization",)),
     "datamodule_hyper_parameters": ("data", PROMPT_OPTIONS),
 }
+# Callbacks that search for an option at the start of a fit, and where a checkpoint holds what they found.
+SEARCHES: dict[type[Callback], tuple[str, str]] = {
+    LearningRateFinder: ("hyper_parameters", "lr"),
+    BatchSizeFinder: ("datamodule_hyper_parameters", "batch_size"),
+}
+SEARCH_FILES = (".lr_find_", ".scale_batch_size_")  # the checkpoints that they save and restore themselves
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], module: Any, trainer: Trainer | None) -> None:  # noqa: ANN401
@@ -59,12 +67,25 @@ def check_training_options(saved: Mapping[str, Any], module: Any, trainer: Train
 
 
 def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-    """Check that a checkpoint that is loaded in a fit has the optimizer's state.
+    """Check that a fit can resume from a checkpoint.
+
+    A callback that searches at the start of a fit restores a checkpoint of its own afterwards. Lightning then forgets
+    the one to resume from, and the fit would begin at step 0 without the optimizer's state.
 
     Raises:
-        InputError: it holds weights alone.
+        InputError: the checkpoint holds weights alone, or a callback searches for a learning rate or batch size.
     """
-    if trainer.state.fn == TrainerFn.FITTING and not checkpoint.get("optimizer_states"):
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    is_resumed = not Path(str(trainer.ckpt_path)).name.startswith(SEARCH_FILES)
+    for kind, (section, option) in SEARCHES.items() if is_resumed else ():
+        if any(type(callback).on_fit_start is kind.on_fit_start for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            found = f"{REPORTED_OPTIONS[section][0]}.{option} {checkpoint.get(section, {}).get(option)}"
+            raise InputError(
+                f"trainer.callbacks {kind.__name__} can't search in a fit that resumes: leave it out and give {found}, "
+                f"which it found"
+            )
+    if not checkpoint.get("optimizer_states"):
         raise InputError(
             f"ckpt_path {trainer.ckpt_path} holds weights alone (save_weights_only), from which a fit can't resume"
             f": give a checkpoint with the optimizer's state"

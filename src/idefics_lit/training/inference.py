@@ -73,6 +73,9 @@ class InferenceModule(TrainedWeightsModule):
         self.processor = self.load_processor()
         if model is not None:
             self.base_fingerprint = model_fingerprint(model)
+            config: Any = getattr(model, "peft_config", {}).get(ADAPTER)
+            if getattr(config, "peft_type", None) == "LORA":  # load_model refuses others
+                options.lora = asdict(LoRA.from_peft(config))
         own_trainer = trainer if trainer is not None and trainer.lightning_module is self else None
         data = getattr(own_trainer, "datamodule", None)
         found = find_device(device)
@@ -92,8 +95,6 @@ class InferenceModule(TrainedWeightsModule):
             prepare_base=self.prepare_base,
             model=model,
         )
-        if model is not None:
-            self.hparams.lora = asdict(LoRA.from_peft(self.model.peft_config[ADAPTER]))
         if self.adapter is not None:
             check_training_options(read_training_options(self.adapter), self, trainer)
         self.backbone = Idefics2Backbone(

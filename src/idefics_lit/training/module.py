@@ -115,6 +115,7 @@ class Idefics2Module(InferenceModule):
         self.anls = ANLS(strip_period=strip_period)
         self.eval_loss = MeanMetric()
         self.answers = []
+        self._scored = False  # the answers are those of a validation or test that has ended
         self._token_mean = TokenMean()
         self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
         self._scheduled_lr = lr
@@ -239,8 +240,8 @@ class Idefics2Module(InferenceModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer the batch's questions and add its loss."""
-        if batch_idx == dataloader_idx == 0:
-            self.answers = []
+        if self._scored or batch_idx == dataloader_idx == 0:  # the first data loader may be empty
+            self.answers, self._scored = [], False
             self.eval_loss.reset()
         answers = self.evaluator.evaluate(batch, self.eval_loss)
         self.answers += [replace(answer, dataloader_idx=dataloader_idx) for answer in answers]
@@ -264,6 +265,7 @@ class Idefics2Module(InferenceModule):
         return self.evaluator.evaluate(batch)
 
     def _log_scores(self, stage: str) -> None:
+        self._scored = True
         self.evaluator.free_memory()  # training wants the memory
         self.log(f"{stage}/loss", self.eval_loss.compute(), sync_dist=True)
         for name, score in compute_scores(self.answers, self.anls, self.trainer).items():
