@@ -120,6 +120,17 @@ def test_a_fit_ends_with_its_scores_before_and_after(run, tiny, docvqa, capsys):
     assert "5 answers in lightning_logs/version_2/val_predictions.jsonl" in capsys.readouterr().out
 
 
+def test_a_fit_without_a_validation_says_that_there_is_no_best_checkpoint(run, short_fit, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    best = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val/anls"]
+    last = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", 2]
+    once = ["--trainer.max_steps", 2, "--trainer.val_check_interval", 5, "--trainer.accumulate_grad_batches", 1]
+    run(*short_fit(*once, *best, *last))
+    screen = capsys.readouterr().out
+    assert "best checkpoint  none: no validation ran" in screen
+    assert "last checkpoint  ./lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt" in screen
+
+
 def test_a_fit_validates_on_some_questions_and_ends_with_all(run, tiny, docvqa, capsys):
     folder = run("fit", *steps(tiny, docvqa, "--data.val_in_fit", 2, "--trainer.check_val_every_n_epoch", 1))
     screen = capsys.readouterr().out
