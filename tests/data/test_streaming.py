@@ -8,6 +8,7 @@ from itertools import groupby, islice
 import datasets
 import pytest
 import torch
+import yaml
 from lightning import Trainer
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -377,6 +378,15 @@ def assert_same_end(folder):
     begun = torch.load(checkpoints(folder, 0) / "epoch=0-step=3.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
     assert not all(torch.equal(value, begun[name]) for name, value in whole["state_dict"].items())
+
+
+def test_the_saved_config_has_the_number_of_workers(run, tiny, tmp_path, monkeypatch):
+    """On which the order of a stream depends; by default it is that of the cores."""
+    monkeypatch.setattr("idefics_lit.data.datamodule.suggested_max_num_workers", lambda _: 1)
+    source = write(tmp_path / "set", turns, shards=3)
+    folder = run(*flags(tiny, source, "--data.num_workers", "null", "--trainer.max_steps", 1))
+    config = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
+    assert config["data"]["num_workers"] == 1
 
 
 @pytest.mark.slow
