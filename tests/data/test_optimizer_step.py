@@ -81,8 +81,10 @@ def test_given_sizes_leave_no_choice(data):
 
 
 def test_two_validation_intervals_are_refused(data):
-    with pytest.raises(InputError, match=r"data\.val_every_n_steps 2 and trainer\.val_check_interval 7: give one"):
-        data(Trainer(**CPU, max_steps=4, val_check_interval=7), val_every_n_steps=2)
+    for interval in (7, 1):  # 1 is every batch, and the default 1.0 every epoch
+        message = rf"data\.val_every_n_steps 2 and trainer\.val_check_interval {interval}: give one"
+        with pytest.raises(InputError, match=message):
+            data(Trainer(**CPU, max_steps=4, val_check_interval=interval), val_every_n_steps=2)
 
 
 def test_a_resumed_run_keeps_the_batch_size_unless_it_is_given(data):

@@ -16,8 +16,8 @@ def small(tiny, docvqa):
     """What makes a fit of docvqa.yaml small: a step a batch and a validation a step, which scores 0."""
     flags = ["--model.pretrained", tiny, "--data.source", str(docvqa)]
     flags += ["--data.num_workers", "0", "--data.image_size", "112", "--data.limit_val", "1"]
-    flags += ["--model.max_new_tokens", "1", "--model.quantization", "none", "--trainer.val_check_interval", "1"]
-    flags += ["--trainer.accumulate_grad_batches", "1", "--trainer.num_sanity_val_steps", "0"]
+    flags += ["--model.max_new_tokens", "1", "--model.quantization", "none", "--data.val_every_n_steps", "1"]
+    flags += ["--trainer.num_sanity_val_steps", "0"]
     return [*flags, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 
 

@@ -26,7 +26,10 @@ class OptimizerStep:
         self.trainer, self.val_every_n_steps = trainer, options.val_every_n_steps
         self.own_options = {name: getattr(trainer, name) for name in TRAINER_OPTIONS}
         interval = self.own_options["val_check_interval"]
-        if self.val_every_n_steps is not None and interval not in (None, 1.0):
+        is_default = interval is None or (
+            isinstance(interval, float) and interval == 1
+        )  # 1 is every batch, 1.0 an epoch
+        if self.val_every_n_steps is not None and not is_default:
             raise InputError(
                 f"data.val_every_n_steps {self.val_every_n_steps} and trainer.val_check_interval {interval}: give one "
                 f"of them, and null as the other"
