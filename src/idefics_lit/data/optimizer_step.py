@@ -26,9 +26,8 @@ class OptimizerStep:
         self.trainer, self.val_every_n_steps = trainer, options.val_every_n_steps
         self.own_options = {name: getattr(trainer, name) for name in TRAINER_OPTIONS}
         interval = self.own_options["val_check_interval"]
-        is_default = interval is None or (
-            isinstance(interval, float) and interval == 1
-        )  # 1 is every batch, 1.0 an epoch
+        # 1 is every batch, and the default 1.0 every epoch.
+        is_default = interval is None or (isinstance(interval, float) and interval == 1)
         if self.val_every_n_steps is not None and not is_default:
             raise InputError(
                 f"data.val_every_n_steps {self.val_every_n_steps} and trainer.val_check_interval {interval}: give one "
