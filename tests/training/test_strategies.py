@@ -1,4 +1,12 @@
-"""Lightning's strategies with several processes, on a CPU."""
+"""Lightning's strategies with several processes, on a CPU.
+
+Each test runs in a new process with one thread: a fork of a process whose threads hold locks may wait for ever.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,9 +14,20 @@ from lightning import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from idefics_lit.data.sources.synthetic import SyntheticPages
-from idefics_lit.model.loading import LoRA
+from idefics_lit.model.lora import LoRA
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.training.trained_weights import trained_parameters
+
+
+def in_a_new_process(function, *arguments):
+    """Call a function of this file."""
+    call = f"import {Path(__file__).stem} as tests; tests.{function.__name__}(*{[str(a) for a in arguments]!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    folder = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", call], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def fit(module, folder, strategy, **options):
@@ -33,6 +52,10 @@ def make_module(tiny, kind=Idefics2Module):
     "strategy", ["ddp_fork", *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp_spawn", "ddp_notebook"))]
 )
 def test_trained_weights_come_back_from_the_processes(tiny, tmp_path, strategy):
+    in_a_new_process(check_trained_weights, tiny, tmp_path, strategy)
+
+
+def check_trained_weights(tiny, tmp_path, strategy):
     trainer = fit(module := make_module(tiny), tmp_path, strategy)
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     trained = trained_parameters(module)
@@ -64,7 +87,11 @@ class SaveRank(Callback):
 
 
 def test_what_a_subclass_unfreezes_is_trained_on_all_ranks(tiny, tmp_path):
-    folders = {devices: tmp_path / str(devices) for devices in (1, 2)}
+    in_a_new_process(check_unfrozen_weights, tiny, tmp_path)
+
+
+def check_unfrozen_weights(tiny, tmp_path):
+    folders = {devices: Path(tmp_path) / str(devices) for devices in (1, 2)}
     for devices, folder in folders.items():
         folder.mkdir()
         fit(
