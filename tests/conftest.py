@@ -155,6 +155,15 @@ class Ranks:
             process.wait()
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Undo a test's changes of the environment: Lightning's DDP leaves LOCAL_RANK, which the next test's ranks read."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def two_ranks(tiny):
     """Start `Ranks`, which are killed at the end of the test."""
