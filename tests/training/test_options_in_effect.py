@@ -11,8 +11,8 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.execution import Device
 from idefics_lit.model.loading import LoRA
-from idefics_lit.training.execution import find_batch_size, options_in_effect
 from idefics_lit.training.module import Idefics2Module
+from idefics_lit.training.options_in_effect import find_batch_size, options_in_effect
 
 ROOT = Path(__file__).parents[2]
 CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

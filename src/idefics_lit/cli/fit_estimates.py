@@ -14,9 +14,11 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.model.execution import find_device
 from idefics_lit.model.memory import peak_gib, weights_gib
 from idefics_lit.pretrained import DTYPES
-from idefics_lit.training.execution import describe, options_in_effect
+from idefics_lit.training.options_in_effect import describe, options_in_effect
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from idefics_lit.training.module import Idefics2Module
 
 
@@ -33,7 +35,8 @@ def fit_table(
     """
     table = Table("a fit", "", box=None, padding=(0, 2, 0, 0), header_style="bold")
     devices, options = [find_device(trainer.strategy.root_device)], module.hparams
-    if not isinstance(load_config(options.pretrained), str):
+    config = load_config(options.pretrained)
+    if not isinstance(config, str):
         options = options_in_effect(options, devices, str(trainer.precision), trainer, datamodule)
         table.add_row("options", escape(describe(module.hparams, options, devices, trainer, datamodule)))
     if "train" not in splits:
@@ -62,12 +65,13 @@ def fit_table(
         f"{_duration(device_questions / rate)}: {device_questions:,} questions a device at {rate:,.1f} questions/s, "
         f"measured with a fit's loader here, {workers} worker{'s' * (workers != 1)}",
     )
-    for name, text in _gpu_rows(batches, questions, trainer, options, datamodule):
+    for name, text in _gpu_rows(config, batches, questions, trainer, options, datamodule):
         table.add_row(name, text)
     return table
 
 
 def _gpu_rows(
+    config: "PretrainedConfig | str",
     batches: Sequence[BatchStatistics],
     questions: int,
     trainer: Trainer,
@@ -76,7 +80,6 @@ def _gpu_rows(
 ) -> Iterator[tuple[str, str]]:
     """Yield the estimates of GPU memory and time, or why there are none."""
     precision = str(trainer.precision)
-    config = load_config(options.pretrained)
     if isinstance(config, str):
         yield "GPU", f"no estimate: the model's configuration can't be loaded ({escape(config)})"
         return

@@ -18,8 +18,8 @@ from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_training_options
-from idefics_lit.training.execution import options_in_effect
 from idefics_lit.training.options import read_training_options
+from idefics_lit.training.options_in_effect import options_in_effect
 from idefics_lit.training.trained_weights import TrainedWeightsModule
 from idefics_lit.utils.distributed import gather_objects
 

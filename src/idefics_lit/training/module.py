@@ -25,10 +25,10 @@ from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.lora import LoRA, Quantization
 from idefics_lit.training.checkpoint_checks import check_checkpoint
-from idefics_lit.training.execution import describe, find_batch_size
 from idefics_lit.training.inference import InferenceModule
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
+from idefics_lit.training.options_in_effect import describe, find_batch_size
 from idefics_lit.training.scores import compute_scores
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import trained_parameters

@@ -16,6 +16,7 @@ from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, cho
 from idefics_lit.model.fsdp import FSDP2Strategy
 from idefics_lit.model.memory import GIB, count_weights
 from idefics_lit.pretrained import DTYPES, cannot_load, resolve
+from idefics_lit.training.trained_weights import trained_parameters
 from idefics_lit.utils.distributed import gather_objects
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
 
 def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool:  # noqa: ANN401
     """Whether forward and backward of the largest batch fit into memory; no gradient is accumulated."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = [*trained_parameters(module).values()]
     backbone = module.backbone
     cache, backbone.feature_cache = backbone.feature_cache, None
     fits = True
