@@ -42,7 +42,7 @@ def fit_table(
     if "train" not in splits:
         table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
         return table
-    batches = first_epoch_batches(splits["train"], datamodule.hparams, datamodule.batch_size, trainer.world_size)
+    batches = first_epoch_batches(splits["train"], datamodule)
     if not batches:
         table.add_row("training", "no question is left to train on")
         return table

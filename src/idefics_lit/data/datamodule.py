@@ -202,13 +202,14 @@ class DocVQADataModule(LightningDataModule):
         if options.streaming:
             assert self.trainer is not None
             return StreamLoader(self._streamed_questions(), self.trainer, **self._loader_options("train"))
-        sampler, dataset = self.train_sampler(), self.dataset("train")
+        sampler, dataset = self.train_sampler(self.examples["train"]), self.dataset("train")
         return TrainingLoader(dataset, self.trainer, sampler=sampler, **self._loader_options("train"))
 
-    def train_sampler(self) -> TrainSampler:
+    def train_sampler(self, examples: Examples) -> TrainSampler:
         """Return the sampler of this rank's training questions."""
         options = self.hparams
-        return TrainSampler(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
+        share = self.step.examples_per_device if self.step else self.batch_size
+        return TrainSampler(examples, options.questions_per_page, share, seed=options.seed, **self._ranks())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""

@@ -60,7 +60,8 @@ def _most_rows(datamodule: DocVQADataModule) -> int:
     size = datamodule.batch_size
     if "train" not in datamodule.examples or datamodule.hparams.train_on_prompt:
         return size
-    page_ids, order = datamodule.examples["train"].page_ids, iter(datamodule.train_sampler())
+    examples = datamodule.examples["train"]
+    page_ids, order = examples.page_ids, iter(datamodule.train_sampler(examples))
     batches = iter(lambda: [page_ids[index] for index, *_ in islice(order, size)], [])
     return max(len(set(batch)) for batch in batches)
 
