@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,11 +28,15 @@ Gradients = Sequence[Tensor | None]
 class LossInParts:
     """The loss of a module's training batches.
 
+    Args:
+        enabled: False raises OutOfMemoryError, for which a search for the largest batch size waits.
+
     Attributes:
         max_rows: the rows that are computed at a time; None until a batch didn't fit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
         self.max_rows: int | None = None
         self._loss: Tensor | None = None  # of the last batch, until its gradients are computed
         self._gradients: _BatchGradients | None = None
@@ -45,7 +48,7 @@ class LossInParts:
             InputError: a single row doesn't fit into memory.
         """
         parameters = [*trained_parameters(module).values()]
-        if not _can_be_repeated(module, parameters):
+        if not (self.enabled and _can_be_repeated(module, parameters)):
             return module.loss(batch)
         values = graph = None
         while values is None:
@@ -171,8 +174,6 @@ def _can_be_repeated(module: "Idefics2Module", parameters: Sequence[nn.Parameter
     return (
         trainer.lightning_module is module  # whose `backward` is called
         and not isinstance(trainer.strategy, FSDP2Strategy)  # whose forward passes have collectives
-        # which waits for the error
-        and not any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         and not any(map(has_gradient_hooks, parameters))  # which would be called twice
     )
 

@@ -115,7 +115,7 @@ class Idefics2Module(InferenceModule):
         self.answers = []
         self._scored = False  # the answers are those of a validation or test that has ended
         self._token_mean = TokenMean()
-        self._loss_in_parts = LossInParts()
+        self._loss_in_parts = LossInParts(enabled=False)
         self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
         self._scheduled_lr = lr
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
@@ -145,6 +145,7 @@ class Idefics2Module(InferenceModule):
     def configure_callbacks(self) -> Any:  # noqa: ANN401
         """Refuse features of the Trainer that can't work, before they change the model."""
         check_supported(self.trainer)
+        self._loss_in_parts = LossInParts(enabled=False)  # for BatchSizeFinder, which runs before `on_fit_start`
         return super().configure_callbacks()
 
     # Training
@@ -158,7 +159,7 @@ class Idefics2Module(InferenceModule):
         wrong = next((name for name, p in trained_parameters(self).items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
-        self._loss_in_parts = LossInParts()
+        self._loss_in_parts = LossInParts(enabled=True)
         if self.device.type == "cuda":
             find_batch_size(self, self.trainer)
         data = getattr(self.trainer, "datamodule", None)
