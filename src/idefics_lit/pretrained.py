@@ -14,7 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from idefics_lit.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 # The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
@@ -76,6 +76,21 @@ def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
     return [file for name in names if (file := find(name))]
 
 
+def load_config(pretrained: str) -> "PretrainedConfig":
+    """Load a model's configuration.
+
+    Args:
+        pretrained: see `resolve`.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("configuration", pretrained, error) from error
+
+
 def load_processor(
     pretrained: str, *, image_splitting: bool = False, image_size: int | None = None
 ) -> "ProcessorMixin":
@@ -101,11 +116,7 @@ def load_processor(
     images.do_image_splitting = image_splitting
     if image_size is not None:
         longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
-        try:
-            config = transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
-            patch = config.vision_config.patch_size
-        except Exception as error:
-            raise cannot_load("configuration", pretrained, error) from error
+        patch = load_config(pretrained).vision_config.patch_size
         if not patch <= image_size <= longest:
             raise InputError(
                 f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"

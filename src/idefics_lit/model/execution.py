@@ -106,6 +106,20 @@ def default_precision(*, gpu: bool) -> str:
     return PRECISIONS[torch.cuda.is_bf16_supported(including_emulation=False)] if gpu else "32-true"
 
 
+def known_options(device: Device, options: Mapping[str, Any], precision: str, *, is_sharded: bool) -> dict[str, bool]:
+    """Return those of `EXECUTION_OPTIONS` that are given or don't depend on the model's size."""
+    known = {name: options[name] for name in EXECUTION_OPTIONS if options[name] is not None}
+    if options["quantization"] == "none":
+        known.setdefault("dequantize", False)
+    if device.type != "cuda" or is_sharded:
+        known = {"dequantize": False, "cuda_graphs": False, "compile": False, **known}
+    if precision != "bf16-mixed" or not device.can_compile:
+        known.setdefault("compile", False)
+    if is_sharded:
+        known.setdefault("gradient_checkpointing", False)
+    return known
+
+
 def choose_execution(
     device: Device,
     config: "PretrainedConfig",
@@ -130,27 +144,19 @@ def choose_execution(
     Returns:
         The options. If nothing fits, those that need the least memory.
     """
-    given = {name: options[name] for name in EXECUTION_OPTIONS if options[name] is not None}
-    if options["quantization"] == "none":
-        given.setdefault("dequantize", False)
-    on_gpu = device.type == "cuda"
-    if not on_gpu or is_sharded:
-        given = {"dequantize": False, "cuda_graphs": False, "compile": False, **given}
+    known = known_options(device, options, precision, is_sharded=is_sharded)
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
-        given.setdefault("cuda_graphs", False)
-    if precision != "bf16-mixed" or not device.can_compile:
-        given.setdefault("compile", False)
+        known.setdefault("cuda_graphs", False)
     if is_sharded:
-        given.setdefault("gradient_checkpointing", False)
-        return Execution(workload.batch_sizes[0], **given)
+        return Execution(workload.batch_sizes[0], **known)
     chosen = None
     for candidate in CANDIDATES:
-        execution = candidate._replace(**given)
+        execution = candidate._replace(**known)
         if execution.cuda_graphs and execution.gradient_checkpointing:
             continue
         in_4_bits = options["quantization"] == "nf4" and not execution.dequantize
         # Beside the weights that load in 4 bits, one layer is dequantized at a time.
-        fixed = weights.gib(in_4_bits=in_4_bits, precision=precision) + (CONTEXT_GIB if on_gpu else 0)
+        fixed = weights.gib(in_4_bits=in_4_bits, precision=precision) + (CONTEXT_GIB if device.type == "cuda" else 0)
         least = min(candidate.batch_size or round(workload.questions_per_row), workload.batch_sizes[0])
         for size in workload.batch_sizes:
             chosen = execution._replace(batch_size=size)
