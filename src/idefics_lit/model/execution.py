@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def choose_execution(
 def _activations_gib(config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
     size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
-    rows = -(-size // max(1, round(workload.questions_per_row)))
+    rows = ceil(size / workload.questions_per_row)
     page_tokens = workload.images_per_page * (config.perceiver_config.resampler_n_latents + 2) + TOKENS_AROUND_PAGE
     tokens = rows * page_tokens + size * TOKENS_PER_QUESTION
     patches = rows * workload.images_per_page * edge**2
