@@ -118,6 +118,19 @@ def test_a_cpu_runs_plain(choose):
     assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
 
 
+def test_a_cpu_needs_memory_for_the_resamplers_activations(choose):
+    """Unlike a GPU, it doesn't compute them again."""
+    large = {"images_per_page": 5}
+    sizes = [
+        [
+            choose(gib, "32-true", device={"type": "cpu"}, load={**large, "longest_edge": edge}).batch_size
+            for edge in (70, 980)
+        ]
+        for gib in range(40, 80, 4)
+    ]
+    assert any(small > full for small, full in sizes) and all(small >= full for small, full in sizes)
+
+
 def test_what_does_not_fit_at_all_gets_the_least(choose):
     assert choose(1, "16-mixed") == (1, False, False, False, True)
 

@@ -161,20 +161,23 @@ def choose_execution(
         least = min(candidate.batch_size or round(workload.questions_per_row), workload.batch_sizes[0])
         for size in workload.batch_sizes:
             chosen = execution._replace(batch_size=size)
-            if size >= least and fixed + _activations_gib(config, chosen, precision, workload) <= device.gib:
+            if size >= least and fixed + _activations_gib(device, config, chosen, precision, workload) <= device.gib:
                 return chosen
     assert chosen is not None
     return chosen
 
 
-def _activations_gib(config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload) -> float:
+def _activations_gib(
+    device: Device, config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload
+) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
     size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
     rows = ceil(size / workload.questions_per_row)
     page_tokens = workload.images_per_page * (config.perceiver_config.resampler_n_latents + 2) + TOKENS_AROUND_PAGE
     tokens = rows * page_tokens + size * TOKENS_PER_QUESTION
     patches = rows * workload.images_per_page * edge**2
-    peak = peak_gib(0, patches, tokens, execution.gradient_checkpointing, execution.cuda_graphs)
+    keeps_resampler = execution.cuda_graphs or device.type == "cpu"
+    peak = peak_gib(0, patches, tokens, execution.gradient_checkpointing, keeps_resampler)
     text, bytes_per_value = config.text_config, DTYPES.get(precision, torch.float32).itemsize
     scale = text.hidden_size * text.num_hidden_layers / (4096 * 32) * bytes_per_value / 2
     return peak * scale * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)
