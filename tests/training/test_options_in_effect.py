@@ -147,6 +147,7 @@ def test_the_plain_command_chooses_prints_and_saves(run, tiny, docvqa, caplog, m
     assert saved["trainer"]["precision"] == "32-true" and saved["model"]["cuda_graphs"] is False
     assert saved["model"]["feature_cache"] == "memory"
     checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True)
+    assert checkpoint["global_step"] == 3  # the last one, although the last validation was after two
     assert checkpoint["hyper_parameters"]["dequantize"] is None  # chosen again on another card
     assert checkpoint["DocVQADataModule"]["batch_size"] == 16
     assert in_effect("fit", "--config", config).data.batch_size == 16

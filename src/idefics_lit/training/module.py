@@ -24,6 +24,7 @@ from idefics_lit.evaluation.answer import Answer
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.checkpoint_checks import check_checkpoint
 from idefics_lit.training.inference import InferenceModule
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
@@ -50,9 +51,9 @@ class Idefics2Module(InferenceModule):
     `idefics_lit.model.execution`. They don't change the loss.
 
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
-    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
-    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``, and
-    `idefics_lit.training.checkpoint.EpochProgressRepair`.
+    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``, and
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``. The module itself adds
+    `idefics_lit.training.checkpoint.EpochProgressRepair`, without which resumed fits would end with other weights.
 
     Args:
         pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
@@ -144,9 +145,10 @@ class Idefics2Module(InferenceModule):
         self.hparams.lr = value
 
     def configure_callbacks(self) -> Any:  # noqa: ANN401
-        """Refuse features of the Trainer that can't work, before they change the model."""
+        """Refuse features of the Trainer that can't work, and add `EpochProgressRepair`, which each fit needs."""
         check_supported(self.trainer)
-        return super().configure_callbacks()
+        has_repair = any(isinstance(callback, EpochProgressRepair) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_repair else [EpochProgressRepair()]
 
     # Training
 
