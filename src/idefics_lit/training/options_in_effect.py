@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.workload import count_pages, largest_batch, workload
 from idefics_lit.errors import InputError
+from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE
 from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
 from idefics_lit.model.fsdp import FSDP2Strategy
 from idefics_lit.model.memory import GIB, count_weights
@@ -147,7 +148,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
-            for _ in range(2 if backbone.has_graphs else 1):  # a CUDA graph is captured at the second call
+            for _ in range(CALLS_BEFORE_CAPTURE + 1 if backbone.has_graphs else 1):
                 with trainer.precision_plugin.forward_context():
                     loss, _ = module.loss(batch)
                 # Unlike backward it doesn't call DDP's hooks.
@@ -156,7 +157,8 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
             fits = False
     batch = loss = None
     backbone.feature_cache = cache
-    backbone.forget_graphs()
+    if not fits:  # else the largest graphs stay, whose memory the others share
+        backbone.forget_graphs()
     torch.cuda.empty_cache()
     return fits
 
