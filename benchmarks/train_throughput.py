@@ -136,6 +136,7 @@ def run_agreement(options: argparse.Namespace) -> None:
     from lightning import Trainer
 
     from idefics_lit.data.datamodule import DocVQADataModule
+    from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE
     from idefics_lit.training.module import Idefics2Module
 
     cuda = torch.cuda.is_available()
@@ -174,7 +175,7 @@ def run_agreement(options: argparse.Namespace) -> None:
                     parameter.normal_(std=0.01)
         batch = module.transfer_batch_to_device(batch, module.model.device, 0)
         found = []
-        for _ in range(3):  # the second is captured, the third replayed
+        for _ in range(CALLS_BEFORE_CAPTURE + 2):  # the last but one is captured, the last replayed
             with trainer.precision_plugin.forward_context():
                 if name == "transformers":
                     found.append(module.model(**batch.model_inputs()).loss.item())

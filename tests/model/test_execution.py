@@ -103,6 +103,13 @@ def test_what_cannot_be_captured_or_compiled_is_left_out(choose):
     assert without_compiler.dequantize and not without_compiler.compile
 
 
+@pytest.mark.parametrize(("steps", "compiled"), [(178, False), (1000, True)])
+def test_a_short_fit_is_not_compiled(choose, steps, compiled):
+    chosen = choose(139, load={"steps": steps})
+    assert (chosen.dequantize, chosen.cuda_graphs, chosen.compile) == (True, True, compiled)
+    assert choose(139, load={"steps": steps}, compile=True).compile
+
+
 def test_a_cpu_runs_plain(choose):
     assert choose(900, "32-true", device={"type": "cpu"}) == (16, False, False, False, False)
     assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8

@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,20 @@ def test_a_weight_that_the_model_has_no_place_for_is_named(tiny, tmp_path):
 def test_a_model_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no model can be loaded"):
         load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("given", "cache", "expected"),
+    [(None, "cache", "cache/idefics_lit/compiled"), ("mine", "cache", "mine"), (None, "a_file", "torch's default")],
+)
+def test_compiled_code_is_kept_where_the_next_run_finds_it(tiny, tmp_path, monkeypatch, given, cache, expected):
+    (tmp_path / "a_file").write_text("in which there is no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if given:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / given))
+    load(tiny, compiled=True)
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp"))  # torch sets its default when it is imported
+    assert (
+        folder.relative_to(tmp_path).as_posix() if folder.is_relative_to(tmp_path) else "torch's default"
+    ) == expected

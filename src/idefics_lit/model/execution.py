@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ CONTEXT_GIB = 0.5  # what CUDA and its libraries take
 GRAPHS_ACTIVATIONS = 2.5
 ACTIVATIONS = 1.15  # fragmentation
 MIN_DEQUANTIZED_BATCH = 8  # with less, room for a larger batch is worth more than 16-bit weights
+# Compiling takes 22 s, once on a machine, and 4 s from its cache; a step of 124 ms then takes 15 to 20% less.
+MIN_COMPILED_STEPS = 1000
 # A question of DocVQA with its answer, and the text around a page.
 TOKENS_PER_QUESTION, TOKENS_AROUND_PAGE = 28, 20
 PRECISIONS = {True: "bf16-mixed", False: "16-mixed"}  # by whether a GPU has bfloat16
@@ -57,12 +60,14 @@ class Workload(NamedTuple):
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
         longest_edge: of an image, in pixels.
+        steps: optimizer steps of the fit.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
+    steps: float = inf
 
 
 class Execution(NamedTuple):
@@ -80,7 +85,7 @@ class Execution(NamedTuple):
         return {name: getattr(self, name) for name in EXECUTION_OPTIONS}
 
 
-# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16.
+# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16, in long fits.
 CANDIDATES = (
     Execution(MIN_DEQUANTIZED_BATCH, dequantize=True, cuda_graphs=True, compile=True),
     Execution(0, cuda_graphs=True),
@@ -138,7 +143,7 @@ def choose_execution(
         given = {"dequantize": False, "cuda_graphs": False, "compile": False, **given}
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
         given.setdefault("cuda_graphs", False)
-    if precision != "bf16-mixed" or not device.can_compile:
+    if precision != "bf16-mixed" or not device.can_compile or workload.steps < MIN_COMPILED_STEPS:
         given.setdefault("compile", False)
     if is_sharded:
         given.setdefault("gradient_checkpointing", False)

@@ -23,7 +23,8 @@ from idefics_lit.model.quiet_imports import peft
 from idefics_lit.model.vision import embed_patches, resampler_index, resampler_layer
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
-# With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
+# With CUDA graphs to a multiple of 1024, and all patches to one of 1024, or of 1/16 of the next power of two if that is
+# more.
 PATCHES_MULTIPLE, PATCHES_SHARE = 1024, 16
 MAX_PROJECTED_PATCHES = 4096  # at a time: the modality projection's hidden states are twelve times as wide
 MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
@@ -132,7 +133,7 @@ class Idefics2Backbone:
         """Project and resample each image's features (P, width) to embeddings of image tokens (I, latents, width)."""
         lengths = [len(patches) for patches in features]
         patches = torch.cat(list(features))
-        longest = max(lengths) + -max(lengths) % LONGEST_MULTIPLE
+        longest = max(lengths) + -max(lengths) % (PATCHES_MULTIPLE if self._graphs else LONGEST_MULTIPLE)
         if self._graphs:
             multiple = max(PATCHES_MULTIPLE, 2 ** len(patches).bit_length() // PATCHES_SHARE)
             patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))

@@ -5,8 +5,11 @@ frozen vision tower into autograd. LoRA weights are float32 under mixed precisio
 kernels are disabled: they have no gradient and repack a layer's weight permanently.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,6 +142,12 @@ def _disable_inference_kernels(base: nn.Module) -> None:
 
 def _compile(base: Any) -> None:  # noqa: ANN401
     configure_compile()
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError, RuntimeError):  # there may be no home; torch's default is below /tmp, for one boot
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "idefics_lit" / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     for module in (
         *base.model.vision_model.encoder.layers,
         base.model.connector.modality_projection,

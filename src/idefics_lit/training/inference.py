@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
@@ -81,6 +82,8 @@ class InferenceModule(TrainedWeightsModule):
         found = find_device(device)
         self.devices = gather_objects(own_trainer, found) if own_trainer else [found]
         options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
+        if own_trainer is not None and own_trainer.training and isinstance(data, DocVQADataModule):
+            data.start_workers("train")
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
