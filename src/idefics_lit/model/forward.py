@@ -20,6 +20,7 @@ from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
+from idefics_lit.model.patches import embed_patches
 from idefics_lit.model.quiet_imports import peft
 
 
@@ -235,6 +236,16 @@ class Backbone(ABC):
             for i, features in encoded.items():
                 cache.put(keys[i], features)
         return [encoded[i] if features is None else features for i, features in enumerate(cached)]
+
+    def _encode(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Return the vision tower's features (I, P, width) of images (I, C, H, W) of one size, without padding."""
+        is_vision_trained = is_trained(self.vision_tower)
+        # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
+        no_autocast = torch.autocast(images.device.type, enabled=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained), no_autocast:
+            patches = embed_patches(self.vision_tower, images.to(self.dtype), height, width)
+            # A graph holds the activations of one call, and the backward passes of all calls follow later.
+            return self._encode_images(patches) if is_vision_trained else self._run("encode_images", patches)
 
     def _encode_images(self, patches: Tensor) -> Tensor:
         """Run the vision tower over patch embeddings (I, P, width)."""

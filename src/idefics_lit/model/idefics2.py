@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
-from idefics_lit.model.patches import embed_patches
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
 # With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
@@ -74,7 +72,7 @@ class Idefics2Backbone(Backbone):
         """
 
         def encode(missing: list[int]) -> Sequence[Tensor]:
-            return [self._encode(images[i], sizes[i]) for i in missing]
+            return [self._encode(images[i][None], *sizes[i])[0] for i in missing]
 
         return self._cached(keys, images[0].device, encode)
 
@@ -90,15 +88,6 @@ class Idefics2Backbone(Backbone):
         gather_index, attention_mask = resampler_index(lengths, longest, latents, patches.device)
         with self.autocast():
             return self._run("connect", patches, gather_index, attention_mask)
-
-    def _encode(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        is_vision_trained = is_trained(self.vision_tower)
-        # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
-        no_autocast = torch.autocast(image.device.type, enabled=False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained), no_autocast:
-            patches = embed_patches(self.vision_tower, image[None].to(self.dtype), *size)
-            # A graph holds the activations of one image, and the backward passes of all follow later.
-            return (self._encode_images(patches) if is_vision_trained else self._run("encode_images", patches))[0]
 
     def _connect(self, patches: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:
         resampler = self.connector.perceiver_resampler
