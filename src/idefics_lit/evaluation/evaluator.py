@@ -130,7 +130,7 @@ class Evaluator:
             include_unknown: compute it for questions of several pages without a reference page too.
         """
         assert batch.prompts is not None
-        counts = [batch.page_counts[row] for row in batch.question_rows]
+        counts = [len(batch.page_images[row]) for row in batch.question_rows]
         wanted = [
             page is not None or (include_unknown and count > 1)
             for count, page in zip(counts, batch.prompts.reference_pages, strict=True)
