@@ -32,10 +32,9 @@ class Idefics2Backbone(Backbone):
 
     @staticmethod
     def compiled_modules(base: Any) -> Sequence[nn.Module]:  # noqa: ANN401
-        """Return the layers, and the other modules that process all patches."""
+        """Return the text model's layers and what processes all patches; compiled, the tower's layers are slower."""
         connector = base.model.connector
         return [
-            *base.model.vision_model.encoder.layers,
             connector.modality_projection,
             *(layer.input_context_norm for layer in connector.perceiver_resampler.layers),
             *base.model.text_model.layers,

@@ -33,8 +33,8 @@ class Idefics3Backbone(Backbone):
 
     @staticmethod
     def compiled_modules(base: Any) -> Sequence[nn.Module]:  # noqa: ANN401
-        """Return the layers of vision tower and text model."""
-        return [*base.model.vision_model.encoder.layers, *base.model.text_model.layers]
+        """Return the text model's layers."""
+        return list(base.model.text_model.layers)
 
     def graph_stages(self) -> Mapping[str, nn.Module]:
         """Return vision tower and text model; the connector is a few kernels."""

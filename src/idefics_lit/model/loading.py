@@ -20,6 +20,7 @@ from idefics_lit.model.architecture import backbone_class
 from idefics_lit.model.compat import configure_compile
 from idefics_lit.model.lora import LoRA, Quantization, unquantized_modules
 from idefics_lit.model.quiet_imports import Linear4bit, Params4bit, peft
+from idefics_lit.model.vision_mlp import fuse_vision_mlps
 from idefics_lit.pretrained import cannot_load, quiet_transformers, refuse_adapter, resolve
 
 
@@ -85,6 +86,7 @@ def load_model(
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
         # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
         adapted.disable_input_require_grads()
+    fuse_vision_mlps(base)
     if compiled:
         _compile(base)
     # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
