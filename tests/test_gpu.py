@@ -101,6 +101,13 @@ def test_graphs_give_the_loss_and_the_gradients_of_what_they_capture(tiny, optio
             assert (graphed_grads[name] - grad).norm() <= 1e-2 * grad.norm() + 1e-5
 
 
+def test_a_module_without_a_trainer_answers(tiny):
+    page = SyntheticPages("test", 1)[0]
+    module = Idefics2Module(tiny)
+    answers = module.answer(page.images, page.question)
+    assert module.device.type == "cuda" and len(answers) == 1
+
+
 def test_two_forwards_before_a_backward_are_refused(tiny):
     pages = SyntheticPages("train", 1)
     batch = Idefics2Collator(load_processor(tiny), train=True)([pages[0]])

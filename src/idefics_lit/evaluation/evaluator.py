@@ -16,7 +16,7 @@ from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 
 
 class DecodedBatch(NamedTuple):
@@ -46,7 +46,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: Idefics2Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
+        self, backbone: Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
     ) -> None:
         self.backbone, self.processor = backbone, processor
         self.max_new_tokens, self.strip_period = max_new_tokens, strip_period
@@ -130,7 +130,7 @@ class Evaluator:
             include_unknown: compute it for questions of several pages without a reference page too.
         """
         assert batch.prompts is not None
-        counts = [batch.page_counts[row] for row in batch.question_rows]
+        counts = [len(batch.page_images[row]) for row in batch.question_rows]
         wanted = [
             page is not None or (include_unknown and count > 1)
             for count, page in zip(counts, batch.prompts.reference_pages, strict=True)

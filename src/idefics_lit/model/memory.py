@@ -69,11 +69,11 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
         InputError: ``lora.target_modules`` match no layer.
     """
     from idefics_lit.model.adapter import add_lora
-    from idefics_lit.model.lora import LoRA
+    from idefics_lit.model.lora import LoRA, unquantized_modules
 
     with torch.device("meta"):
         base = transformers.AutoModelForImageTextToText.from_config(config)
-    unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
+    unquantized = unquantized_modules(quantize_vision=options["quantize_vision"])
     layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
     quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     others = sum(p.numel() for p in base.parameters()) - quantizable
@@ -116,10 +116,12 @@ def peak_gib(
 
 def free_gpu_bytes(device: torch.device | None = None) -> int:
     """Return the bytes of a GPU that this process can still allocate: other processes' and its own limit count."""
-    free, total = torch.cuda.mem_get_info(device)
+    # Without a Trainer the device is "cuda"; the limit is read only with an index.
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
     # torch < 2.8 has no way to read the limit.
-    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return min(free, int(limit * total) - torch.cuda.memory_reserved(device))
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return min(free, int(limit * total) - torch.cuda.memory_reserved(index))
 
 
 def available_ram_bytes() -> int:
