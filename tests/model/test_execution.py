@@ -3,8 +3,10 @@
 from dataclasses import asdict
 
 import pytest
+from conftest import DATA
 from transformers import AutoConfig
 
+from idefics_lit.model.architecture import backbone_class
 from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
 from idefics_lit.model.loading import LoRA
 from idefics_lit.model.memory import CUDA_GRAPHS, count_weights
@@ -121,3 +123,42 @@ def test_memory_with_cuda_graphs_agrees_with_measurements(config, images, rows, 
     weights = count_weights(config, options).gib(in_4_bits=not dequantized, precision="bf16-mixed")
     mib = 3785 * images * CUDA_GRAPHS.mib_per_patch + rows * tokens * CUDA_GRAPHS.mib_per_token
     assert weights + CUDA_GRAPHS.fixed_gib + mib / 1024 == pytest.approx(peak, abs=2)
+
+
+PAGE = {"questions_per_row": 4.0, "images_per_page": 17}
+
+
+def choose_of_family(name, gib, *, load=(), **given):
+    config = AutoConfig.from_pretrained(DATA / "idefics3-files" / name)
+    options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN, **given}
+    card, workload = Device("a card", "cuda", gib, 64), Workload(STEP, **{**PAGE, **dict(load)})
+    return choose_execution(card, config, count_weights(config, options), options, "bf16-mixed", workload)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "batch_size", "options"),
+    [
+        ("Idefics3-8B-Llama3", 139.0, 8, "dequantize compile"),  # 6,300 tokens: launches take no time, graphs memory
+        ("Idefics3-8B-Llama3", 79.0, 8, "dequantize compile"),
+        ("Idefics3-8B-Llama3", 39.4, 4, ""),
+        ("Idefics3-8B-Llama3", 23.5, 8, "gradient_checkpointing"),
+        ("Idefics3-8B-Llama3", 14.6, 8, "gradient_checkpointing"),
+        ("SmolVLM-Instruct", 139.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-Instruct", 23.5, 4, "cuda_graphs"),
+        ("SmolVLM-256M-Instruct", 79.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-256M-Instruct", 14.6, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM2-500M-Video-Instruct", 7.6, 8, ""),
+    ],
+)
+def test_a_card_gets_options_that_fit_pages_of_seventeen_tiles(name, gib, batch_size, options):
+    chosen = choose_of_family(name, gib)
+    on = {name for name, on in chosen.model_options.items() if on}
+    assert (chosen.batch_size, on) == (batch_size, set(options.split()))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("Idefics3-8B-Llama3", 3027), ("SmolVLM-Instruct", 1548), ("SmolVLM-256M-Instruct", 1127)]
+)
+def test_the_estimate_of_a_pages_tokens_is_no_less_than_they_are(name, tokens):
+    config = AutoConfig.from_pretrained(DATA / "idefics3-files" / name)
+    assert tokens <= 17 * backbone_class(config).image_tokens(config) < 1.15 * tokens

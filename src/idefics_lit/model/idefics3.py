@@ -17,7 +17,7 @@ from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
 from idefics_lit.model.memory import IDEFICS3_PEAKS
 
-TAG_TOKENS = 10  # of SmolVLM-Instruct; Idefics3-8B has 9, and models whose tags are special tokens have 2
+TAG_TOKENS = 11  # of SmolVLM-Instruct; Idefics3-8B has 10, and models whose tags are special tokens have 3
 MAX_CONNECTED_TILES = 64  # at a time, in evaluation
 
 
