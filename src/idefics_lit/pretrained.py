@@ -120,10 +120,8 @@ def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # n
     if has_tiles(images):
         tile = images.max_image_size["longest_edge"]
         if image_size % tile or not tile <= image_size <= MAX_TILES * tile:
-            raise InputError(
-                f"data.image_size {image_size}: choose from {', '.join(str(n * tile) for n in range(1, MAX_TILES + 1))}, "
-                f"1 to {MAX_TILES} tiles of {pretrained}"
-            )
+            sizes = ", ".join(str(count * tile) for count in range(1, MAX_TILES + 1))
+            raise InputError(f"data.image_size {image_size}: choose from {sizes}, multiples of the tile of {pretrained}")
         images.size = type(size)(longest_edge=image_size)
         return
     longest, shortest = size["longest_edge"], size["shortest_edge"]
