@@ -14,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Small models: threads cost more than they bring, and on a busy machine far more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from stand_ins import KINDS, build_stand_in
+
 from idefics_lit.model.tiny import build_tiny
 
 DATA = Path(__file__).parent / "assets"
@@ -35,6 +37,12 @@ def pytest_runtest_protocol(item):
 def tiny(tmp_path_factory):
     """A folder with a randomly initialised small Idefics2, in the Hub's format."""
     return str(build_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def stand_in(request, tmp_path_factory):
+    """A folder with a randomly initialised small Idefics3 or SmolVLM, in the Hub's format."""
+    return str(build_stand_in(request.param, tmp_path_factory.mktemp(request.param)))
 
 
 @pytest.fixture(scope="session")

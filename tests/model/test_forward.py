@@ -6,10 +6,10 @@ from torch import nn
 from transformers import Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.idefics2 import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, add_lora
+from idefics_lit.model.patches import vision_position_ids
 from idefics_lit.model.tiny import tiny_config
-from idefics_lit.model.vision import vision_position_ids
 
 PATCH, PER_SIDE = 14, 70  # Idefics2-8b's
 SHAPES = [(70, 54), (54, 70), (1, 3), (2, 77), (26, 27), (25, 50), (35, 69), (49, 1), (55, 13), (70, 70), (70, 38)]

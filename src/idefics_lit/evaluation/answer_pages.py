@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 
 def page_scores(
-    backbone: Idefics2Backbone,
+    backbone: Backbone,
     batch: Batch,
     page_features: Sequence[Tensor],
     answers: Mapping[int, list[int]],
@@ -33,7 +33,7 @@ def page_scores(
     Args:
         backbone: of the model, in any mode.
         batch: `Idefics2Collator`'s for evaluation.
-        page_features: for each row (image tokens, width), from `Idefics2Backbone.encode_pages`.
+        page_features: for each row (image tokens, width), from `Backbone.encode_pages`.
         answers: by the question's index in the batch, the token ids of its answer with the end-of-sequence token.
         tokenizer: the model's tokenizer.
 

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.cuda_graphs import CudaGraphRunner
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 
 # With CUDA graphs the shapes of states are few: rows and columns are padded to multiples, and the number of rows is
 # divided by ROWS_DIVISOR when so few prompts are unfinished.
@@ -123,9 +123,7 @@ class GreedyDecoder:
         graphs: run decode steps as CUDA graphs; on a CPU the same fixed tensors are used without graphs.
     """
 
-    def __init__(
-        self, backbone: Idefics2Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool) -> None:
         self.backbone, self.tokenizer = backbone, processor.tokenizer
         self.max_new_tokens, self.graphs = max_new_tokens, graphs
         names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
@@ -141,7 +139,7 @@ class GreedyDecoder:
 
         Args:
             batch: `Idefics2Collator`'s for evaluation.
-            hidden: the last hidden states of the batch (R, T, width), from `Idefics2Backbone.prefill`.
+            hidden: the last hidden states of the batch (R, T, width), from `Backbone.prefill`.
             cache: its keys and values.
 
         Returns:

@@ -16,7 +16,7 @@ from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 
 
 class DecodedBatch(NamedTuple):
@@ -46,7 +46,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: Idefics2Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
+        self, backbone: Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
     ) -> None:
         self.backbone, self.processor = backbone, processor
         self.max_new_tokens, self.strip_period = max_new_tokens, strip_period

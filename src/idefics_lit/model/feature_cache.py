@@ -1,7 +1,7 @@
-"""Caches of the frozen vision tower's features, in memory or in a folder that runs share.
+"""Caches of the features of pages, in memory or in a folder that runs share.
 
-A page recurs with each of its questions and in every epoch. Its features take 2 bytes x patches x width, 8.7 MB for a
-page of Idefics2-8b.
+A page recurs with each of its questions and in every epoch. Its features take 2 bytes x patches x width: 8.7 MB for a
+page of Idefics2-8b, and 1.25 MB for a page of SmolVLM-256M whose connector is frozen too.
 """
 
 import errno
@@ -11,7 +11,9 @@ import tempfile
 import time
 import zlib
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.compat import attention_implementation
-from idefics_lit.model.loading import is_vision_trained
-from idefics_lit.model.quiet_imports import bitsandbytes, peft
+from idefics_lit.model.quiet_imports import bitsandbytes
 from idefics_lit.utils.files import STALE_AFTER, replacing
 
 Device = torch.device | str
@@ -180,18 +182,18 @@ class FolderCache:
         return self.folder / f"{name}.safetensors"
 
 
-def open_cache(options: Any, model: peft.PeftModel, dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
+def open_cache(options: Any, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
     """Return the cache that a module's options ask for.
 
     Args:
         options: `Idefics2Module`'s hyperparameters, with ``feature_cache`` set.
-        model: the model.
-        dtype: of its computation.
+        modules: the modules that compute the features, the vision tower first.
+        dtype: of their computation.
 
     Raises:
         InputError: the vision tower is trained, or the folder can't be written.
     """
-    if is_vision_trained(model):
+    if any(map(is_trained, modules.values())):
         raise InputError(
             "model.feature_cache needs a frozen vision tower, but model.lora.target_modules train it: remove one of "
             "the options"
@@ -199,23 +201,22 @@ def open_cache(options: Any, model: peft.PeftModel, dtype: torch.dtype) -> Memor
     if options.feature_cache == "memory":
         return MemoryCache(options.feature_cache_gb)
     return FolderCache(
-        options.feature_cache, options.feature_cache_gb, _features_key(model, dtype, is_compiled=options.compile)
+        options.feature_cache, options.feature_cache_gb, _features_key([*modules.values()], dtype, options.compile)
     )
 
 
-def _features_key(model: peft.PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
+def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype, is_compiled: bool) -> str:
     """Return a key of all that features depend on besides an image and the processor's options: weights and code.
 
     The weights are hashed, since a file's name, size and time don't identify them. For Idefics2-8b's vision tower, 0.8
     GB in 16 bits, this takes a second once a run.
     """
-    base: Any = model.get_base_model()
-    tower = base.model.vision_model
+    tower: Any = modules[0]
     digest = hashlib.sha256()
-    for name, tensor in tower.state_dict().items():
+    for name, tensor in chain.from_iterable(module.state_dict().items() for module in modules):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.cpu()))
-    attention, device = attention_implementation(tower.config), base.device.type
+    attention, device = attention_implementation(tower.config), tower.device.type
     versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
     return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
         f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"

@@ -69,11 +69,11 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
         InputError: ``lora.target_modules`` match no layer.
     """
     from idefics_lit.model.adapter import add_lora
-    from idefics_lit.model.lora import LoRA
+    from idefics_lit.model.lora import LoRA, unquantized_modules
 
     with torch.device("meta"):
         base = transformers.AutoModelForImageTextToText.from_config(config)
-    unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
+    unquantized = unquantized_modules(quantize_vision=options["quantize_vision"])
     layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
     quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     others = sum(p.numel() for p in base.parameters()) - quantizable

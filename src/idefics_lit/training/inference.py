@@ -56,8 +56,8 @@ class InferenceModule(TrainedWeightsModule):
         if hasattr(self, "model"):
             return
         from idefics_lit.evaluation.evaluator import Evaluator
+        from idefics_lit.model.architecture import backbone_class
         from idefics_lit.model.feature_cache import open_cache
-        from idefics_lit.model.forward import Idefics2Backbone
         from idefics_lit.model.loading import check_vocabulary, load_model
 
         options = self.hparams
@@ -97,11 +97,11 @@ class InferenceModule(TrainedWeightsModule):
         )
         if self.adapter is not None:
             check_training_options(read_training_options(self.adapter), self, trainer)
-        self.backbone = Idefics2Backbone(
-            self.model,
-            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache != "off" else None,
-            graphs=options.cuda_graphs and device.type == "cuda",
-        )
+        base = self.model.get_base_model()
+        architecture, cache = backbone_class(base.config), None
+        if options.feature_cache != "off":
+            cache = open_cache(options, architecture.feature_modules(base), DTYPES[precision])
+        self.backbone = architecture(self.model, cache, graphs=options.cuda_graphs and device.type == "cuda")
         self.evaluator = Evaluator(
             self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
