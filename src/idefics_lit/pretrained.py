@@ -121,7 +121,7 @@ def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # n
         tile = images.max_image_size["longest_edge"]
         if image_size % tile or not tile <= image_size <= MAX_TILES * tile:
             sizes = ", ".join(str(count * tile) for count in range(1, MAX_TILES + 1))
-            raise InputError(f"data.image_size {image_size}: choose from {sizes}, multiples of the tile of {pretrained}")
+            raise InputError(f"data.image_size {image_size}: choose from {sizes}, the sizes that {pretrained} takes")
         images.size = type(size)(longest_edge=image_size)
         return
     longest, shortest = size["longest_edge"], size["shortest_edge"]

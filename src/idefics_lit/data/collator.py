@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.image_tokens import image_token_ids, page_spans, tokenize_prompts
+from idefics_lit.data.image_tokens import image_token_ids, largest_page_tokens, page_spans, tokenize_prompts
 from idefics_lit.data.page_keys import page_digest
 from idefics_lit.data.pixels import process_page, stack_images
 from idefics_lit.errors import InputError
@@ -29,7 +29,7 @@ PLACEHOLDERS = ("\ue000", "\ue001")  # of question and answer: characters that U
 PROBE = "Aé  <&>\"'\\n\n{{ x }} {% 1"  # a template that changes texts, such as by escaping, changes it
 
 
-MIN_DEFAULT_MAX_LENGTH = 2048  # tokens
+DEFAULT_MAX_LENGTH = 2048  # tokens, unless a page takes more
 TEXT_TOKENS = 1024  # beside a page, of its question and answer
 
 
@@ -83,7 +83,7 @@ class Idefics2Collator:
         self.train = train
         self.prompt_style = prompt_style
         self.train_on_prompt = train_on_prompt
-        self.max_length = max_length or _default_max_length(processor)
+        self.max_length = max_length or max(DEFAULT_MAX_LENGTH, largest_page_tokens(processor) + TEXT_TOKENS)
         self.seed = seed
         self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
@@ -289,12 +289,6 @@ class Idefics2Collator:
             messages.append({"role": "assistant", "content": [_text_part(answer)]})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
         return str(text).strip()
-
-
-def _default_max_length(processor: "ProcessorMixin") -> int:
-    edge = processor.image_processor.size["longest_edge"]
-    (page,) = tokenize_prompts(processor, ["<image>"], [[(edge, edge)]])
-    return max(MIN_DEFAULT_MAX_LENGTH, len(page) + TEXT_TOKENS)
 
 
 def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:

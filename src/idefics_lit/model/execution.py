@@ -57,12 +57,14 @@ class Workload(NamedTuple):
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
         longest_edge: of an image, in pixels.
+        page_tokens: tokens of a row's pages; by default those of a page of Idefics2.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
+    page_tokens: int = 66
 
 
 class Execution(NamedTuple):
@@ -164,8 +166,7 @@ def _activations_gib(config: "PretrainedConfig", execution: Execution, precision
     """Estimate the memory of a batch, for a model of any width and depth."""
     size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
     rows = -(-size // max(1, round(workload.questions_per_row)))
-    page_tokens = workload.images_per_page * (config.perceiver_config.resampler_n_latents + 2) + TOKENS_AROUND_PAGE
-    tokens = rows * page_tokens + size * TOKENS_PER_QUESTION
+    tokens = rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + size * TOKENS_PER_QUESTION
     patches = rows * workload.images_per_page * edge**2
     peak = peak_gib(0, patches, tokens, execution.gradient_checkpointing, execution.cuda_graphs)
     text, bytes_per_value = config.text_config, DTYPES.get(precision, torch.float32).itemsize
