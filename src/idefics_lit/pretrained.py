@@ -108,6 +108,7 @@ def load_processor(
         raise cannot_load("processor", pretrained, error) from error
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
+    processor.tokenizer.clean_up_tokenization_spaces = False  # Idefics3-8B's would strip spaces before punctuation
     images = processor.image_processor
     images.do_image_splitting = has_tiles(images) if image_splitting is None else image_splitting
     if image_size is not None:

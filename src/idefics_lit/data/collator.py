@@ -20,6 +20,7 @@ from idefics_lit.data.pixels import process_page, stack_images
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
+from idefics_lit.pretrained import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -287,7 +288,8 @@ class Idefics2Collator:
         messages: list[Any] = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [_text_part(answer)]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+        with quiet_transformers():  # SmolVLM2's warns of its own arguments in transformers before 5.24
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
         return str(text).strip()
 
 
