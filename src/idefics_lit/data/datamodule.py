@@ -10,10 +10,11 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.utils.data import DataLoader
 
-from idefics_lit.data.collator import Idefics2Collator, PromptStyle
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
+from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
 from idefics_lit.data.subset import Subset, sample_pages

@@ -20,7 +20,7 @@ MINIATURE_TILE = 8  # pixels
 
 def image_token_ids(processor: "ProcessorMixin") -> list[int]:
     """Return the ids of ``<fake_token_around_image>`` and ``<image>``."""
-    ids: list[int] = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])  # type: ignore[attr-defined]
+    ids: list[int] = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
     return ids
 
 
@@ -50,7 +50,7 @@ def tokenize_prompts(
 
 def largest_page_tokens(processor: "ProcessorMixin") -> int:
     """Return the number of tokens of the page with the most."""
-    edge = page_edge(processor.image_processor)  # type: ignore[attr-defined]
+    edge = page_edge(processor.image_processor)
     (ids,) = tokenize_prompts(processor, ["<image>"], [[(edge, edge)]], add_special_tokens=False)
     return len(ids)
 
@@ -69,7 +69,7 @@ def page_spans(processor: "ProcessorMixin", ids: Sequence[int], page_images: Seq
     fake_token, image_token = image_token_ids(processor)
     fakes = [i for i, token in enumerate(ids) if token == fake_token]
     images = [i for i, token in enumerate(ids) if token == image_token]
-    per_image: int = processor.image_seq_len  # type: ignore[attr-defined]
+    per_image: int = processor.image_seq_len
     if len(images) != per_image * sum(page_images):
         raise ValueError(f"{len(images)} image tokens for {sum(page_images)} images of {per_image} tokens")
     spans = []
