@@ -66,13 +66,15 @@ class Workload(NamedTuple):
         batch_sizes: the batch sizes to choose from, the largest first.
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
-        longest_edge: of an image, in pixels; the tiles of Idefics3 and SmolVLM have a size of their own.
+        longest_edge: of an image or tile, in pixels.
+        page_tokens: tokens of a row's pages; by default those of a page of Idefics2.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
+    page_tokens: int = 66
 
 
 class Execution(NamedTuple):
@@ -179,20 +181,16 @@ def choose_execution(
 
 def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) -> tuple[int, int]:
     """Return the patches and tokens of a batch."""
-    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
-
-    architecture = backbone_class(config)
     rows = -(-questions // max(1, round(workload.questions_per_row)))
-    images = rows * workload.images_per_page
-    tokens = images * architecture.image_tokens(config) + rows * TOKENS_AROUND_PAGE + questions * TOKENS_PER_QUESTION
-    return images * architecture.image_patches(config, workload.longest_edge), tokens
+    patches = rows * workload.images_per_page * (workload.longest_edge // config.vision_config.patch_size) ** 2
+    return patches, rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + questions * TOKENS_PER_QUESTION
 
 
 def _activations_gib(
     config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
 ) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    from idefics_lit.model.architecture import backbone_class
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
 
     peaks = backbone_class(config).peaks
     kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if execution.cuda_graphs else "plain"

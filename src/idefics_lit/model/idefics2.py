@@ -29,16 +29,6 @@ class Idefics2Backbone(Backbone):
     peaks = IDEFICS2_PEAKS
 
     @staticmethod
-    def image_tokens(config: Any) -> int:  # noqa: ANN401
-        """Return the resampler's latents and the special tokens around them."""
-        return int(config.perceiver_config.resampler_n_latents) + 2
-
-    @staticmethod
-    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
-        """Return the patches of a square image."""
-        return int((longest_edge // config.vision_config.patch_size) ** 2)
-
-    @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401
         """Return the vision tower."""
         return {"vision tower": base.model.vision_model}
