@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Small models: threads cost more than they bring, and on a busy machine far more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hub_files import FAMILY, hub_folder
 from stand_ins import KINDS, build_stand_in
 
 from idefics_lit.model.tiny import build_tiny
@@ -43,6 +44,12 @@ def tiny(tmp_path_factory):
 def stand_in(request, tmp_path_factory):
     """A folder with a randomly initialised small Idefics3 or SmolVLM, in the Hub's format."""
     return str(build_stand_in(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="session", params=FAMILY)
+def family_files(request, tmp_path_factory):
+    """A folder with the small files of a model of Idefics3's family on the Hub, named as there, and its tokenizer."""
+    return hub_folder(request.param, tmp_path_factory.mktemp("family") / request.param)
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,7 @@ def load_processor(
         raise cannot_load("processor", pretrained, error) from error
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
+    processor.tokenizer.clean_up_tokenization_spaces = False  # Idefics3-8B's would strip spaces before punctuation
     images = processor.image_processor
     images.do_image_splitting = has_tiles(images) if image_splitting is None else image_splitting
     if image_size is not None:
@@ -120,10 +121,8 @@ def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # n
     if has_tiles(images):
         tile = images.max_image_size["longest_edge"]
         if image_size % tile or not tile <= image_size <= MAX_TILES * tile:
-            raise InputError(
-                f"data.image_size {image_size}: choose from {', '.join(str(n * tile) for n in range(1, MAX_TILES + 1))}, "
-                f"1 to {MAX_TILES} tiles of {pretrained}"
-            )
+            sizes = ", ".join(str(count * tile) for count in range(1, MAX_TILES + 1))
+            raise InputError(f"data.image_size {image_size}: choose from {sizes}, the sizes that {pretrained} takes")
         images.size = type(size)(longest_edge=image_size)
         return
     longest, shortest = size["longest_edge"], size["shortest_edge"]

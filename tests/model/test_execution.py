@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import pytest
+from conftest import DATA
 from transformers import AutoConfig
 
 from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
@@ -52,7 +53,7 @@ def choose(config):
     ],
 )
 def test_a_card_gets_the_fastest_options_that_fit(choose, gib, precision, splitting, batch_size, options):
-    chosen = choose(gib, precision, load={"images_per_page": 5 if splitting else 1})
+    chosen = choose(gib, precision, load={"images_per_page": 5, "page_tokens": 321} if splitting else {})
     assert (chosen.batch_size, {name for name, on in chosen.model_options.items() if on}) == (
         batch_size,
         set(options.split()),
@@ -67,7 +68,7 @@ def test_two_devices_share_a_step(choose):
 
 def test_more_rows_need_smaller_batches(choose):
     assert choose(14.6, "16-mixed", load={"questions_per_row": 1.0}).batch_size < choose(14.6, "16-mixed").batch_size
-    large = {"images_per_page": 5, "longest_edge": 980}
+    large = {"images_per_page": 5, "longest_edge": 980, "page_tokens": 321}
     assert choose(52, load={**large, "longest_edge": 490}).batch_size > choose(52, load=large).batch_size
 
 
@@ -128,3 +129,40 @@ def test_memory_with_cuda_graphs_agrees_with_measurements(config, images, rows, 
     weights = count_weights(config, options).gib(in_4_bits=not dequantized, precision="bf16-mixed")
     mib = 3785 * images * CUDA_GRAPHS.mib_per_patch + rows * tokens * CUDA_GRAPHS.mib_per_token
     assert weights + CUDA_GRAPHS.fixed_gib + mib / 1024 == pytest.approx(peak, abs=2)
+
+
+# Edge of a tile, and tokens of a page of 4 x 4 tiles.
+PAGES = {
+    "Idefics3-8B-Llama3": (364, 3027),
+    "SmolVLM-Instruct": (384, 1548),
+    "SmolVLM-256M-Instruct": (512, 1127),
+    "SmolVLM2-500M-Video-Instruct": (512, 1127),
+}
+
+
+def choose_with_tiles(name, gib):
+    config = AutoConfig.from_pretrained(DATA / "idefics3-files" / name)
+    options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN}
+    card, workload = Device("a card", "cuda", gib, 64), Workload(STEP, 4.0, 17, *PAGES[name])
+    return choose_execution(card, config, count_weights(config, options), options, "bf16-mixed", workload)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "batch_size", "options"),
+    [
+        ("Idefics3-8B-Llama3", 139.0, 8, "dequantize compile"),  # 6,300 tokens: launches take no time, graphs memory
+        ("Idefics3-8B-Llama3", 79.0, 8, "dequantize compile"),
+        ("Idefics3-8B-Llama3", 39.4, 4, ""),
+        ("Idefics3-8B-Llama3", 23.5, 8, "gradient_checkpointing"),
+        ("Idefics3-8B-Llama3", 14.6, 8, "gradient_checkpointing"),
+        ("SmolVLM-Instruct", 139.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-Instruct", 23.5, 4, "cuda_graphs"),
+        ("SmolVLM-256M-Instruct", 79.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-256M-Instruct", 14.6, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM2-500M-Video-Instruct", 7.6, 8, ""),
+    ],
+)
+def test_a_card_gets_options_that_fit_pages_of_seventeen_tiles(name, gib, batch_size, options):
+    chosen = choose_with_tiles(name, gib)
+    on = {name for name, on in chosen.model_options.items() if on}
+    assert (chosen.batch_size, on) == (batch_size, set(options.split()))

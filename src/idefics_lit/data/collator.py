@@ -7,16 +7,17 @@ tokenizer. Nothing is ever truncated. Questions on one page are packed into one 
 import hashlib
 import random
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.image_tokens import image_token_ids, page_spans, tokenize_prompts
+from idefics_lit.data.image_tokens import image_token_ids, largest_page_tokens, page_spans, tokenize_prompts
 from idefics_lit.data.page_keys import page_digest
 from idefics_lit.data.pixels import process_page, stack_images
+from idefics_lit.data.prompts import PromptStyle, PromptTemplate
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
@@ -24,12 +25,7 @@ from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-PromptStyle = Literal["recipe", "idefics"]
-PLACEHOLDERS = ("\ue000", "\ue001")  # of question and answer: characters that Unicode leaves to programs
-PROBE = "Aé  <&>\"'\\n\n{{ x }} {% 1"  # a template that changes texts, such as by escaping, changes it
-
-
-MIN_DEFAULT_MAX_LENGTH = 2048  # tokens
+DEFAULT_MAX_LENGTH = 2048  # tokens, unless a page takes more
 TEXT_TOKENS = 1024  # beside a page, of its question and answer
 
 
@@ -83,12 +79,12 @@ class Idefics2Collator:
         self.train = train
         self.prompt_style = prompt_style
         self.train_on_prompt = train_on_prompt
-        self.max_length = max_length or _default_max_length(processor)
+        self.max_length = max_length or max(DEFAULT_MAX_LENGTH, largest_page_tokens(processor) + TEXT_TOKENS)
         self.seed = seed
         self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
         self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.frames: dict[tuple[int, bool], str] = {}  # rendered templates, by number of images and lack of an answer
+        self.template = PromptTemplate(processor, prompt_style)
         self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids = image_token_ids(processor)
 
@@ -259,42 +255,11 @@ class Idefics2Collator:
 
     def _text(self, example: Example, answer: str | None) -> str:
         """Apply the chat template: the complete assistant's turn with an answer, its opening without."""
-        images = [{"type": "image"} for _ in example.images]
         question = example.question.strip()
         for text in (question, answer or ""):
             if any(token in text for token in self.special_tokens):
                 raise InputError(f"{_name(example)}: {text!r} holds one of the model's special tokens: reword it")
-        answer = answer if answer is None else answer.strip()
-        key = len(images), answer is None
-        if key not in self.frames:
-            self.frames[key] = self._render(images, *PLACEHOLDERS[: 1 if answer is None else 2])
-            probe = None if answer is None else PROBE
-            if self._fill(self.frames[key], PROBE, probe) != self._render(images, PROBE, probe):
-                self.frames[key] = ""
-        return self._fill(self.frames[key], question, answer) or self._render(images, question, answer)
-
-    def _fill(self, frame: str, question: str, answer: str | None) -> str:
-        """Put texts in the place of `PLACEHOLDERS`: rendering the template for each text is a hundred times slower."""
-        before, _, rest = frame.partition(PLACEHOLDERS[0])
-        between, _, after = rest.partition(PLACEHOLDERS[1])
-        return f"{before}{question}{between}{answer or ''}{after}" if frame else ""
-
-    def _render(self, images: list[dict[str, str]], question: str, answer: str | None = None) -> str:
-        if self.prompt_style == "recipe":
-            content = [_text_part("Answer briefly."), *images, _text_part(question)]
-        else:
-            content = [*images, _text_part(f"{question}\nGive a very brief answer.")]
-        messages: list[Any] = [{"role": "user", "content": content}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [_text_part(answer)]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None)
-        return str(text).strip()
-
-
-def _default_max_length(processor: "ProcessorMixin") -> int:
-    edge = processor.image_processor.size["longest_edge"]
-    (page,) = tokenize_prompts(processor, ["<image>"], [[(edge, edge)]])
-    return max(MIN_DEFAULT_MAX_LENGTH, len(page) + TEXT_TOKENS)
+        return self.template.text(len(example.images), question, answer if answer is None else answer.strip())
 
 
 def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
@@ -302,10 +267,6 @@ def _digests(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     images = {id(image): image for example in examples for image in example.images}
     digests = {key: page_digest(image) for key, image in images.items()}
     return [tuple(digests[id(image)] for image in example.images) for example in examples]
-
-
-def _text_part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
 
 
 def _reference_page(example: Example) -> int | None:

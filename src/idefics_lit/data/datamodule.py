@@ -10,10 +10,11 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.utils.data import DataLoader
 
-from idefics_lit.data.collator import Idefics2Collator, PromptStyle
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Examples
 from idefics_lit.data.loaders import EvalLoader, StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
+from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
 from idefics_lit.data.subset import Subset, sample_pages
@@ -67,9 +68,12 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
             answer.", the prompt that the model's authors evaluate with.
         train_on_prompt: compute the loss on the prompt's text too.
-        image_splitting: encode four crops and the page, with 320 image tokens per page instead of 64.
-        image_size: resize a page's longest edge to this many pixels, at most the processor's size, the default.
-        max_length: refuse longer sequences, in tokens; the error names the question.
+        image_splitting: encode crops of the page too. Idefics2: four quadrants, with 320 image tokens per page instead
+            of 64; off by default. Idefics3 and SmolVLM: tiles, which need it; on by default.
+        image_size: resize a page's longest edge to this many pixels, by default the processor's size. For Idefics2 at
+            most that size; for Idefics3 and SmolVLM a multiple of the tile.
+        max_length: refuse longer sequences, in tokens; the error names the question. By default 2048, or the tokens of
+            the largest page and 1024 more if that is more.
         questions_per_page: in training, this many questions about one page follow one another. Those in one batch
             share its image: the loss is the same, with much less computation, but batches are less mixed.
         global_batch_size: training examples per optimizer step on all devices, 16 by default, or what batch_size,
@@ -109,9 +113,9 @@ class DocVQADataModule(LightningDataModule):
         limit_test: int | None = None,
         prompt_style: PromptStyle = "recipe",
         train_on_prompt: bool = False,
-        image_splitting: bool = False,
+        image_splitting: bool | None = None,
         image_size: int | None = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         questions_per_page: int = 4,
         global_batch_size: int | None = None,
         batch_size: int | None = None,
@@ -184,6 +188,7 @@ class DocVQADataModule(LightningDataModule):
         self.processor = load_processor(
             options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
         )
+        options.image_splitting = self.processor.image_processor.do_image_splitting
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own accumulation and validation interval back."""
@@ -299,7 +304,8 @@ class DocVQADataModule(LightningDataModule):
         if self.hparams.streaming:
             assert self.trainer is not None
             return StreamLoader(self._streamed_questions(), self.trainer, **options)
-        return TrainingLoader(self.dataset("train"), self.trainer, sampler=self.train_sampler(self.examples["train"]), **options)
+        sampler = self.train_sampler(self.examples["train"])
+        return TrainingLoader(self.dataset("train"), self.trainer, sampler=sampler, **options)
 
     def _eval_loader(self, split: str) -> EvalLoader:
         loader_options = self._loader_options(split)

@@ -1,7 +1,6 @@
 """Token ids of prompts with the image tokens of their pages, and where the pages are in them.
 
-The number of a page's images, and so of its tokens, depends on its shape for Idefics3 and SmolVLM: the page is cut into
-tiles. Neither needs the page's pixels.
+A page's tokens depend on its shape for Idefics3 and SmolVLM, but never on its pixels.
 """
 
 from collections.abc import Sequence
@@ -10,27 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from idefics_lit.data.image_layout import page_edge, tile_grid
 from idefics_lit.pretrained import has_tiles
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-SPLIT_IMAGES = 5  # of Idefics2: the page's four quadrants and the page
 MINIATURE_TILE = 8  # pixels
 
 
 def image_token_ids(processor: "ProcessorMixin") -> list[int]:
     """Return the ids of ``<fake_token_around_image>`` and ``<image>``."""
-    ids: list[int] = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])  # type: ignore[attr-defined]
+    ids: list[int] = processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
     return ids
-
-
-def count_images(image_processor: Any, size: tuple[int, int]) -> int:  # noqa: ANN401
-    """Return the number of images that the processor makes of a page of width and height ``size`` in pixels."""
-    if has_tiles(image_processor):
-        rows, columns = _grid(image_processor, size)
-        return rows * columns + 1
-    return SPLIT_IMAGES if image_processor.do_image_splitting else 1
 
 
 def tokenize_prompts(
@@ -52,9 +43,16 @@ def tokenize_prompts(
         return processor(text=prompts, **options)["input_ids"]
     # The processor writes the tokens of a page while it processes it. A blank page with tiles of a few pixels has the
     # same tokens and costs nothing.
-    miniatures = [[_miniature(*_grid(images, size)) for size in row] for row in page_sizes]
+    miniatures = [[_miniature(*tile_grid(images, size)) for size in row] for row in page_sizes]
     tile = {"longest_edge": MINIATURE_TILE}
     return processor(text=prompts, images=miniatures, do_resize=False, max_image_size=tile, **options)["input_ids"]
+
+
+def largest_page_tokens(processor: "ProcessorMixin") -> int:
+    """Return the number of tokens of the page with the most."""
+    edge = page_edge(processor.image_processor)
+    (ids,) = tokenize_prompts(processor, ["<image>"], [[(edge, edge)]], add_special_tokens=False)
+    return len(ids)
 
 
 def page_spans(processor: "ProcessorMixin", ids: Sequence[int], page_images: Sequence[int]) -> list[tuple[int, int]]:
@@ -71,7 +69,7 @@ def page_spans(processor: "ProcessorMixin", ids: Sequence[int], page_images: Seq
     fake_token, image_token = image_token_ids(processor)
     fakes = [i for i, token in enumerate(ids) if token == fake_token]
     images = [i for i, token in enumerate(ids) if token == image_token]
-    per_image: int = processor.image_seq_len  # type: ignore[attr-defined]
+    per_image: int = processor.image_seq_len
     if len(images) != per_image * sum(page_images):
         raise ValueError(f"{len(images)} image tokens for {sum(page_images)} images of {per_image} tokens")
     spans = []
@@ -79,13 +77,6 @@ def page_spans(processor: "ProcessorMixin", ids: Sequence[int], page_images: Seq
         first, last = images[(stop - count) * per_image], images[stop * per_image - 1]
         spans.append((max(i for i in fakes if i < first), min(i for i in fakes if i > last) + 1))
     return spans
-
-
-def _grid(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:  # noqa: ANN401
-    """Return the rows and columns of a page's tiles; 0 and 0 if the page is one image."""
-    width, height = size
-    _, rows, columns = image_processor.get_number_of_image_patches(height, width)
-    return rows, columns
 
 
 def _miniature(rows: int, columns: int) -> Image.Image:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
+from idefics_lit.model.memory import IDEFICS2_PEAKS
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
 # With CUDA graphs to a multiple of 1024, and all patches to one of 1024, or of 1/16 of the next power of two if that is
@@ -25,6 +26,8 @@ MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
 
 class Idefics2Backbone(Backbone):
     """The forward of Idefics2 with an adapter."""
+
+    peaks = IDEFICS2_PEAKS
 
     @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401

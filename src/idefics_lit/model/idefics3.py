@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
+from idefics_lit.model.memory import IDEFICS3_PEAKS
 
 MAX_CONNECTED_TILES = 64  # at a time, in evaluation
 
 
 class Idefics3Backbone(Backbone):
     """The forward of Idefics3, SmolVLM or SmolVLM2 with an adapter."""
+
+    peaks = IDEFICS3_PEAKS
 
     @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401

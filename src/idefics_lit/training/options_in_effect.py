@@ -196,7 +196,7 @@ def _pages_recur(trainer: Trainer, datamodule: DocVQADataModule, load: Workload)
 
 
 def _page_bytes(config: "PretrainedConfig", load: Workload, precision: str) -> int:
-    """Return the size of a square page's features."""
+    """Return the size of a square page's features; behind a frozen connector they are smaller."""
     vision = config.vision_config
     patches = load.images_per_page * (load.longest_edge // vision.patch_size) ** 2
     return int(patches * vision.hidden_size * DTYPES.get(precision, torch.float32).itemsize)
