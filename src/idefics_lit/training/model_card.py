@@ -15,6 +15,7 @@ from idefics_lit.model.quiet_imports import peft
 # processor.
 MIN_TRANSFORMERS = "5.21"
 CODE = """\
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 {imports}
@@ -25,14 +26,26 @@ require_version("transformers>={transformers}", "{reason}")
     raise RuntimeError(f"weights are missing or have other names: {{wrong}}")
 processor = AutoProcessor.from_pretrained({name})
 
-page = ImageOps.exif_transpose(Image.open("page.png"))  # upright
-if page.mode[0] in "IF":
-    raise ValueError("more than 8 bits of grey: scale the page to 8, white is 255")
-if page.has_transparency_data:  # white paper: the processor would make it black
-    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page.convert("RGBA"))
+
+def open_page(path):  # an image; render a PDF's pages to images first, with 2200 pixels on the longest edge
+    image = Image.open(open(path, "rb"))  # given a path, Pillow misplaces the pixels of a turned TIFF
+    page = ImageOps.exif_transpose(image)  # upright
+    if page.mode[0] in "IF":  # grey of more than 8 bits; white is the largest value of 8, 10, ... bits, or 1
+        values = np.asarray(page, dtype=np.float32)
+        scales = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)), 2**31)
+        white = next(scale for scale in scales if values.max() <= scale)
+        page = Image.fromarray((values.clip(0) * (255 / white) + 0.5).astype(np.uint8))
+        if getattr(image, "tag_v2", {{}}).get(262) == 0:  # a TIFF in which 0 is white
+            page = ImageOps.invert(page)
+    if page.has_transparency_data:  # white paper: the processor would make it black
+        page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page.convert("RGBA"))
+    return page.convert("RGB")
+
+
+pages = [open_page("page.png")]  # one or several pages of a document
 content = {content}
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True).strip()
-inputs = processor(text=prompt, images=[page], return_tensors="pt").to(model.device, model.dtype)
+inputs = processor(text=prompt, images=[pages], return_tensors="pt").to(model.device, model.dtype)
 with torch.no_grad():
     ids = model.generate(
         **inputs,
@@ -48,15 +61,25 @@ REASON = (
 )
 # Imports, and the code that loads the model. It raises where peft and transformers only warn of missing weights.
 ADAPTER = (
-    "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor",
+    "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText, AutoProcessor{config}",
     """\
-base, loaded = AutoModelForImageTextToText.from_pretrained(
-    {base}, dtype="auto", device_map="auto", output_loading_info=True
+{nf4}base, loaded = AutoModelForImageTextToText.from_pretrained(
+    {base}, dtype="auto", device_map="auto",{options} output_loading_info=True
 )
 model = PeftModel.from_pretrained(base, {name}).eval()
 adapter = model.load_adapter({name}, "default")
 if wrong := [*loaded["missing_keys"], *adapter.missing_keys, *adapter.unexpected_keys]:""",
 )
+# The 4-bit base model of the training, see `idefics_lit.model.loading`.
+NF4 = """\
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    llm_int8_skip_modules={skipped},
+)
+"""
 MERGED = (
     "from transformers import AutoModelForImageTextToText, AutoProcessor",
     """\
@@ -68,31 +91,52 @@ if wrong := [*loaded["missing_keys"], *loaded["unexpected_keys"]]:""",
 )
 # The message of a question, by prompt style.
 CONTENT = {
-    "recipe": '[\n    {"type": "text", "text": "Answer briefly."},\n    {"type": "image"},\n'
+    "recipe": '[\n    {"type": "text", "text": "Answer briefly."},\n    *[{"type": "image"} for _ in pages],\n'
     '    {"type": "text", "text": "What is the date?"},\n]',
-    "idefics": '[\n    {"type": "image"},\n'
+    "idefics": '[\n    *[{"type": "image"} for _ in pages],\n'
     '    {"type": "text", "text": "What is the date?\\nGive a very brief answer."},\n]',
 }
 SPLITTING_OFF = (
     "the adapter was trained with image splitting off, 64 image tokens a page, and the saved processor has it off; "
-    "servers such as vLLM and TGI may use the Hub's processor, which splits images, 320 tokens"
+    "whoever loads the Hub's processor instead splits images, 320 tokens"
+)
+SERVERS = (
+    "`transformers serve` serves the merged model through an OpenAI-style API; vLLM, SGLang and TGI, which is archived, "
+    "don't take Idefics2"
 )
 
 
-def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig, *, local_base: bool) -> str:
+def model_card(
+    facts: Mapping[str, Any],
+    name: str,
+    generation: GenerationConfig,
+    *,
+    base: str,
+    local_base: bool,
+    merged: str | None,
+) -> str:
     """Return the model card (README.md) of an export.
 
     Args:
         facts: the content of ``idefics_lit.json``.
         name: the Hub id or folder of the export.
         generation: ends answers as in validation.
+        base: the Hub id or folder of the base model that the code loads.
         local_base: whether the base model is a local folder.
+        merged: None for an adapter; else which weights it was merged into, or nothing.
     """
-    merged, base, options = facts["merged"], facts["base"], facts["model"]
-    imports, load = MERGED if merged else ADAPTER
+    options = facts["model"]
+    imports, load = ADAPTER if merged is None else MERGED
+    nf4 = merged is None and options["quantization"] == "nf4"
+    skipped = ["lm_head"] if options["quantize_vision"] else ["lm_head", "model.vision_model"]
     code = CODE.format(
-        imports=imports,
-        load=load.format(base=json.dumps(base), name=json.dumps(name)),
+        imports=imports.format(config=", BitsAndBytesConfig" if nf4 else ""),
+        load=load.format(
+            base=json.dumps(base),
+            name=json.dumps(name),
+            nf4=NF4.format(skipped=json.dumps(skipped)) if nf4 else "",
+            options=" quantization_config=nf4," if nf4 else "",
+        ),
         name=json.dumps(name),
         transformers=MIN_TRANSFORMERS,
         reason=REASON,
@@ -102,7 +146,7 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
         bad_words_ids=generation.bad_words_ids,
     )
     metadata: dict[str, Any] = {
-        "library_name": "transformers" if merged else "peft",
+        "library_name": "peft" if merged is None else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["idefics2", "docvqa", "lora"],
     }
@@ -113,12 +157,13 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
     scores = "".join(
         f"- best `{metric}` of its run by then{subset}: {score:.4f}\n" for metric, score in facts["scores"].items()
     )
-    hint = ", a local folder: others must put its path or Hub id in the code" if local_base and not merged else ""
+    hint = ", a local folder: others must put its path or Hub id in the code" if local_base and merged is None else ""
     steps = f"- {facts['steps']} optimizer steps\n" if facts["steps"] else ""
     splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
-    kind = "with a LoRA adapter merged into bfloat16 weights" if merged else "adapter (LoRA, peft)"
+    kind = "adapter (LoRA, peft)" if merged is None else "with a LoRA adapter merged into bfloat16 weights"
+    details = "".join(f"- {line}\n" for line in ([] if merged is None else [merged, SERVERS]) if line)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -126,9 +171,9 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
 
 [Idefics2](https://huggingface.co/HuggingFaceM4/idefics2-8b) {kind} for questions about document pages.
 
-- base model: `{base}`{hint}; the adapter was trained on it in {bits}
+- base model: `{facts["base"]}`{hint}; the adapter was trained on it in {bits}
 - needs transformers {MIN_TRANSFORMERS} or later: {REASON}
-{steps}{scores}{splitting}
+{details}{steps}{scores}{splitting}
 ```python
 {code}```
 
