@@ -2,8 +2,8 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch

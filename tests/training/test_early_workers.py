@@ -31,7 +31,7 @@ class Marked(DocVQADataModule):
         examples = super().dataset(split)
 
         class Marking(type(examples)):
-            def __getitem__(dataset, index):  # noqa: N805
+            def __getitem__(dataset, index):
                 (self.folder / split).touch()
                 return super().__getitem__(index)
 

@@ -51,9 +51,7 @@ class BatchStatistics(NamedTuple):
     patches: int
 
 
-def first_epoch_batches(
-    split: SplitStatistics, datamodule: DocVQADataModule, patch_size: int
-) -> list[BatchStatistics]:
+def first_epoch_batches(split: SplitStatistics, datamodule: DocVQADataModule, patch_size: int) -> list[BatchStatistics]:
     """Return the batches of the first epoch on one device, with each question's longest answer.
 
     Args:
