@@ -31,7 +31,7 @@ class Marked(DocVQADataModule):
         examples = super().dataset(split)
 
         class Marking(type(examples)):
-            def __getitem__(dataset, index):  # noqa: N805
+            def __getitem__(dataset, index):
                 (self.folder / split).touch()
                 return super().__getitem__(index)
 
@@ -113,17 +113,6 @@ def test_nothing_of_a_fit_changes(module, data):
     assert len(losses) == 6
     assert (ids, losses, seed) == (late_ids, late_losses, late_seed)
     assert all(torch.equal(value, late_weights[name]) for name, value in weights.items())
-
-
-def test_a_second_fit_reads_the_order_of_its_epoch(module, data):
-    batches, ours, pages = Batches(), module(), data(limit_train=10, limit_val=1)
-    trainer = Trainer(**CPU, max_epochs=1, limit_val_batches=0, callbacks=batches)
-    trainer.fit(ours, pages)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(ours, pages)
-    at_once = Batches()
-    Trainer(**CPU, max_epochs=2, limit_val_batches=0, callbacks=at_once).fit(module(), data(limit_train=10))
-    assert batches.ids == at_once.ids
 
 
 def test_a_resumed_fit_reads_what_is_left(module, data, tmp_path):

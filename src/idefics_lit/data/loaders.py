@@ -1,4 +1,4 @@
-"""Loaders whose workers can start early, and resumable training loaders: one for a split with an index, one for a stream.
+"""Loaders whose workers can start early. Those for training are resumable; one reads a split, one a stream.
 
 The state of a training loader is the position in the data and the settings that the position depends on. The keys of
 the state are those of existing checkpoints.
