@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, TokenRows
-from idefics_lit.model.cuda_graphs import CudaGraphCache
+from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE, CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.loading import is_vision_trained
 from idefics_lit.model.quiet_imports import peft
@@ -65,6 +65,7 @@ class Idefics2Backbone:
             # If the model's own forward is called directly, there is no autocast.
             base.register_forward_pre_hook(_enable_adapter_casts)
             base.register_forward_hook(_disable_adapter_casts, always_call=True)
+        self.calls_before_capture = CALLS_BEFORE_CAPTURE  # of a shape of images or tokens
         modules = {"encode_images": self.vision_tower, "connect": self.connector, "prefill": self.text_model}
         self._graphs = (
             {stage: CudaGraphCache(getattr(self, f"_{stage}"), module) for stage, module in modules.items()}
@@ -255,7 +256,9 @@ class Idefics2Backbone:
 
     def _run(self, stage: str, *arguments: Tensor) -> Tensor:
         use_graph = self._graphs and self.model.training
-        result: Tensor = (self._graphs[stage].replay if use_graph else getattr(self, f"_{stage}"))(*arguments)
+        if use_graph:
+            return self._graphs[stage].replay(*arguments, calls_before_capture=self.calls_before_capture)
+        result: Tensor = getattr(self, f"_{stage}")(*arguments)
         return result
 
     def _encode_images(self, patches: Tensor) -> Tensor:

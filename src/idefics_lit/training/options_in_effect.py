@@ -147,11 +147,12 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     parameters = [*trained_parameters(module).values()]
     backbone = module.backbone
     cache, backbone.feature_cache = backbone.feature_cache, None
+    backbone.calls_before_capture = 1
     fits = True
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
-            for _ in range(CALLS_BEFORE_CAPTURE + 1 if backbone.has_graphs else 1):
+            for _ in range(2 if backbone.has_graphs else 1):  # the second call is captured
                 with trainer.precision_plugin.forward_context():
                     loss, _ = module.loss(batch)
                 # Unlike backward it doesn't call DDP's hooks.
@@ -159,7 +160,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
         except torch.OutOfMemoryError:
             fits = False
     batch = loss = None
-    backbone.feature_cache = cache
+    backbone.feature_cache, backbone.calls_before_capture = cache, CALLS_BEFORE_CAPTURE
     if not fits:  # else the largest graphs stay, whose memory the others share
         backbone.forget_graphs()
     torch.cuda.empty_cache()
