@@ -124,7 +124,9 @@ def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
         return
     assert datamodule.step is not None
     step = datamodule.step
+    # The graphs of a batch that fits are kept: they are the largest, and the fit's others share their memory.
     while not all(gather_objects(trainer, _fits(module, trainer, datamodule))):
+        module.backbone.forget_graphs()
         smaller = [size for size in step.batch_sizes if size < step.batch_size]
         text = f"a batch of data.batch_size {step.batch_size} may not fit into the GPU's memory"
         if step.is_batch_size_given:
@@ -161,8 +163,6 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
             fits = False
     batch = loss = None
     backbone.feature_cache, backbone.calls_before_capture = cache, CALLS_BEFORE_CAPTURE
-    if not fits:  # else the largest graphs stay, whose memory the others share
-        backbone.forget_graphs()
     torch.cuda.empty_cache()
     return fits
 
