@@ -1,4 +1,4 @@
-"""Loaders whose workers can start early. Those for training are resumable; one reads a split, one a stream.
+"""Loaders whose workers can start early; training loaders can be resumed, for a split with an index or a stream.
 
 The state of a training loader is the position in the data and the settings that the position depends on. The keys of
 the state are those of existing checkpoints.

@@ -65,7 +65,6 @@ class Idefics2Backbone:
             # If the model's own forward is called directly, there is no autocast.
             base.register_forward_pre_hook(_enable_adapter_casts)
             base.register_forward_hook(_disable_adapter_casts, always_call=True)
-        self.calls_before_capture = CALLS_BEFORE_CAPTURE  # of a shape of images or tokens
         modules = {"encode_images": self.vision_tower, "connect": self.connector, "prefill": self.text_model}
         self._graphs = (
             {stage: CudaGraphCache(getattr(self, f"_{stage}"), module) for stage, module in modules.items()}
@@ -82,6 +81,9 @@ class Idefics2Backbone:
         """Free the memory of the CUDA graphs. Call it before the weights move."""
         for graph in self._graphs.values():
             graph.forget()
+
+    calls_before_capture = CALLS_BEFORE_CAPTURE
+    """Calls of a stage with a shape that run without a graph."""
 
     def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return for each row the features of its pages (image tokens, width), the embeddings of its image tokens."""
