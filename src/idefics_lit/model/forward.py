@@ -49,6 +49,9 @@ class Idefics2Backbone:
         graphs: train with CUDA graphs.
     """
 
+    calls_before_capture = CALLS_BEFORE_CAPTURE
+    """Calls of a stage with a shape that run without a graph."""
+
     def __init__(
         self, model: peft.PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
     ) -> None:
@@ -81,9 +84,6 @@ class Idefics2Backbone:
         """Free the memory of the CUDA graphs. Call it before the weights move."""
         for graph in self._graphs.values():
             graph.forget()
-
-    calls_before_capture = CALLS_BEFORE_CAPTURE
-    """Calls of a stage with a shape that run without a graph."""
 
     def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return for each row the features of its pages (image tokens, width), the embeddings of its image tokens."""
