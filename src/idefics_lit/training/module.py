@@ -74,7 +74,7 @@ class Idefics2Module(InferenceModule):
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
             Idefics2-8b, and 44 MB with image splitting.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
-        compile: compile the layers for training; only the first step takes longer.
+        compile: compile the layers for training; the first step takes longer, so that by default only long fits do.
         max_new_tokens: the largest length of a generated answer, in tokens.
         strip_period: remove full stops at the end of predictions before scoring, as Idefics2's authors do.
 

@@ -124,7 +124,9 @@ def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
         return
     assert datamodule.step is not None
     step = datamodule.step
+    # The graphs of a batch that fits are kept: they are the largest, and the fit's others share their memory.
     while not all(gather_objects(trainer, _fits(module, trainer, datamodule))):
+        module.backbone.forget_graphs()
         smaller = [size for size in step.batch_sizes if size < step.batch_size]
         text = f"a batch of data.batch_size {step.batch_size} may not fit into the GPU's memory"
         if step.is_batch_size_given:
@@ -147,11 +149,12 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     parameters = [*trained_parameters(module).values()]
     backbone = module.backbone
     cache, backbone.feature_cache = backbone.feature_cache, None
+    backbone.calls_before_capture = 1
     fits = True
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
-            for _ in range(CALLS_BEFORE_CAPTURE + 1 if backbone.has_graphs else 1):
+            for _ in range(2 if backbone.has_graphs else 1):  # the second call is captured
                 with trainer.precision_plugin.forward_context():
                     loss, _ = module.loss(batch)
                 # Unlike backward it doesn't call DDP's hooks.
@@ -159,9 +162,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
         except torch.OutOfMemoryError:
             fits = False
     batch = loss = None
-    backbone.feature_cache = cache
-    if not fits:  # else the largest graphs stay, whose memory the others share
-        backbone.forget_graphs()
+    backbone.feature_cache, backbone.calls_before_capture = cache, CALLS_BEFORE_CAPTURE
     torch.cuda.empty_cache()
     return fits
 
