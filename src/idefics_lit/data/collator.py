@@ -6,6 +6,7 @@ tokenizer. Nothing is ever truncated. Questions on one page are packed into one 
 
 import hashlib
 import random
+import re
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -150,8 +151,7 @@ class Idefics2Collator:
         images = self._process([examples[i] for i in first], [prompts[i] for i in first])
         page_ids = [self._split(ids)[0] for ids in images["input_ids"].tolist()]
         # The tokenizer starts anew after a special token: the ids after a page don't depend on its number of tokens.
-        prompt_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(prompts).input_ids]
-        full_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(texts).input_ids]
+        prompt_ids, full_ids = self._ids_after_page(prompts), self._ids_after_page(texts)
         row_of = {i: row for row, members in enumerate(row_members) for i in members}
         for i, example in enumerate(examples):
             if (length := len(page_ids[row_of[i]]) + len(full_ids[i])) > self.max_length:
@@ -205,6 +205,11 @@ class Idefics2Collator:
         """Split token ids after the last image token."""
         end = max((i for i, token in enumerate(ids, start=1) if token in self.image_token_ids), default=0)
         return ids[:end], ids[end:]
+
+    def _ids_after_page(self, texts: Sequence[str]) -> list[list[int]]:
+        if type(self.processor).__name__ == "Idefics2Processor":  # it puts a space between a page and a word
+            texts = [re.sub(r"<image>(?=[^\s<])", "<image> ", text) for text in texts]
+        return [self._split(ids)[1] for ids in self.processor.tokenizer(texts).input_ids]
 
     def _labels(self, example: Example, ids: list[int], prompt_length: int) -> list[int]:
         """Return the ids as labels, masked where they are an image's or, without ``train_on_prompt``, the prompt's."""
