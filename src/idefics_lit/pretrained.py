@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.utils.hub import prepare_hub
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -23,13 +24,16 @@ MAX_TILES = 6  # of an edge: the model was trained with tags for so many
 
 
 def resolve(pretrained: str) -> str:
-    """Return the argument for ``from_pretrained``.
+    """Return the argument for ``from_pretrained``; without a network, the Hub's files are read from the cache.
 
     Args:
         pretrained: a Hub id; a folder in the Hub's form; or "tiny", the small Idefics2 that comes with the package and
             is trained on the pages that the package draws.
     """
-    return str(Path(__file__).parent / "model" / "reader") if pretrained == "tiny" else pretrained
+    if pretrained == "tiny":
+        return str(Path(__file__).parent / "model" / "reader")
+    prepare_hub(pretrained)
+    return pretrained
 
 
 def refuse_adapter(pretrained: str) -> None:
