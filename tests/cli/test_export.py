@@ -7,7 +7,6 @@ import resource
 import shutil
 from pathlib import Path
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -17,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,

@@ -352,7 +352,8 @@ class Noise(Examples):
 def test_the_page_has_at_most_5_mb(pages, opened, tmp_path):
     text = "<long> " * 10_000
     answers = [
-        Answer(i, f"{i} {text}", text, [text] * 20, i / 2000, [f"{i} {text}"], index=i % pages) for i in range(2000)
+        Answer(i, f"{i} {text}", text, [text] * 20, i / 2000, [f"{i} {text}"], -1.0, 4, index=i % pages)
+        for i in range(2000)
     ]
     cards = group_by_page(answers, examples := Noise(pages))
     content = render_report({"title": "noise"}, cards, add_images(cards, examples))
@@ -389,7 +390,7 @@ def test_questions_have_their_pages_when_rows_are_skipped(tmp_path, tiny, stream
     data = DocVQADataModule(str(tmp_path / "set"), tiny, **options)
     data.setup("validate")
     examples = data.examples["val"]
-    answers = [Answer(i, examples[i].question, "", ["a"], 0.5, [], index=i) for i in range(len(examples))]
+    answers = [Answer(i, examples[i].question, "", ["a"], 0.5, [], -1.0, 4, index=i) for i in range(len(examples))]
     cards = add_images(group_by_page(answers, examples), examples)
     assert [card.answers[0].question for card in cards] == ["10", "60", "160", "210"]
     for card in cards:
@@ -446,7 +447,7 @@ def test_wandb_gets_a_table_and_the_adapter_offline(run, short_fit, monkeypatch,
 
 def test_a_question_type_may_be_called_all():
     answers = {
-        i: Answer(i, "Who?", "", ["a"], score, [name], index=i)
+        i: Answer(i, "Who?", "", ["a"], score, [name], -1.0, 4, index=i)
         for i, (name, score) in enumerate((("all", 1.0), ("form", 0.0)))
     }
     history = History()
