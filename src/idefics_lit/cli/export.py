@@ -94,6 +94,7 @@ def export(
             data=data,
             merged=merged,
             steps=checkpoint["global_step"],
+            temperature=module.temperature,
             name=push_to_hub or output,
             scores=_scores(checkpoint),
             publish=bool(push_to_hub),

@@ -81,6 +81,7 @@ def export_adapter(
             data=data,
             merged=merged,
             steps=module.global_step,
+            temperature=module.temperature,
             name=str(folder),
         )
 
@@ -94,6 +95,7 @@ def write_export(
     data: Mapping[str, Any],
     merged: str | None,
     steps: int,
+    temperature: float,
     name: str,
     scores: Mapping[str, float] | None = None,
     publish: bool = False,
@@ -108,6 +110,7 @@ def write_export(
         data: the data module's options, at least ``prompt_style`` and ``image_splitting``.
         merged: write the merged model instead of the adapter; what `copy_to_merge` says, for the model card.
         steps: optimizer steps of the training, 0 if unknown.
+        temperature: the module's.
         name: the Hub id or folder that the model card's code loads.
         scores: values of metrics, for the model card.
         publish: write no paths of this machine.
@@ -138,6 +141,7 @@ def write_export(
         "image_tokens": 320 if data["image_splitting"] else 64,
         "scores": scores or {},
         "steps": steps,
+        "temperature": temperature,
         "model": _without_folders(dict(options)),
         "data": _without_folders(dict(data)),
     }

@@ -101,8 +101,7 @@ SPLITTING_OFF = (
     "whoever loads the Hub's processor instead splits images, 320 tokens"
 )
 SERVERS = (
-    "`transformers serve` serves the merged model through an OpenAI-style API; vLLM, SGLang and TGI, which is archived, "
-    "don't take Idefics2"
+    "`transformers serve` serves the merged model through an OpenAI-style API; vLLM, SGLang and TGI don't take Idefics2"
 )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -30,7 +31,7 @@ from idefics_lit.training.inference import InferenceModule
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.options_in_effect import describe, find_batch_size
-from idefics_lit.training.scores import compute_scores
+from idefics_lit.training.scores import compute_scores, compute_temperature
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import trained_parameters
 from idefics_lit.training.unsupported import check_supported
@@ -251,7 +252,9 @@ class Idefics2Module(InferenceModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation's loss and scores."""
+        """Log the validation's loss and scores; in a fit, fit the temperature of the answers' confidence."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.temperature = compute_temperature(self.answers, self.trainer)
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -283,6 +286,7 @@ class Idefics2Module(InferenceModule):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self.base_fingerprint
+        checkpoint["temperature"] = self.temperature
         trainable = trained_parameters(self)
         if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
@@ -294,4 +298,5 @@ class Idefics2Module(InferenceModule):
         self.configure_model()
         check_checkpoint(checkpoint, self, self.attached_trainer)
         self._restored = checkpoint.get("accumulated", {})
+        self.temperature = checkpoint.get("temperature", 1.0)
         self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
