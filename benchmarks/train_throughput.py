@@ -165,9 +165,8 @@ def run_agreement(options: argparse.Namespace) -> None:
         batch = next(islice(data.train_dataloader(), 1))
         if name == "transformers":
             loader = data.train_dataloader()
-            for example in (
-                examples := [loader.dataset[visit] for visit in islice(loader.sampler, options.batch or 16)]
-            ):
+            examples = [loader.dataset[visit] for visit in islice(loader.sampler, options.batch or 16)]
+            for example in examples:
                 example.page_id = None
             batch = loader.collate_fn(examples)
         module = Idefics2Module(options.model, quantize_vision=False, lora=LoRA(dropout=0.0), **more)
