@@ -1,4 +1,4 @@
-"""Idefics2Module: how Idefics2 is trained, evaluated and saved.
+"""Idefics2Module: how Idefics2, Idefics3 and SmolVLM are trained, evaluated and saved.
 
 What is special here:
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Idefics2Module(InferenceModule):
-    """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
+    """Idefics2, Idefics3 or SmolVLM with a 4-bit base model and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
     for every question type in the data, ``val/anls_dataloader_idx_N`` for each of several data loaders, and
@@ -57,7 +57,8 @@ class Idefics2Module(InferenceModule):
     `idefics_lit.training.checkpoint.EpochProgressRepair`, without which resumed fits would end with other weights.
 
     Args:
-        pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
+        pretrained: an Idefics2, Idefics3, SmolVLM or SmolVLM2: a Hub id or a folder in the Hub's format; "tiny" is the
+            small model that comes with the package.
         quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: quantize the vision tower too: 0.6 GiB less, slower, and less exact.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
@@ -73,7 +74,8 @@ class Idefics2Module(InferenceModule):
         feature_cache: where features of pages are kept for further questions and epochs: "memory", a folder or "off";
             by default in memory if a fit reads pages again and half of the free memory is enough.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
-            Idefics2-8b, and 44 MB with image splitting.
+            Idefics2-8b, 44 MB with image splitting, and up to 30 MB with Idefics3 and SmolVLM, or 2 to 24 MB if
+            lora.target_modules leave the connector out.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
         compile: compile the layers for training; the first step takes longer, so that by default only long fits do.
         max_new_tokens: the largest length of a generated answer, in tokens.
