@@ -4,6 +4,7 @@ Prompts that are answered leave the batch. With CUDA graphs, keys and values are
 decode step, thousands of kernels, is one launch.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,9 @@ from idefics_lit.model.forward import Backbone
 # With CUDA graphs the shapes of states are few: rows and columns are padded to multiples, and the number of rows is
 # divided by ROWS_DIVISOR when so few prompts are unfinished.
 ROWS_MULTIPLE, COLUMNS_MULTIPLE, ROWS_DIVISOR = 16, 64, 4
+
+# The tags of tiles are special tokens of some models and text of others.
+IMAGE_TOKEN = re.compile(r"<(fake_token_around_image|image|global-img|row_\d+_col_\d+)>")
 
 Layers = Sequence[tuple[Tensor, ...]]
 
@@ -114,7 +118,10 @@ class DecodeState:
 
 
 class GreedyDecoder:
-    """Answer prompts greedily, until ``<end_of_utterance>`` or the tokenizer's end-of-sequence token.
+    """Answer prompts greedily, until an end-of-sequence token.
+
+    These are ``<end_of_utterance>``, the tokenizer's own, and those of the model's ``generation_config``. The special
+    tokens of images and their tiles are never generated.
 
     Args:
         backbone: of a model in eval mode.
@@ -126,11 +133,11 @@ class GreedyDecoder:
     def __init__(self, backbone: Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool) -> None:
         self.backbone, self.tokenizer = backbone, processor.tokenizer
         self.max_new_tokens, self.graphs = max_new_tokens, graphs
-        names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-        fake, image, end = self.tokenizer.convert_tokens_to_ids(names)
-        device = backbone.lm_head.weight.device
-        self.suppressed_token_ids = torch.tensor([fake, image], device=device)
-        self.eos_token_ids = torch.tensor([self.tokenizer.eos_token_id, end], device=device)
+        device, special_tokens = backbone.lm_head.weight.device, self.tokenizer.added_tokens_decoder
+        suppressed = [token_id for token_id, token in special_tokens.items() if IMAGE_TOKEN.fullmatch(token.content)]
+        self.suppressed_token_ids = torch.tensor(suppressed, device=device)
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")}
+        self.eos_token_ids = torch.tensor(sorted(ends | backbone.eos_token_ids), device=device)
         self._states: dict[int, tuple[DecodeState, CudaGraphRunner]] = {}  # by number of rows
         self._columns = 0
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from idefics_lit.model.memory import GIB, WeightCount, available_ram_bytes, free_gpu_bytes, peak_gib
+from idefics_lit.model.memory import (
+    GIB,
+    WeightCount,
+    activations_gib,
+    available_ram_bytes,
+    free_gpu_bytes,
+    layer_weights,
+)
 from idefics_lit.pretrained import DTYPES
 
 if TYPE_CHECKING:
@@ -28,6 +35,9 @@ ACTIVATIONS = 1.15  # fragmentation
 MIN_DEQUANTIZED_BATCH = 8  # with less, room for a larger batch is worth more than 16-bit weights
 # A question of DocVQA with its answer, and the text around a page.
 TOKENS_PER_QUESTION, TOKENS_AROUND_PAGE = 28, 20
+# Multiply-adds of a layer's forward on a batch. From the first on, an H200 takes 4 ms for a layer and a tenth of that
+# to launch its kernels: CUDA graphs save no time, but take memory. Above the second, a smaller batch is as fast.
+MAX_GRAPHS_WORK, MAX_WORK = 1.0e12, 1.5e12
 PRECISIONS = {True: "bf16-mixed", False: "16-mixed"}  # by whether a GPU has bfloat16
 
 
@@ -56,15 +66,13 @@ class Workload(NamedTuple):
         batch_sizes: the batch sizes to choose from, the largest first.
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
-        longest_edge: of an image, in pixels.
-        page_tokens: tokens of a row's pages; by default those of a page of Idefics2.
+        longest_edge: of an image, in pixels; the tiles of Idefics3 and SmolVLM have a size of their own.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
-    page_tokens: int = 66
 
 
 class Execution(NamedTuple):
@@ -156,19 +164,38 @@ def choose_execution(
         least = min(candidate.batch_size or round(workload.questions_per_row), workload.batch_sizes[0])
         for size in workload.batch_sizes:
             chosen = execution._replace(batch_size=size)
-            if size >= least and fixed + _activations_gib(config, chosen, precision, workload) <= device.gib:
+            patches, tokens = _batch_size(config, size, workload)
+            work = tokens * layer_weights(config.text_config)
+            if work > MAX_WORK and size != workload.batch_sizes[-1]:
+                continue
+            if work > MAX_GRAPHS_WORK and "cuda_graphs" not in given:
+                chosen = chosen._replace(cuda_graphs=False)
+            needed = fixed + _activations_gib(config, chosen, precision, patches, tokens)
+            if size >= least and needed <= device.gib:
                 return chosen
     assert chosen is not None
     return chosen
 
 
-def _activations_gib(config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload) -> float:
+def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) -> tuple[int, int]:
+    """Return the patches and tokens of a batch."""
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
+
+    architecture = backbone_class(config)
+    rows = -(-questions // max(1, round(workload.questions_per_row)))
+    images = rows * workload.images_per_page
+    tokens = images * architecture.image_tokens(config) + rows * TOKENS_AROUND_PAGE + questions * TOKENS_PER_QUESTION
+    return images * architecture.image_patches(config, workload.longest_edge), tokens
+
+
+def _activations_gib(
+    config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
+) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
-    rows = -(-size // max(1, round(workload.questions_per_row)))
-    tokens = rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + size * TOKENS_PER_QUESTION
-    patches = rows * workload.images_per_page * edge**2
-    peak = peak_gib(0, patches, tokens, execution.gradient_checkpointing, execution.cuda_graphs)
-    text, bytes_per_value = config.text_config, DTYPES.get(precision, torch.float32).itemsize
-    scale = text.hidden_size * text.num_hidden_layers / (4096 * 32) * bytes_per_value / 2
-    return peak * scale * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)
+    from idefics_lit.model.architecture import backbone_class
+
+    peaks = backbone_class(config).peaks
+    kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if execution.cuda_graphs else "plain"
+    peak = activations_gib(config, getattr(peaks, kept), patches, tokens)
+    precision_factor = DTYPES.get(precision, torch.float32).itemsize / 2
+    return peak * precision_factor * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)

@@ -8,7 +8,7 @@ synchronizes with the GPU.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
+from idefics_lit.model.memory import Peaks
 from idefics_lit.model.patches import embed_patches
 from idefics_lit.model.quiet_imports import peft
 
@@ -67,6 +68,19 @@ class Backbone(ABC):
 
     # What differs between architectures
 
+    peaks: ClassVar[Peaks]
+    """Its memory in training."""
+
+    @staticmethod
+    @abstractmethod
+    def image_tokens(config: Any) -> int:  # noqa: ANN401
+        """Return the number of tokens of an image, with the special tokens and the tags around it."""
+
+    @staticmethod
+    @abstractmethod
+    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
+        """Return the largest number of patches of an image whose longest edge has so many pixels."""
+
     @abstractmethod
     def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return for each row the embeddings of its image tokens (image tokens, width), in their order."""
@@ -91,6 +105,13 @@ class Backbone(ABC):
     def has_graphs(self) -> bool:
         """Whether the stages run as CUDA graphs in training."""
         return bool(self._graphs)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The end-of-sequence tokens of the model's ``generation_config``."""
+        base: Any = self.model.get_base_model()
+        ids = base.generation_config.eos_token_id if base.can_generate() else None
+        return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
     def forget_graphs(self) -> None:
         """Free the memory of the CUDA graphs. Call it before the weights move."""

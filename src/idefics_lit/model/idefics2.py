@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
+from idefics_lit.model.memory import IDEFICS2_PEAKS
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
 # With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
@@ -24,6 +25,18 @@ MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
 
 class Idefics2Backbone(Backbone):
     """The forward of Idefics2 with an adapter."""
+
+    peaks = IDEFICS2_PEAKS
+
+    @staticmethod
+    def image_tokens(config: Any) -> int:  # noqa: ANN401
+        """Return the resampler's latents and the special tokens around them."""
+        return int(config.perceiver_config.resampler_n_latents) + 2
+
+    @staticmethod
+    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
+        """Return the patches of a square image."""
+        return int((longest_edge // config.vision_config.patch_size) ** 2)
 
     @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401

@@ -15,12 +15,27 @@ from torch import Tensor, nn
 from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
+from idefics_lit.model.memory import IDEFICS3_PEAKS
 
+TAG_TOKENS = 10  # of SmolVLM-Instruct; Idefics3-8B has 9, and models whose tags are special tokens have 2
 MAX_CONNECTED_TILES = 64  # at a time, in evaluation
 
 
 class Idefics3Backbone(Backbone):
     """The forward of Idefics3, SmolVLM or SmolVLM2 with an adapter."""
+
+    peaks = IDEFICS3_PEAKS
+
+    @staticmethod
+    def image_tokens(config: Any) -> int:  # noqa: ANN401
+        """Return a tile's image tokens and its row and column tag, where that is text."""
+        patches = Idefics3Backbone.image_patches(config, 0)
+        return int(patches // config.scale_factor**2) + TAG_TOKENS
+
+    @staticmethod
+    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
+        """Return the patches of a tile, whose size is the vision tower's own."""
+        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
     @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401

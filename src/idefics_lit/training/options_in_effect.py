@@ -175,7 +175,8 @@ def _pages_recur(trainer: Trainer, datamodule: DocVQADataModule, load: Workload)
 
 
 def _page_bytes(config: "PretrainedConfig", load: Workload, precision: str) -> int:
-    """Return the size of a square page's features."""
-    vision = config.vision_config
-    patches = load.images_per_page * (load.longest_edge // vision.patch_size) ** 2
-    return int(patches * vision.hidden_size * DTYPES.get(precision, torch.float32).itemsize)
+    """Return the size of a square page's features; those behind a frozen connector are smaller."""
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
+
+    patches = load.images_per_page * backbone_class(config).image_patches(config, load.longest_edge)
+    return int(patches * config.vision_config.hidden_size * DTYPES.get(precision, torch.float32).itemsize)
