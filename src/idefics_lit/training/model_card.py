@@ -7,9 +7,10 @@ from typing import Any
 
 import transformers
 import yaml
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
 from idefics_lit.model.quiet_imports import peft
+from idefics_lit.pretrained import has_tiles
 
 # transformers before 5.21 rounds the coordinates of image patches to the dtype of the pixels; version 4 can't load the
 # processor.
@@ -32,7 +33,9 @@ if page.has_transparency_data:  # white paper: the processor would make it black
     page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page.convert("RGBA"))
 content = {content}
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True).strip()
-inputs = processor(text=prompt, images=[page], return_tensors="pt").to(model.device, model.dtype)
+adds_bos = not prompt.startswith(processor.tokenizer.bos_token)  # or the template has it
+inputs = processor(text=prompt, images=[page], add_special_tokens=adds_bos, return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
 with torch.no_grad():
     ids = model.generate(
         **inputs,
@@ -73,19 +76,30 @@ CONTENT = {
     "idefics": '[\n    {"type": "image"},\n'
     '    {"type": "text", "text": "What is the date?\\nGive a very brief answer."},\n]',
 }
-SPLITTING_OFF = (
-    "the adapter was trained with image splitting off, 64 image tokens a page, and the saved processor has it off; "
-    "servers such as vLLM and TGI may use the Hub's processor, which splits images, 320 tokens"
-)
 
 
-def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig, *, local_base: bool) -> str:
+def splitting_off(processor: ProcessorMixin) -> str:
+    """Return what a server must know of an adapter that was trained with image splitting off."""
+    images: Any = processor.image_processor  # type: ignore[attr-defined]
+    text = (
+        f"the adapter was trained with image splitting off, {processor.image_seq_len} image tokens a page, and the "  # type: ignore[attr-defined]
+        f"saved processor has it off; "
+    )
+    if has_tiles(images):
+        return f"{text}vLLM can't serve it: it counts no image for a page without tiles (vllm-project/vllm#48667)"
+    return f"{text}servers such as vLLM and TGI may use the Hub's processor, which splits images, 320 tokens"
+
+
+def model_card(
+    facts: Mapping[str, Any], name: str, generation: GenerationConfig, processor: ProcessorMixin, *, local_base: bool
+) -> str:
     """Return the model card (README.md) of an export.
 
     Args:
         facts: the content of ``idefics_lit.json``.
         name: the Hub id or folder of the export.
         generation: ends answers as in validation.
+        processor: the processor of the training.
         local_base: whether the base model is a local folder.
     """
     merged, base, options = facts["merged"], facts["base"], facts["model"]
@@ -104,7 +118,7 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
     metadata: dict[str, Any] = {
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["idefics2", "docvqa", "lora"],
+        "tags": [facts["model_type"], "docvqa", "lora"],
     }
     if not local_base:  # the Hub only accepts ids of models
         metadata["base_model"] = base
@@ -115,20 +129,22 @@ def model_card(facts: Mapping[str, Any], name: str, generation: GenerationConfig
     )
     hint = ", a local folder: others must put its path or Hub id in the code" if local_base and not merged else ""
     steps = f"- {facts['steps']} optimizer steps\n" if facts["steps"] else ""
-    splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
+    splitting = "" if facts["image_splitting"] else f"- {splitting_off(processor)}\n"
+    package = "- needs `pip install num2words`\n" if "SmolVLM" in type(processor).__name__ else ""
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
-    kind = "with a LoRA adapter merged into bfloat16 weights" if merged else "adapter (LoRA, peft)"
+    kind = "A model with a LoRA adapter merged into its bfloat16 weights," if merged else "An adapter (LoRA, peft)"
+    link = f"`{base}`" if local_base else f"[{base}](https://huggingface.co/{base})"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
 # {Path(name).name}
 
-[Idefics2](https://huggingface.co/HuggingFaceM4/idefics2-8b) {kind} for questions about document pages.
+{kind} for questions about document pages.
 
-- base model: `{base}`{hint}; the adapter was trained on it in {bits}
+- base model: {link}{hint}; the adapter was trained on it in {bits}
 - needs transformers {MIN_TRANSFORMERS} or later: {REASON}
-{steps}{scores}{splitting}
+{package}{steps}{scores}{splitting}
 ```python
 {code}```
 
