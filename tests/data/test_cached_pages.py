@@ -5,10 +5,10 @@ import torch
 from lightning import Callback, Trainer
 from PIL import Image
 
-from idefics_lit.data import collator as collator_module
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
+from idefics_lit.data.pixels import PageProcessor
 from idefics_lit.errors import InputError
 from idefics_lit.model.lora import LoRA
 from idefics_lit.training.module import Idefics2Module
@@ -39,17 +39,15 @@ def build(model, **options):
 @pytest.fixture
 def processed(monkeypatch):
     """The pages that were processed."""
-    pages, process = [], collator_module.process_page
-    monkeypatch.setattr(
-        collator_module, "process_page", lambda images, page: pages.append(page) or process(images, page)
-    )
+    pages, process = [], PageProcessor.process
+    monkeypatch.setattr(PageProcessor, "process", lambda self, page: pages.append(page) or process(self, page))
     return pages
 
 
 @pytest.mark.parametrize("splitting", [None, True])
 def test_a_cached_page_is_not_processed_and_the_loss_is_the_same(model, place, processed, splitting):
     module = build(model, feature_cache=place)
-    processor = module.load_processor(image_splitting=splitting)
+    processor = module.load_processor(image_splitting=splitting, image_size=224)
     get = module.backbone.feature_cache.loader_get
     collate = Idefics2Collator(processor, train=True, max_length=9000, cached_features=get)
     whole = collate(EXAMPLES)
@@ -107,12 +105,14 @@ class Seen(Callback):
         self.losses.append(outputs["loss"].item())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_later_epochs_of_a_fit_process_no_page(model, docvqa, place, workers):
+@pytest.mark.parametrize(("kind", "cache"), [("tiny", "memory"), ("idefics3", "memory"), ("smolvlm", "folder")])
+def test_later_epochs_of_a_fit_process_no_page(tiny, stand_in_folders, docvqa, tmp_path, kind, cache):
+    model = tiny if kind == "tiny" else stand_in_folders[kind]
+
     def fit(cache):
         module = build(model, feature_cache=cache, max_new_tokens=2, lr=1e-3)
         data = DocVQADataModule(
-            str(docvqa), model, limit_train=6, limit_val=1, batch_size=2, num_workers=workers, questions_per_page=1
+            str(docvqa), model, limit_train=6, limit_val=1, batch_size=2, num_workers=2, questions_per_page=1
         )
         seen = Seen()
         trainer = Trainer(
@@ -122,7 +122,7 @@ def test_later_epochs_of_a_fit_process_no_page(model, docvqa, place, workers):
         trainer.fit(module, data)
         return seen
 
-    expected, seen = fit("off"), fit(place)
+    expected, seen = fit("off"), fit("memory" if cache == "memory" else str(tmp_path))
     assert seen.losses == expected.losses and len(set(seen.losses)) == len(seen.losses)
     assert not any(size == (0, 0) for sizes in expected.sizes for size in sizes)
     assert {*seen.sizes[1], *seen.sizes[2]} == {(0, 0)}

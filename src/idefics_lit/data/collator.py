@@ -4,7 +4,6 @@ Only the answer and its closing ``<end_of_utterance>`` are supervised. The promp
 tokenizer. Nothing is ever truncated. Questions on one page are packed into one row, see `idefics_lit.model.packing`.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import zip_longest
@@ -15,10 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 
 from idefics_lit.data.example import Example
-from idefics_lit.data.image_layout import count_cache_entries, count_images
 from idefics_lit.data.image_tokens import image_token_ids, largest_page_tokens, page_spans, tokenize_prompts
 from idefics_lit.data.page_keys import page_digest
-from idefics_lit.data.pixels import process_page, stack_images
+from idefics_lit.data.pixels import PageProcessor, stack_images
 from idefics_lit.data.prompts import PromptStyle, PromptTemplate
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
@@ -87,11 +85,10 @@ class Idefics2Collator:
         self.max_length = max_length or max(DEFAULT_MAX_LENGTH, largest_page_tokens(processor) + TEXT_TOKENS)
         self.seed = seed
         self.pixel_dtype = pixel_dtype
-        self.cached_features = cached_features
+        self.pages = PageProcessor(processor.image_processor, cached_features)
         tokenizer = processor.tokenizer
         self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.template = PromptTemplate(processor, prompt_style)
-        self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids = image_token_ids(processor)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -104,9 +101,10 @@ class Idefics2Collator:
             InputError: as `tokenize` does.
         """
         tokens = self.tokenize(examples)
-        keys = [self._image_keys(examples[members[0]], tokens.digests[members[0]]) for members in tokens.row_members]
-        features = self._load_features([page for row in keys for page in row])
-        images = self.process_pages([examples[members[0]] for members in tokens.row_members], keys, features)
+        firsts = [members[0] for members in tokens.row_members]
+        keys = [list(map(self.pages.image_keys, examples[i].images, tokens.digests[i])) for i in firsts]
+        features = self.pages.load_features([page for row in keys for page in row])
+        images = self.process_pages([examples[i] for i in firsts], keys, features)
         page_images = [[len(page) for page in row] for row in images]
         spans = [page_spans(self.processor, *row) for row in zip(tokens.page_ids, page_images, strict=True)]
         rows = [
@@ -195,9 +193,7 @@ class Idefics2Collator:
             try:
                 rows.append(
                     [
-                        [torch.empty(3, 0, 0)] * len(images)
-                        if images[0] in cached
-                        else process_page(self.processor.image_processor, page)
+                        self.pages.left_out(images) if images[0] in cached else self.pages.process(page)
                         for page, images in zip(example.images, page_keys or [[""]] * len(example.images), strict=True)
                     ]
                 )
@@ -240,23 +236,6 @@ class Idefics2Collator:
             alone = example.page_id is None or self.train_on_prompt
             rows.setdefault((alone, i if alone else (example.page_id, digests[i])), []).append(i)
         return list(rows.values())
-
-    def _image_keys(self, example: Example, digests: Sequence[str]) -> list[list[str]]:
-        """Return for each page a key of each image, which depends on the page and the image processor's options."""
-        pages = []
-        for page, digest in zip(example.images, digests, strict=True):
-            key = hashlib.sha256(self.image_options + digest.encode()).hexdigest()
-            pages.append([f"{key} {i}" for i in range(count_images(self.processor.image_processor, page.size))])
-        return pages
-
-    def _load_features(self, pages: Sequence[list[str]]) -> dict[str, torch.Tensor]:
-        """Return the cached features of the pages that have them all, by the keys of their images."""
-        loaded: dict[str, torch.Tensor] = {}
-        for keys in pages if self.cached_features else ():
-            entries = keys[: count_cache_entries(self.processor.image_processor, len(keys))]
-            found = {key: features for key in entries if (features := self.cached_features(key)) is not None}
-            loaded |= found if len(found) == len(entries) else {}
-        return loaded
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Split token ids after the last page."""

@@ -52,7 +52,7 @@ def largest_batch(datamodule: DocVQADataModule) -> Batch:
     pages = [Image.new("RGB", (edge, edge), "white")] * max((len(example.images) for example in questions), default=1)
     collator = datamodule.collator("train")
     collator.max_length *= 2  # the margin isn't an error
-    collator.cached_features = None
+    collator.pages.cached_features = None
     return collator([Example(i, question, pages, [answer], page_id=i % rows) for i in range(size)])
 
 
