@@ -40,10 +40,16 @@ def tiny(tmp_path_factory):
     return str(build_tiny(tmp_path_factory.mktemp("tiny")))
 
 
+@pytest.fixture(scope="session")
+def stand_in_folders(tmp_path_factory):
+    """Folders with a randomly initialised small Idefics3 and SmolVLM, in the Hub's format, by kind."""
+    return {kind: str(build_stand_in(kind, tmp_path_factory.mktemp(kind))) for kind in KINDS}
+
+
 @pytest.fixture(scope="session", params=KINDS)
-def stand_in(request, tmp_path_factory):
+def stand_in(request, stand_in_folders):
     """A folder with a randomly initialised small Idefics3 or SmolVLM, in the Hub's format."""
-    return str(build_stand_in(request.param, tmp_path_factory.mktemp(request.param)))
+    return stand_in_folders[request.param]
 
 
 @pytest.fixture(scope="session", params=FAMILY)

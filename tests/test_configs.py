@@ -56,7 +56,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     worked_out = {name for name, value in first.items() if value is None and repeated.get(name) is not None}
     execution = {f"model.{name}" for name in (*EXECUTION_OPTIONS, "feature_cache") if first[f"model.{name}"] is None}
     sizes = {"data.batch_size", "data.global_batch_size"}  # the quickstart gives the first, docvqa.yaml the second
-    assert execution <= worked_out <= execution | sizes
+    assert execution <= worked_out <= execution | sizes | {"data.image_splitting"}
     saved = yaml.safe_load(config.read_text())
     assert bool(saved["data"]["image_splitting"]) == (name in WITH_SPLITTING)
     assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "fsdp" else "32-true")

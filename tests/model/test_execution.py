@@ -53,7 +53,7 @@ def choose(config):
     ],
 )
 def test_a_card_gets_the_fastest_options_that_fit(choose, gib, precision, splitting, batch_size, options):
-    chosen = choose(gib, precision, load={"images_per_page": 5, "page_tokens": 321} if splitting else {})
+    chosen = choose(gib, precision, load={"images_per_page": 5 if splitting else 1})
     assert (chosen.batch_size, {name for name, on in chosen.model_options.items() if on}) == (
         batch_size,
         set(options.split()),
@@ -68,7 +68,7 @@ def test_two_devices_share_a_step(choose):
 
 def test_more_rows_need_smaller_batches(choose):
     assert choose(14.6, "16-mixed", load={"questions_per_row": 1.0}).batch_size < choose(14.6, "16-mixed").batch_size
-    large = {"images_per_page": 5, "longest_edge": 980, "page_tokens": 321}
+    large = {"images_per_page": 5, "longest_edge": 980}
     assert choose(52, load={**large, "longest_edge": 490}).batch_size > choose(52, load=large).batch_size
 
 

@@ -16,7 +16,7 @@ from idefics_lit.training.checkpoint import read_checkpoint
 from idefics_lit.training.checkpoint_checks import check_hyperparameters
 from idefics_lit.training.export import write_export
 from idefics_lit.training.merging import MergeBase, copy_to_merge
-from idefics_lit.training.model_card import SPLITTING_OFF
+from idefics_lit.training.model_card import splitting_off
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
 
@@ -68,10 +68,12 @@ def export(
     options = module.hparams
     with new_folder(output) as folder:
         checkpoint = read_checkpoint(ckpt_path)
-        check_hyperparameters(checkpoint, {"hyper_parameters": options, "datamodule_hyper_parameters": data})
         processor = load_processor(
             options.pretrained, image_splitting=data["image_splitting"], image_size=data["image_size"]
         )
+        splitting = processor.image_processor.do_image_splitting  # type: ignore[attr-defined]
+        data = {**data, "image_splitting": splitting}
+        check_hyperparameters(checkpoint, {"hyper_parameters": options, "datamodule_hyper_parameters": data})
         module.model = load_model(
             options.pretrained,
             quantization=options.quantization,
@@ -102,8 +104,8 @@ def export(
     print(f"{'merged model' if merge else 'adapter'} in {output}")
     if merged:
         print(merged)
-    if not data["image_splitting"]:
-        print(f"warning: {SPLITTING_OFF}", file=sys.stderr)
+    if not splitting:
+        print(f"warning: {splitting_off(processor)}", file=sys.stderr)
     if push_to_hub:
         if Path(resolve(options.pretrained)).is_dir() and not merge:
             print(

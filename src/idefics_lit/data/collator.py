@@ -4,10 +4,10 @@ Only the answer and its closing ``<end_of_utterance>`` are supervised. The promp
 tokenizer. Nothing is ever truncated. Questions on one page are packed into one row, see `idefics_lit.model.packing`.
 """
 
-import hashlib
 import random
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from idefics_lit.data.example import Example
 from idefics_lit.data.image_tokens import image_token_ids, largest_page_tokens, page_spans, tokenize_prompts
 from idefics_lit.data.page_keys import page_digest
-from idefics_lit.data.pixels import process_page, stack_images
+from idefics_lit.data.pixels import PageProcessor, stack_images
 from idefics_lit.data.prompts import PromptStyle, PromptTemplate
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
@@ -64,6 +64,8 @@ class Idefics2Collator:
             of the largest page and 1024 more if that is more.
         seed: the drawn answer depends on it, on the epoch and on the question's id.
         pixel_dtype: dtype of the pixels; the model's own dtype halves the copy to the GPU.
+        cached_features: returns the cached features of an image by its key, or None; pages whose features are cached
+            aren't processed. See `idefics_lit.model.feature_cache`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Idefics2Collator:
         max_length: int | None = None,
         seed: int = 0,
         pixel_dtype: torch.dtype = torch.float32,
+        cached_features: Callable[[str], torch.Tensor | None] | None = None,
     ) -> None:
         self.processor = processor
         self.train = train
@@ -84,10 +87,10 @@ class Idefics2Collator:
         self.max_length = max_length or max(DEFAULT_MAX_LENGTH, largest_page_tokens(processor) + TEXT_TOKENS)
         self.seed = seed
         self.pixel_dtype = pixel_dtype
+        self.pages = PageProcessor(processor.image_processor, cached_features)
         tokenizer = processor.tokenizer
         self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.template = PromptTemplate(processor, prompt_style)
-        self.image_options = processor.image_processor.to_json_string().encode()
         self.image_token_ids = image_token_ids(processor)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -100,7 +103,10 @@ class Idefics2Collator:
             InputError: as `tokenize` does.
         """
         tokens = self.tokenize(examples)
-        images = self.process_pages([examples[members[0]] for members in tokens.row_members])
+        firsts = [members[0] for members in tokens.row_members]
+        keys = [list(map(self.pages.image_keys, examples[i].images, tokens.digests[i])) for i in firsts]
+        features = self.pages.load_features([page for row in keys for page in row])
+        images = self.process_pages([examples[i] for i in firsts], keys, features)
         page_images = [[len(page) for page in row] for row in images]
         spans = [page_spans(self.processor, *row) for row in zip(tokens.page_ids, page_images, strict=True)]
         rows = [
@@ -123,16 +129,10 @@ class Idefics2Collator:
             pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask,
             image_sizes=sizes,
-            image_keys=[
-                [
-                    f"{key} {i}"
-                    for key, count in zip(map(self._page_key, tokens.digests[members[0]]), counts, strict=True)
-                    for i in range(count)
-                ]
-                for members, counts in zip(tokens.row_members, page_images, strict=True)
-            ],
+            image_keys=[[key for page in row for key in page] for row in keys],
             page_images=page_images,
             page_spans=spans,
+            loaded_features=features,
             prompts=None if self.train else self._prompts(examples, tokens),
         )
 
@@ -176,19 +176,31 @@ class Idefics2Collator:
                 )
         return TokenizedExamples(row_members, page_ids, prompt_ids, full_ids, digests)
 
-    def process_pages(self, examples: Sequence[Example]) -> list[list[list[torch.Tensor]]]:
+    def process_pages(
+        self, examples: Sequence[Example], keys: Sequence[list[list[str]]] = (), cached: Collection[str] = ()
+    ) -> list[list[list[torch.Tensor]]]:
         """Return for each example, and each of its pages, the images (3, H, W) that the vision tower sees.
+
+        Args:
+            examples: the examples.
+            keys: for each example, and each of its pages, the keys of the images.
+            cached: keys of images whose features are cached; those of their pages are (3, 0, 0).
 
         Raises:
             InputError: a page can't be processed; the message names the example.
         """
-        images = []
-        for example in examples:
+        rows = []
+        for example, page_keys in zip_longest(examples, keys):
             try:
-                images.append([process_page(self.processor.image_processor, page) for page in example.images])
+                rows.append(
+                    [
+                        self.pages.left_out(images) if images[0] in cached else self.pages.process(page)
+                        for page, images in zip(example.images, page_keys or [[""]] * len(example.images), strict=True)
+                    ]
+                )
             except Exception as error:
                 raise InputError(f"{_name(example)}: the processor can't process a page: {error}") from error
-        return images
+        return rows
 
     def _prompts(self, examples: Sequence[Example], tokens: TokenizedExamples) -> Prompts:
         ids: dict[int, list[int]] = {}
@@ -225,10 +237,6 @@ class Idefics2Collator:
             alone = example.page_id is None or self.train_on_prompt
             rows.setdefault((alone, i if alone else (example.page_id, digests[i])), []).append(i)
         return list(rows.values())
-
-    def _page_key(self, digest: str) -> str:
-        """Return a key of a page's processed pixels: it depends on the page and the image processor's options."""
-        return hashlib.sha256(self.image_options + digest.encode()).hexdigest()
 
     def _split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Split token ids after the last page."""

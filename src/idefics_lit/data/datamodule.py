@@ -271,6 +271,7 @@ class DocVQADataModule(LightningDataModule):
             max_length=options.max_length,
             seed=options.seed,
             pixel_dtype=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
+            cached_features=self._cached_features(),
         )
 
     def workers(self) -> int:
@@ -342,6 +343,12 @@ class DocVQADataModule(LightningDataModule):
         from idefics_lit.data.split_roles import SplitRoles
 
         return SplitRoles(self.hparams)
+
+    def _cached_features(self) -> Any:  # noqa: ANN401
+        """Return what looks up the model's cached features in the loader's processes; None without a cache."""
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        cache = getattr(backbone, "feature_cache", None)
+        return cache.loader_get if cache else None
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer

@@ -26,6 +26,11 @@ def count_images(image_processor: Any, size: tuple[int, int]) -> int:  # noqa: A
     return SPLIT_IMAGES if image_processor.do_image_splitting else 1
 
 
+def count_cache_entries(image_processor: Any, images: int) -> int:  # noqa: ANN401
+    """Return how many of a page's images have an entry in the feature cache: its tiles have one together."""
+    return 1 if has_tiles(image_processor) else images
+
+
 def image_edge(image_processor: Any) -> int:  # noqa: ANN401
     """Return the longest edge that an image can have, in pixels: the tile's, or the image size."""
     edge: int = (image_processor.max_image_size if has_tiles(image_processor) else image_processor.size)["longest_edge"]

@@ -1,17 +1,58 @@
 """Process pages into the images that the vision tower sees, and stack the images of a batch."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from idefics_lit.data.image_layout import count_cache_entries, count_images
 
-def process_page(image_processor: Any, page: Image.Image) -> list[Tensor]:  # noqa: ANN401
-    """Return the images of a page, each (3, H, W) in float32: one, or several with image splitting."""
-    (images,) = image_processor([[page]], do_pad=False)["pixel_values"]
-    return list(images)
+
+class PageProcessor:
+    """Process pages one by one, and leave out those whose features are cached.
+
+    Args:
+        image_processor: the model's.
+        cached_features: see `idefics_lit.Idefics2Collator`.
+    """
+
+    def __init__(self, image_processor: Any, cached_features: Callable[[str], Tensor | None] | None = None) -> None:  # noqa: ANN401
+        self.image_processor, self.cached_features = image_processor, cached_features
+        self._options = image_processor.to_json_string().encode()
+
+    def process(self, page: Image.Image) -> list[Tensor]:
+        """Return the images of a page, each (3, H, W) in float32: one, or several with image splitting."""
+        # Without padding, which copies all pixels.
+        (images,) = self.image_processor([[page]], do_pad=False)["pixel_values"]
+        return list(images)
+
+    def left_out(self, keys: Sequence[str]) -> list[Tensor]:
+        """Return an image of no pixels, (3, 0, 0), for each key of a page that isn't processed."""
+        return [torch.empty(3, 0, 0)] * len(keys)
+
+    def image_keys(self, page: Image.Image, digest: str) -> list[str]:
+        """Return a key of each image of a page, which depends on the page's digest and the processor's options."""
+        key = hashlib.sha256(self._options + digest.encode()).hexdigest()
+        return [f"{key} {i}" for i in range(count_images(self.image_processor, page.size))]
+
+    def load_features(self, pages: Sequence[list[str]]) -> dict[str, Tensor]:
+        """Return the cached features of the pages that have them all.
+
+        Args:
+            pages: for each page the keys of its images.
+
+        Returns:
+            By the key of an image, its features.
+        """
+        loaded: dict[str, Tensor] = {}
+        for keys in pages if self.cached_features else ():
+            entries = keys[: count_cache_entries(self.image_processor, len(keys))]
+            found = {key: features for key in entries if (features := self.cached_features(key)) is not None}
+            loaded |= found if len(found) == len(entries) else {}
+        return loaded
 
 
 def stack_images(

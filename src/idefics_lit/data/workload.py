@@ -10,7 +10,6 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
 from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.image_layout import count_images, image_edge, page_edge
-from idefics_lit.data.image_tokens import largest_page_tokens
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import Workload
@@ -31,7 +30,6 @@ def workload(datamodule: DocVQADataModule) -> Workload:
         questions_per_row=len(page_ids) / len(groups) if groups else 1.0,
         images_per_page=pages * count_images(images, (page_edge(images), page_edge(images))),
         longest_edge=image_edge(images),
-        page_tokens=pages * largest_page_tokens(datamodule.processor),
     )
 
 
@@ -54,6 +52,7 @@ def largest_batch(datamodule: DocVQADataModule) -> Batch:
     pages = [Image.new("RGB", (edge, edge), "white")] * max((len(example.images) for example in questions), default=1)
     collator = datamodule.collator("train")
     collator.max_length *= 2  # the margin isn't an error
+    collator.pages.cached_features = None
     return collator([Example(i, question, pages, [answer], page_id=i % rows) for i in range(size)])
 
 

@@ -10,8 +10,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -40,7 +39,9 @@ NAME_LENGTH = 40  # characters of a file name, without its suffix
 
 
 class MemoryCache:
-    """Cache tensors by key in pinned memory; the oldest are evicted first.
+    """Cache tensors by key in pinned memory until it is full. Nothing is evicted.
+
+    Pages recur once an epoch: evicting the oldest would evict pages shortly before they recur.
 
     Args:
         gigabytes: the maximum size, in 10^9 bytes.
@@ -49,12 +50,18 @@ class MemoryCache:
     def __init__(self, gigabytes: float) -> None:
         max_bytes = gigabytes * 1e9
         # torch rounds allocations of pinned memory up to powers of two, up to twice a page's size. Pages share slabs
-        # instead, and a slab is evicted as a unit.
+        # instead.
         self.slab_bytes = 1 << max(0, int(min(max_bytes / 8, 2**29)).bit_length() - 1)
         self.max_slabs = int(max_bytes / self.slab_bytes)
-        self._slabs: deque[tuple[Tensor, list[str]]] = deque()
+        self._slabs: list[Tensor] = []
         self._used = self.slab_bytes
         self._features: dict[str, Tensor] = {}
+        self._keys = tempfile.TemporaryDirectory(prefix="idefics_lit_keys_")
+
+    @property
+    def loader_get(self) -> Callable[[str], Tensor | None]:
+        """`StoredKeys.get`, for the loader's processes, which don't share this memory."""
+        return StoredKeys(self._keys.name).get
 
     def get(self, page: str, device: Device = "cpu") -> Tensor | None:
         """Return a copy of a page's features on a device, or None.
@@ -62,7 +69,7 @@ class MemoryCache:
         The copy is made in the device's current stream, as in `put`: features that a GPU has put are for that GPU.
         """
         cached = self._features.get(page)
-        # copy=True also from CPU to CPU: the slab may be overwritten before the caller reads the features.
+        # copy=True also from CPU to CPU: the caller may change the features.
         return None if cached is None else cached.to(device, non_blocking=True, copy=True)
 
     def put(self, page: str, features: Tensor) -> None:
@@ -70,23 +77,38 @@ class MemoryCache:
         if page in self._features or features.nbytes > self.slab_bytes:
             return
         if self._used + features.nbytes > self.slab_bytes:
-            self._next_slab()
-        memory, pages = self._slabs[-1]
-        cached = memory[self._used : self._used + features.nbytes].view(features.dtype).view(features.shape)
+            if len(self._slabs) == self.max_slabs:
+                return
+            self._slabs.append(torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+            self._used = 0
+        cached = self._slabs[-1][self._used : self._used + features.nbytes].view(features.dtype).view(features.shape)
         cached.copy_(features.detach(), non_blocking=True)
         self._used += -(-features.nbytes // 64) * 64  # a view's start must suit its dtype
         self._features[page] = cached
-        pages.append(page)
+        StoredKeys(self._keys.name).add(page)
 
-    def _next_slab(self) -> None:
-        if len(self._slabs) < self.max_slabs:
-            memory = torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        else:
-            memory, pages = self._slabs.popleft()
-            for page in pages:
-                del self._features[page]
-        self._slabs.append((memory, []))
-        self._used = 0
+
+class StoredKeys:
+    """The keys of a `MemoryCache`, which the loader's processes see: an empty file for each in a temporary folder.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def add(self, page: str) -> None:
+        """Add the key of a page that is stored for good."""
+        with suppress(OSError):  # without its file the loader processes the page again
+            self._file(page).touch()
+
+    def get(self, page: str) -> Tensor | None:
+        """Return an empty tensor in place of a page's features if they are stored, otherwise None."""
+        return torch.empty(0) if self._file(page).exists() else None
+
+    def _file(self, page: str) -> Path:
+        return self.folder / hashlib.sha256(page.encode()).hexdigest()[:NAME_LENGTH]
 
 
 class FolderCache:
@@ -116,6 +138,11 @@ class FolderCache:
             if error.errno not in DISK_FULL:
                 raise InputError(f"model.feature_cache {folder}: can't be written: {first_line(error)}") from error
         self._evict()
+
+    @property
+    def loader_get(self) -> Callable[[str], Tensor | None]:
+        """`get`, for the loader's processes: a file that they have read may be evicted afterwards."""
+        return self.get
 
     def get(self, page: str, device: Device = "cpu") -> Tensor | None:
         """Return a page's features on a device, or None."""

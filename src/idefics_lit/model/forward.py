@@ -231,7 +231,11 @@ class Backbone(ABC):
         return result
 
     def _cached(
-        self, keys: Sequence[str], device: torch.device, encode: Callable[[list[int]], Sequence[Tensor]]
+        self,
+        keys: Sequence[str],
+        device: torch.device,
+        encode: Callable[[list[int]], Sequence[Tensor]],
+        loaded: Mapping[str, Tensor],
     ) -> list[Tensor]:
         """Return the features of each key from the cache; compute and store those that it lacks.
 
@@ -239,13 +243,15 @@ class Backbone(ABC):
             keys: the cache keys.
             device: of the features.
             encode: returns the features of the keys with the given indices, of at least one.
+            loaded: `Batch.loaded_features`.
         """
         trained = next((name for name, module in self.cached_modules.items() if is_trained(module)), None)
         if trained and self.feature_cache:  # by layers that were unfrozen after the model was loaded
             rank_zero_warn(f"model.feature_cache: the {trained} is trained, so that no features are kept")
             self.feature_cache = None
         cache = self.feature_cache
-        cached = [cache.get(key, device) if cache else None for key in keys]
+        loaded = {key: features for key, features in loaded.items() if features.numel()} if cache else {}
+        cached = [loaded[key] if key in loaded else cache.get(key, device) if cache else None for key in keys]
         missing = [i for i, features in enumerate(cached) if features is None]
         encoded = dict(zip(missing, encode(missing) if missing else (), strict=True))
         if cache:
@@ -256,6 +262,11 @@ class Backbone(ABC):
     def _encode(self, images: Tensor, height: int, width: int) -> Tensor:
         """Return the vision tower's features (I, P, width) of images (I, C, H, W) of one size, without padding."""
         is_vision_trained = is_trained(self.vision_tower)
+        if not height:
+            raise InputError(
+                "model.feature_cache: the loader left out pages since their features were cached, but the cache is off "
+                "now, as when a callback unfreezes the vision tower: leave the option out"
+            )
         # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
         no_autocast = torch.autocast(images.device.type, enabled=False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained), no_autocast:

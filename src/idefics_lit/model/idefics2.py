@@ -5,6 +5,7 @@ use transformers' modules and compute what these compute on padded and masked im
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,14 +55,18 @@ class Idefics2Backbone(Backbone):
         images = [image for row, count in zip(batch.pixel_values, counts, strict=True) for image in row[:count]]
         sizes = [size for row in batch.image_sizes for size in row]
         keys = [key for row in batch.image_keys for key in row]
-        features = self.encode_images(images, sizes, keys)
+        features = self.encode_images(images, sizes, keys, batch.loaded_features)
         # In evaluation, with its large batches, connecting all images at once would be the peak of memory.
         chunk = len(features) if torch.is_grad_enabled() else MAX_CONNECTED_IMAGES
         states = [self.connect(features[start : start + chunk]) for start in range(0, len(features), chunk)]
         return [row.flatten(0, 1) for row in torch.cat(states).split(counts)]
 
     def encode_images(
-        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]
+        self,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        keys: Sequence[str],
+        loaded: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[Tensor]:
         """Run the vision tower.
 
@@ -69,6 +74,7 @@ class Idefics2Backbone(Backbone):
             images: I of (C, H, W).
             sizes: height and width of each in pixels, without padding.
             keys: a cache key for each.
+            loaded: features that the loader has read from the cache, by key.
 
         Returns:
             For each image its features (P, width) in the model's dtype.
@@ -77,7 +83,7 @@ class Idefics2Backbone(Backbone):
         def encode(missing: list[int]) -> Sequence[Tensor]:
             return [self._encode(images[i][None], *sizes[i])[0] for i in missing]
 
-        return self._cached(keys, images[0].device, encode)
+        return self._cached(keys, images[0].device, encode, loaded)
 
     def connect(self, features: Sequence[Tensor]) -> Tensor:
         """Project and resample each image's features (P, width) to embeddings of image tokens (I, latents, width)."""

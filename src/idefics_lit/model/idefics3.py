@@ -46,17 +46,20 @@ class Idefics3Backbone(Backbone):
     def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return for each row the embeddings of its image tokens (image tokens, width)."""
         pages: list[Tensor] = []  # of each page its tiles (tiles, C, H, W)
+        sizes: list[tuple[int, int]] = []
         keys: list[str] = []
-        for tiles, row_keys, counts in zip(batch.pixel_values, batch.image_keys, batch.page_images, strict=True):
+        for row, (tiles, counts) in enumerate(zip(batch.pixel_values, batch.page_images, strict=True)):
             pages += tiles[: sum(counts)].split(counts)
-            keys += [row_keys[sum(counts[:page])] for page in range(len(counts))]
+            firsts = [sum(counts[:page]) for page in range(len(counts))]
+            sizes += [batch.image_sizes[row][first] for first in firsts]
+            keys += [batch.image_keys[row][first] for first in firsts]
         is_connected = "connector" in self.cached_modules
 
         def encode(missing: list[int]) -> Sequence[Tensor]:
-            encoded = [self._encode(pages[i], *pages[i].shape[-2:]) for i in missing]
+            encoded = [self._encode(pages[i], *sizes[i]) for i in missing]
             return list(map(self.connect, encoded)) if is_connected else encoded
 
-        states = torch.cat(self._cached(keys, batch.pixel_values.device, encode))
+        states = torch.cat(self._cached(keys, batch.pixel_values.device, encode, batch.loaded_features))
         if not is_connected:
             # In evaluation, with its large batches, connecting all tiles at once would be the peak of memory.
             chunk = len(states) if torch.is_grad_enabled() else MAX_CONNECTED_TILES

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
+from idefics_lit.data.image_layout import count_images, page_edge
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
@@ -67,18 +68,13 @@ def export_adapter(
         check_weights(adapter, {name: p for name, p in model.named_parameters() if p.requires_grad})
         if merged:
             rank_zero_info(merged)
-        images = collator.processor.image_processor
-        data = {
-            "prompt_style": collator.prompt_style,
-            "image_splitting": images.do_image_splitting,
-            "image_size": images.size["longest_edge"],
-        }
+        image_size = collator.processor.image_processor.size["longest_edge"]
         write_export(
             temporary,
             model,
             collator.processor,
             options=module.hparams,
-            data=data,
+            data={"prompt_style": collator.prompt_style, "image_size": image_size},
             merged=merged,
             steps=module.global_step,
             temperature=module.temperature,
@@ -107,7 +103,7 @@ def write_export(
         model: has the adapter; if it is merged, the model can't be used afterwards.
         processor: the processor of the training.
         options: the module's.
-        data: the data module's options, at least ``prompt_style`` and ``image_splitting``.
+        data: the data module's options, at least ``prompt_style``.
         merged: write the merged model instead of the adapter; what `copy_to_merge` says, for the model card.
         steps: optimizer steps of the training, 0 if unknown.
         temperature: the module's.
@@ -119,7 +115,8 @@ def write_export(
         InputError: the written processor can't be loaded or gives other inputs.
     """
     _save_processor(processor, folder)
-    generation = _generation_config(processor, options["max_new_tokens"])
+    base_model = model.get_base_model()
+    generation = _generation_config(processor, base_model.generation_config, options["max_new_tokens"])
     base = base_name = resolve(options["pretrained"])
     local_base = Path(base).is_dir()
     if local_base:
@@ -133,21 +130,24 @@ def write_export(
         model.peft_config["default"].base_model_name_or_path = base
         # The default "auto" saves all of lm_head if target_modules names it.
         model.save_pretrained(str(folder), save_embedding_layers=False)
+    images: Any = processor.image_processor
+    edge = page_edge(images)
     facts = {
         "base": base_name,
+        "model_type": base_model.config.model_type,
         "merged": merged is not None,
         "prompt_style": data["prompt_style"],
-        "image_splitting": data["image_splitting"],
-        "image_tokens": 320 if data["image_splitting"] else 64,
+        "image_splitting": images.do_image_splitting,
+        "image_tokens": count_images(images, (edge, edge)) * processor.image_seq_len,
         "scores": scores or {},
         "steps": steps,
         "temperature": temperature,
         "model": _without_folders(dict(options)),
-        "data": _without_folders(dict(data)),
+        "data": _without_folders({**data, "image_splitting": images.do_image_splitting}),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     (folder / "idefics_lit.json").write_text(text, encoding="utf-8")
-    card = model_card(facts, name, generation, base=base, local_base=local_base, merged=merged)
+    card = model_card(facts, name, generation, processor, base=base, local_base=local_base, merged=merged)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates files that only the owner can read; give all files the permissions of the umask.
     mode = (folder / "README.md").stat().st_mode
@@ -202,15 +202,17 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _generation_config(processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Return the end and suppressed tokens of generation in validation."""
+def _generation_config(processor: ProcessorMixin, base: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """Return the end and suppressed tokens of generation in validation; the base model's own ends are among them."""
     tokenizer = processor.tokenizer
     names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     fake, image, end = tokenizer.convert_tokens_to_ids(names)
+    own_ends = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
+    own_ends = [token for token in own_ends if token is not None]
     return GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, end],
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, end, *own_ends])),
         bad_words_ids=[[fake], [image]],
         max_new_tokens=max_new_tokens,
     )

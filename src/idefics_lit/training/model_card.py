@@ -7,9 +7,11 @@ from typing import Any
 
 import transformers
 import yaml
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
+from idefics_lit.model.lora import unquantized_modules
 from idefics_lit.model.quiet_imports import peft
+from idefics_lit.pretrained import has_tiles
 
 # transformers before 5.21 rounds the coordinates of image patches to the dtype of the pixels; version 4 can't load the
 # processor.
@@ -45,7 +47,9 @@ def open_page(path):  # an image; render a PDF's pages to images first, with 220
 pages = [open_page("page.png")]  # one or several pages of a document
 content = {content}
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True).strip()
-inputs = processor(text=prompt, images=[pages], return_tensors="pt").to(model.device, model.dtype)
+adds_bos = not prompt.startswith(processor.tokenizer.bos_token)  # or the template has it
+inputs = processor(text=prompt, images=[pages], add_special_tokens=adds_bos, return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
 with torch.no_grad():
     ids = model.generate(
         **inputs,
@@ -96,19 +100,33 @@ CONTENT = {
     "idefics": '[\n    *[{"type": "image"} for _ in pages],\n'
     '    {"type": "text", "text": "What is the date?\\nGive a very brief answer."},\n]',
 }
-SPLITTING_OFF = (
-    "the adapter was trained with image splitting off, 64 image tokens a page, and the saved processor has it off; "
-    "whoever loads the Hub's processor instead splits images, 320 tokens"
-)
-SERVERS = (
-    "`transformers serve` serves the merged model through an OpenAI-style API; vLLM, SGLang and TGI don't take Idefics2"
-)
+
+
+def splitting_off(processor: ProcessorMixin) -> str:
+    """Return what a server must know of an adapter that was trained with image splitting off."""
+    images: Any = processor.image_processor  # type: ignore[attr-defined]
+    text = (
+        f"the adapter was trained with image splitting off, {processor.image_seq_len} image tokens a page, and the "  # type: ignore[attr-defined]
+        f"saved processor has it off; "
+    )
+    if has_tiles(images):
+        return f"{text}vLLM can't serve it: it counts no image for a page without tiles (vllm-project/vllm#48667)"
+    return f"{text}whoever loads the Hub's processor instead splits images, 320 tokens"
+
+
+def servers(processor: ProcessorMixin) -> str:
+    """Return which servers take a merged model."""
+    serve = "`transformers serve` serves the merged model through an OpenAI-style API"
+    if has_tiles(processor.image_processor):  # type: ignore[attr-defined]
+        return f"{serve}; vLLM has its architecture too"
+    return f"{serve}; vLLM, SGLang and TGI don't take Idefics2"
 
 
 def model_card(
     facts: Mapping[str, Any],
     name: str,
     generation: GenerationConfig,
+    processor: ProcessorMixin,
     *,
     base: str,
     local_base: bool,
@@ -120,6 +138,7 @@ def model_card(
         facts: the content of ``idefics_lit.json``.
         name: the Hub id or folder of the export.
         generation: ends answers as in validation.
+        processor: the processor of the training.
         base: the Hub id or folder of the base model that the code loads.
         local_base: whether the base model is a local folder.
         merged: None for an adapter; else which weights it was merged into, or nothing.
@@ -127,13 +146,13 @@ def model_card(
     options = facts["model"]
     imports, load = ADAPTER if merged is None else MERGED
     nf4 = merged is None and options["quantization"] == "nf4"
-    skipped = ["lm_head"] if options["quantize_vision"] else ["lm_head", "model.vision_model"]
+    skipped = unquantized_modules(quantize_vision=options["quantize_vision"])
     code = CODE.format(
         imports=imports.format(config=", BitsAndBytesConfig" if nf4 else ""),
         load=load.format(
             base=json.dumps(base),
             name=json.dumps(name),
-            nf4=NF4.format(skipped=json.dumps(skipped)) if nf4 else "",
+            nf4=NF4.format(skipped=json.dumps(list(skipped))) if nf4 else "",
             options=" quantization_config=nf4," if nf4 else "",
         ),
         name=json.dumps(name),
@@ -147,7 +166,7 @@ def model_card(
     metadata: dict[str, Any] = {
         "library_name": "peft" if merged is None else "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["idefics2", "docvqa", "lora"],
+        "tags": [facts["model_type"], "docvqa", "lora"],
     }
     if not local_base:  # the Hub only accepts ids of models
         metadata["base_model"] = base
@@ -158,21 +177,25 @@ def model_card(
     )
     hint = ", a local folder: others must put its path or Hub id in the code" if local_base and merged is None else ""
     steps = f"- {facts['steps']} optimizer steps\n" if facts["steps"] else ""
-    splitting = "" if facts["image_splitting"] else f"- {SPLITTING_OFF}\n"
+    splitting = "" if facts["image_splitting"] else f"- {splitting_off(processor)}\n"
+    package = "- needs `pip install num2words`\n" if "SmolVLM" in type(processor).__name__ else ""
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
-    kind = "adapter (LoRA, peft)" if merged is None else "with a LoRA adapter merged into bfloat16 weights"
-    details = "".join(f"- {line}\n" for line in ([] if merged is None else [merged, SERVERS]) if line)
+    kind = (
+        "An adapter (LoRA, peft)" if merged is None else "A model with a LoRA adapter merged into its bfloat16 weights,"
+    )
+    details = "".join(f"- {line}\n" for line in ([] if merged is None else [merged, servers(processor)]) if line)
+    link = f"`{facts['base']}`" if local_base else f"[{base}](https://huggingface.co/{base})"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
 # {Path(name).name}
 
-[Idefics2](https://huggingface.co/HuggingFaceM4/idefics2-8b) {kind} for questions about document pages.
+{kind} for questions about document pages.
 
-- base model: `{facts["base"]}`{hint}; the adapter was trained on it in {bits}
+- base model: {link}{hint}; the adapter was trained on it in {bits}
 - needs transformers {MIN_TRANSFORMERS} or later: {REASON}
-{details}{steps}{scores}{splitting}
+{package}{details}{steps}{scores}{splitting}
 ```python
 {code}```
 
