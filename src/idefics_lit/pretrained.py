@@ -15,7 +15,7 @@ from idefics_lit.errors import InputError, first_line
 from idefics_lit.utils.hub import prepare_hub
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 # The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
@@ -82,6 +82,21 @@ def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
     return [file for name in names if (file := find(name))]
 
 
+def load_config(pretrained: str) -> "PretrainedConfig":
+    """Load a model's configuration.
+
+    Args:
+        pretrained: see `resolve`.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("configuration", pretrained, error) from error
+
+
 def load_processor(
     pretrained: str, *, image_splitting: bool | None = None, image_size: int | None = None
 ) -> "ProcessorMixin":
@@ -130,11 +145,7 @@ def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # n
         images.size = type(size)(longest_edge=image_size)
         return
     longest, shortest = size["longest_edge"], size["shortest_edge"]
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
-        patch = config.vision_config.patch_size
-    except Exception as error:
-        raise cannot_load("configuration", pretrained, error) from error
+    patch = load_config(pretrained).vision_config.patch_size
     if not patch <= image_size <= longest:
         raise InputError(
             f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"

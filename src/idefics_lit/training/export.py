@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.data.image_layout import count_images, page_edge
+from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
@@ -115,7 +116,7 @@ def write_export(
         InputError: the written processor can't be loaded or gives other inputs.
     """
     _save_processor(processor, folder)
-    base_model = model.get_base_model()
+    base_model: Any = model.get_base_model()
     generation = _generation_config(processor, base_model.generation_config, options["max_new_tokens"])
     base = base_name = resolve(options["pretrained"])
     local_base = Path(base).is_dir()
@@ -138,7 +139,7 @@ def write_export(
         "merged": merged is not None,
         "prompt_style": data["prompt_style"],
         "image_splitting": images.do_image_splitting,
-        "image_tokens": count_images(images, (edge, edge)) * processor.image_seq_len,
+        "image_tokens": count_images(images, (edge, edge)) * tokens_per_image(processor),
         "scores": scores or {},
         "steps": steps,
         "temperature": temperature,

@@ -9,6 +9,7 @@ import transformers
 import yaml
 from transformers import GenerationConfig, ProcessorMixin
 
+from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.model.lora import unquantized_modules
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import has_tiles
@@ -104,12 +105,11 @@ CONTENT = {
 
 def splitting_off(processor: ProcessorMixin) -> str:
     """Return what a server must know of an adapter that was trained with image splitting off."""
-    images: Any = processor.image_processor  # type: ignore[attr-defined]
     text = (
-        f"the adapter was trained with image splitting off, {processor.image_seq_len} image tokens a page, and the "  # type: ignore[attr-defined]
+        f"the adapter was trained with image splitting off, {tokens_per_image(processor)} image tokens a page, and the "
         f"saved processor has it off; "
     )
-    if has_tiles(images):
+    if has_tiles(processor.image_processor):
         return f"{text}vLLM can't serve it: it counts no image for a page without tiles (vllm-project/vllm#48667)"
     return f"{text}whoever loads the Hub's processor instead splits images, 320 tokens"
 
@@ -117,7 +117,7 @@ def splitting_off(processor: ProcessorMixin) -> str:
 def servers(processor: ProcessorMixin) -> str:
     """Return which servers take a merged model."""
     serve = "`transformers serve` serves the merged model through an OpenAI-style API"
-    if has_tiles(processor.image_processor):  # type: ignore[attr-defined]
+    if has_tiles(processor.image_processor):
         return f"{serve}; vLLM has its architecture too"
     return f"{serve}; vLLM, SGLang and TGI don't take Idefics2"
 
