@@ -24,7 +24,7 @@ from train_throughput import SIZES
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.idefics2 import Idefics2Backbone
 from idefics_lit.pretrained import load_processor
 from idefics_lit.training.module import Idefics2Module
 

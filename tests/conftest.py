@@ -14,6 +14,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Small models: threads cost more than they bring, and on a busy machine far more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hub_files import FAMILY, hub_folder
+from stand_ins import KINDS, build_stand_in
+
 from idefics_lit.model.tiny import build_tiny
 
 DATA = Path(__file__).parent / "assets"
@@ -35,6 +38,24 @@ def pytest_runtest_protocol(item):
 def tiny(tmp_path_factory):
     """A folder with a randomly initialised small Idefics2, in the Hub's format."""
     return str(build_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def stand_in_folders(tmp_path_factory):
+    """Folders with a randomly initialised small Idefics3 and SmolVLM, in the Hub's format, by kind."""
+    return {kind: str(build_stand_in(kind, tmp_path_factory.mktemp(kind))) for kind in KINDS}
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def stand_in(request, stand_in_folders):
+    """A folder with a randomly initialised small Idefics3 or SmolVLM, in the Hub's format."""
+    return stand_in_folders[request.param]
+
+
+@pytest.fixture(scope="session", params=FAMILY)
+def family_files(request, tmp_path_factory):
+    """A folder with the small files of a model of Idefics3's family on the Hub, named as there, and its tokenizer."""
+    return hub_folder(request.param, tmp_path_factory.mktemp("family") / request.param)
 
 
 @pytest.fixture(scope="session")

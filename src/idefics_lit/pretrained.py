@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.utils.hub import prepare_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -19,15 +20,20 @@ if TYPE_CHECKING:
 # The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
 
+MAX_TILES = 6  # of an edge: the model was trained with tags for so many
+
 
 def resolve(pretrained: str) -> str:
-    """Return the argument for ``from_pretrained``.
+    """Return the argument for ``from_pretrained``; without a network, the Hub's files are read from the cache.
 
     Args:
         pretrained: a Hub id; a folder in the Hub's form; or "tiny", the small Idefics2 that comes with the package and
             is trained on the pages that the package draws.
     """
-    return str(Path(__file__).parent / "model" / "reader") if pretrained == "tiny" else pretrained
+    if pretrained == "tiny":
+        return str(Path(__file__).parent / "model" / "reader")
+    prepare_hub(pretrained)
+    return pretrained
 
 
 def refuse_adapter(pretrained: str) -> None:
@@ -92,37 +98,64 @@ def load_config(pretrained: str) -> "PretrainedConfig":
 
 
 def load_processor(
-    pretrained: str, *, image_splitting: bool = False, image_size: int | None = None
+    pretrained: str, *, image_splitting: bool | None = None, image_size: int | None = None
 ) -> "ProcessorMixin":
-    """Load Idefics2's processor.
+    """Load the processor of Idefics2, Idefics3 or SmolVLM.
 
     Args:
         pretrained: see `resolve`.
-        image_splitting: pass each page as four quadrants and the page itself, 320 image tokens instead of 64. The
-            Hub's configuration turns it on.
-        image_size: scale the longest edge to this number of pixels; the processor's own size by default.
+        image_splitting: pass each page as several images. Idefics2: its four quadrants and the page, 320 image tokens
+            instead of 64; off by default, though the Hub's configuration turns it on. Idefics3 and SmolVLM: tiles and
+            the page; on by default, since without it a page is squeezed into one small square.
+        image_size: scale the longest edge to this number of pixels; the processor's own size by default. A multiple of
+            the tile for Idefics3 and SmolVLM.
 
     Raises:
-        InputError: there is no processor, ``pretrained`` is an adapter, or the size is larger than the processor's own
-            or smaller than a patch.
+        InputError: there is no processor, ``pretrained`` is an adapter, a package is missing that the processor needs,
+            or the processor doesn't take the size.
     """
     refuse_adapter(pretrained)
     try:
         with quiet_transformers():  # it warns about the form of the Hub's files
             processor = transformers.AutoProcessor.from_pretrained(resolve(pretrained), trust_remote_code=False)
+            if isinstance(processor.tokenizer, transformers.GPT2Tokenizer):
+                # SmolVLM's files name this class, which drops the split into digits that tokenizer.json has.
+                processor.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(resolve(pretrained))
+    except ImportError as error:
+        if "num2words" in str(error):
+            raise InputError(f"model.pretrained {pretrained!r}: its processor needs `pip install num2words`") from error
+        raise cannot_load("processor", pretrained, error) from error
     except Exception as error:
         raise cannot_load("processor", pretrained, error) from error
+    processor.tokenizer.clean_up_tokenization_spaces = False  # Idefics3-8B's would strip spaces before punctuation
     images = processor.image_processor
-    images.do_image_splitting = image_splitting
+    images.do_image_splitting = has_tiles(images) if image_splitting is None else image_splitting
     if image_size is not None:
-        longest, shortest = images.size["longest_edge"], images.size["shortest_edge"]
-        patch = load_config(pretrained).vision_config.patch_size
-        if not patch <= image_size <= longest:
-            raise InputError(
-                f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"
-            )
-        images.size = type(images.size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
+        _set_image_size(images, pretrained, image_size)
     return processor
+
+
+def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # noqa: ANN401
+    size = images.size
+    if has_tiles(images):
+        tile = images.max_image_size["longest_edge"]
+        if image_size % tile or not tile <= image_size <= MAX_TILES * tile:
+            sizes = ", ".join(str(count * tile) for count in range(1, MAX_TILES + 1))
+            raise InputError(f"data.image_size {image_size}: choose from {sizes}, the sizes that {pretrained} takes")
+        images.size = type(size)(longest_edge=image_size)
+        return
+    longest, shortest = size["longest_edge"], size["shortest_edge"]
+    patch = load_config(pretrained).vision_config.patch_size
+    if not patch <= image_size <= longest:
+        raise InputError(
+            f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"
+        )
+    images.size = type(size)(longest_edge=image_size, shortest_edge=min(shortest, image_size))
+
+
+def has_tiles(image_processor: Any) -> bool:  # noqa: ANN401
+    """Whether pages are cut into tiles of one size, as by Idefics3's and SmolVLM's processors, but not Idefics2's."""
+    return hasattr(image_processor, "max_image_size")
 
 
 @contextmanager

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import datasets
 import pytest
+from hub_files import FAMILY, FILES
 from PIL import Image
 
 from idefics_lit.cli.check import TOKEN_BINS
 from idefics_lit.cli.gpu_estimates import is_measured_model
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.example import Example
 from idefics_lit.model.memory import count_weights, peak_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
-from idefics_lit.pretrained import load_config
+from idefics_lit.pretrained import load_config, load_processor
 from idefics_lit.training.module import Idefics2Module
 
 ROOT = Path(__file__).parents[2]
@@ -318,6 +320,31 @@ def test_nothing_is_loaded_but_config_and_processor(check, docvqa, tmp_path, mon
     assert any(
         line.startswith("GPU  no estimate: model.pretrained") for line in check(docvqa, pretrained=tmp_path / "base")[1]
     )
+
+
+def test_images_and_tokens_of_pages_that_are_cut_into_tiles(check, folder, stand_in):
+    """Three pages of 40 x 30 pixels, two of which are equal, and a tall one."""
+    source = folder([{}, {"image": "q.png"}, {"image": "tall.png"}], [{"image": "same_as_p.png"}])
+    Image.new("L", (30, 120), 7).save(source / "tall.png")
+    code, lines = check(source, pretrained=stand_in)
+    assert code == 0
+    collate = Idefics2Collator(load_processor(stand_in), train=True)
+    spans = {
+        sum(count): stop - start
+        for size in ((40, 30), (30, 120))
+        for batch in [collate([Example(1, "What?", [Image.new("L", size)], ["a"])])]
+        for count, ((start, stop),) in zip(batch.page_images, batch.page_spans, strict=True)
+    }
+    assert [*spans] == [13, 5]
+    start = next(i for i, line in enumerate(lines) if line.startswith("pages of so many images"))
+    assert lines[start + 1 : start + 3] == [f"5, {spans[5]} tokens  1  0", f"13, {spans[13]} tokens  2  1"]
+    (gpu,) = (line for line in lines if line.startswith("GPU  "))
+    assert gpu.startswith("GPU  no estimate of memory and time")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_no_other_model_is_taken_for_idefics2(name):
+    assert not is_measured_model(load_config(str(FILES / name)))  # Idefics3-8B has Idefics2-8b's sizes
 
 
 def test_memory_of_the_full_size(hub_files):

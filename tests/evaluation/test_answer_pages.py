@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.example import Example
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.pretrained import load_processor
@@ -127,3 +129,24 @@ def test_answer_pages_are_computed_only_when_wanted_and_without_the_vision_tower
     assert (set(found), made) == ({None}, ["look", "read"])
     found, made = evaluate([replace(e, answer_page=3) for e in documents], module.eval_loss)  # that it doesn't have
     assert (set(found), made) == ({None}, ["look", "read"])
+
+
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+def test_scores_of_pages_with_different_numbers_of_tiles(stand_in, style):
+    module = Idefics2Module(stand_in, quantization="none", max_new_tokens=8).eval()
+    module.configure_model()
+    collate = Idefics2Collator(module.processor, train=False, prompt_style=style)
+    noise = [Image.effect_noise(size, 80) for size in ((170, 220), (300, 100), (80, 100))]
+    examples = [
+        Example(1, "Who?", noise, ["Ann"], page_id=0),
+        Example(2, "What is it?", noise, ["b"], page_id=0),
+        Example(3, "Who?", noise[1:2], ["Ann"]),
+    ]
+    batch = collate(examples)
+    assert batch.page_images == [[17, 9, 17], [9]]
+    answered = module.evaluator.decode(batch)
+    answers = dict(enumerate(answered.ids))
+    with torch.no_grad():
+        scores = page_scores(module.backbone, batch, answered.page_features, answers, module.processor.tokenizer)
+    for i, example in enumerate(examples):
+        assert torch.allclose(scores[i], theirs(module, collate, example, answered.ids[i]), atol=2e-4)

@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from lightning import Trainer
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from idefics_lit import Idefics2Collator, Idefics2Module, InputError, LoRA, export_adapter, load_processor
+from idefics_lit.data.example import Example
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.pretrained import resolve
 
@@ -73,7 +78,7 @@ def test_plain_peft_loads_the_adapter_and_gives_equal_logits(module, examples, t
 
 def test_the_merged_model_gives_the_adapters_logits(module, examples, tmp_path):
     export_adapter(module, tmp_path / "adapter", **OWN_COLLATOR)
-    export_adapter(module, tmp_path / "merged", merge=True, **OWN_COLLATOR)
+    export_adapter(module, tmp_path / "merged", merge=True, merge_into="original", **OWN_COLLATOR)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
@@ -115,3 +120,44 @@ def test_an_export_removes_what_a_killed_one_left(tmp_path):
         os.utime(path, (two_hours_ago, two_hours_ago))
     export_adapter(Idefics2Module("tiny", quantization="none"), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out", running.name}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+def test_the_cards_code_asks_idefics3_and_smolvlm_as_training_does(
+    stand_in, tmp_path, monkeypatch, capfd, merge, style
+):
+    """With one BOS, splitting on, and the ends of the base model's generation_config."""
+    base = shutil.copytree(stand_in, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["architectures"] = ["VLlama3ForCausalLM"]  # by which llama.cpp converts SmolVLM
+    (base / "config.json").write_text(json.dumps(config))
+    module = Idefics2Module(str(base), quantization="none", max_new_tokens=4)
+    export_adapter(module, tmp_path / "out", merge=merge, prompt_style=style)
+    page = Image.effect_noise((300, 400), 80)
+    page.save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    card = Path("out/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code, names := {})
+    collate = module.collator(train=False, prompt_style=style)
+    batch = collate([Example(1, "What is the date?", [page], [])])
+    assert names["inputs"]["input_ids"].tolist() == batch.prompts.input_ids.tolist()
+    torch.testing.assert_close(names["inputs"]["pixel_values"].float(), batch.pixel_values, rtol=0, atol=2e-3)
+    facts = json.loads(Path("out/idefics_lit.json").read_text())
+    assert (facts["image_splitting"], facts["image_tokens"]) == (True, 17 * 16)
+    ends = GenerationConfig.from_pretrained(base).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    written = json.loads(code.split("eos_token_id=")[1].split("]")[0] + "]")
+    assert {*ends, module.processor.tokenizer.eos_token_id} == {*written}
+    assert f"- {config['model_type']}\n" in card and "Idefics2" not in card
+    if merge:
+        saved = json.loads(Path("out/config.json").read_text())
+        assert saved["text_config"]["architectures"] == ["VLlama3ForCausalLM"]
+        assert {*GenerationConfig.from_pretrained("out").eos_token_id} == {*written}
+
+
+def test_a_server_that_needs_tiles_is_named_when_there_are_none(stand_in, tmp_path):
+    module = Idefics2Module(stand_in, quantization="none")
+    export_adapter(module, tmp_path / "out", image_splitting=False)
+    assert re.search("splitting off, 16 image tokens a page.*vLLM can't", (tmp_path / "out" / "README.md").read_text())

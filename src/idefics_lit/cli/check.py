@@ -25,6 +25,7 @@ from idefics_lit.cli.split_statistics import (
 )
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.image_layout import page_edge
 from idefics_lit.training.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def check(trainer: Trainer, module: "Idefics2Module", datamodule: DocVQADataModu
         }
     for name, split in splits.items():
         _print_examples(console, f"{SPLIT_NAMES[name]} questions", split, datamodule.collator(name))
-    for table in (_size_table(splits, module, datamodule), _answer_length_table(splits), _question_type_table(splits)):
+    tables = (_size_table(splits, module, datamodule), _page_tokens_table(splits), _answer_length_table(splits))
+    for table in (*tables, _question_type_table(splits)):
         if table.row_count:
             console.print(table, "")
     for line in _warnings(splits, module.hparams["max_new_tokens"]):
@@ -127,8 +129,7 @@ def _size_table(splits: Splits, module: "Idefics2Module", datamodule: DocVQAData
     """Numbers of questions and pages, token lengths and page sizes."""
     table = _split_table("questions and pages", splits)
     max_new_tokens = module.hparams["max_new_tokens"]
-    image_processor = datamodule.processor.image_processor
-    max_edge = image_processor.size["longest_edge"] * (2 if image_processor.do_image_splitting else 1)
+    max_edge = page_edge(datamodule.processor.image_processor)
     questions = [list(split.questions.values()) for split in splits.values()]
     page_counts = [len(set(split.examples.page_ids)) for split in splits.values()]
     page_sizes = [split.page_sizes for split in splits.values()]
@@ -154,6 +155,16 @@ def _size_table(splits: Splits, module: "Idefics2Module", datamodule: DocVQAData
         cells = ["{} x {}".format(*_quantile(sizes, share)) if sizes else "" for sizes in by_area]
         add_row(f"{name} page, pixels", cells)
     add_row(f"pages scaled down to {max_edge}", [sum(max(size) > max_edge for size in sizes) for sizes in page_sizes])
+    return table
+
+
+def _page_tokens_table(splits: Splits) -> Table:
+    """Pages by the number of images that the model takes them as, and of their tokens."""
+    table = _split_table("pages of so many images", splits)
+    counts = [split.image_tokens for split in splits.values()]
+    for images, tokens in sorted(set().union(*counts)):
+        cells = (f"{counter[images, tokens]:,}" for counter in counts)
+        table.add_row(f"{images}, {tokens:,} tokens", *cells)
     return table
 
 

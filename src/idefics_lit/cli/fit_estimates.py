@@ -8,8 +8,9 @@ from lightning import Trainer
 from rich.markup import escape
 from rich.table import Table
 
+from idefics_lit.cli.batch_statistics import BatchStatistics, first_epoch_batches, loader_rate
 from idefics_lit.cli.gpu_estimates import is_measured_model, questions_per_second
-from idefics_lit.cli.split_statistics import BatchStatistics, SplitStatistics, first_epoch_batches, loader_rate
+from idefics_lit.cli.split_statistics import SplitStatistics
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.execution import find_device
@@ -48,7 +49,8 @@ def fit_table(
     if "train" not in splits:
         table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
         return table
-    batches = first_epoch_batches(splits["train"], datamodule)
+    patch_size = 14 if config is None else config.vision_config.patch_size
+    batches = first_epoch_batches(splits["train"], datamodule, patch_size)
     if not batches:
         table.add_row("training", "no question is left to train on")
         return table

@@ -26,4 +26,4 @@ def is_measured_model(config: PretrainedConfig) -> bool:
     """Return whether a model has the size of Idefics2-8b, which was measured."""
     text, vision = config.text_config, config.vision_config
     sizes = (text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers)
-    return sizes == (4096, 32, 1152, 27)
+    return config.model_type == "idefics2" and sizes == (4096, 32, 1152, 27)  # Idefics3-8B has these sizes too

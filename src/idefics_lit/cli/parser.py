@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -29,6 +29,7 @@ COMMAND_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "image": {"nargs": "+", "action": "extend", "metavar": "F", "help": "images and PDFs"},
         "question": {"nargs": "+", "action": "extend", "metavar": "Q", "help": "questions about each page"},
         "json": {"action": "store_true", "help": "print JSON lines"},
+        "min_confidence": {"type": float, "default": 0.0, "help": "say 'not sure' below this confidence, from 0 to 1"},
     },
     "demo": {
         "host": {"type": str, "default": "127.0.0.1", "help": "address to listen on; 0.0.0.0 accepts other machines"},
@@ -37,6 +38,10 @@ COMMAND_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "export": {
         "output": {"type": str | None, "metavar": "FOLDER", "help": "folder to write"},
         "merge": {"type": bool, "default": False, "help": "write the base model in bfloat16 with the adapter merged"},
+        "merge_into": {
+            **{"type": Literal["dequantized", "original"], "default": "dequantized"},
+            "help": "the 4-bit weights that the adapter was trained on, as 16 bits, or the original 16-bit weights",
+        },
         "push_to_hub": {"type": str | None, "metavar": "NAME", "help": "upload it to the Hub as OWNER/NAME"},
     },
 }

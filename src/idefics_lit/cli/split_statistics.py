@@ -8,11 +8,9 @@ What is special here:
 """
 
 import re
-import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from PIL.Image import Image
@@ -22,15 +20,13 @@ from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.grouping import group_by_page
+from idefics_lit.data.image_tokens import page_spans
 from idefics_lit.data.page_keys import page_digest
 from idefics_lit.data.skipping import SkipBadExamples, known_faults
-from idefics_lit.data.subset import Subset
 from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
-from idefics_lit.model.packing import LENGTH_MULTIPLE
 
 QUESTIONS_AT_ONCE = 256  # about one page
-LOADER_SECONDS = 3.0  # to measure the training loader
 
 
 @dataclass(slots=True)
@@ -40,14 +36,20 @@ class PageStatistics:
     Attributes:
         digests: a digest of the pixels of each page, equal for equal pages in different files.
         sizes: width and height of each page, in pixels.
-        vision_pixels: pixels that the vision tower processes, after scaling.
-        tokens: tokens before the question.
+        image_sizes: the number of images of each height and width, in pixels, that the vision tower processes.
+        image_tokens: for each page the number of its images and of its tokens.
+        tokens: tokens before the question, the prompt's included.
     """
 
     digests: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
-    vision_pixels: int = 0
+    image_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    image_tokens: tuple[tuple[int, int], ...] = ()
     tokens: int = 0
+
+    def patches(self, patch_size: int) -> int:
+        """Return the number of image patches, of which an image has whole ones only."""
+        return sum(n * (h // patch_size) * (w // patch_size) for (h, w), n in self.image_sizes.items())
 
 
 @dataclass(slots=True)
@@ -132,11 +134,17 @@ class StatisticsCollator:
         if not variants:
             return
         tokens = self.collator.tokenize([example for _, example in variants])
-        vision_pixels = tokens.images["pixel_attention_mask"].flatten(1).sum(1).tolist()
-        for row, members in enumerate(tokens.row_members):
-            first = members[0]
-            sizes = tuple(image.size for image in variants[first][1].images)
-            page = PageStatistics(tokens.digests[first], sizes, vision_pixels[row], len(tokens.page_ids[row]))
+        rows = self.collator.process_pages([variants[members[0]][1] for members in tokens.row_members])
+        for members, ids, images in zip(tokens.row_members, tokens.page_ids, rows, strict=True):
+            first, counts = members[0], [len(page) for page in images]
+            spans = page_spans(self.collator.processor, ids, counts)
+            page = PageStatistics(
+                tokens.digests[first],
+                tuple(image.size for image in variants[first][1].images),
+                Counter((image.shape[1], image.shape[2]) for page in images for image in page),
+                tuple((count, stop - start) for count, (start, stop) in zip(counts, spans, strict=True)),
+                len(ids),
+            )
             for i in members:
                 question, length = variants[i][0], len(tokens.full_ids[i])
                 question.page, question.question_tokens = page, max(question.question_tokens, length)
@@ -167,6 +175,12 @@ class SplitStatistics(NamedTuple):
         """Width and height of each different page, in pixels."""
         pages = (question.page for question in self.questions.values())
         return list({d: size for page in pages for d, size in zip(page.digests, page.sizes, strict=True)}.values())
+
+    @property
+    def image_tokens(self) -> Counter[tuple[int, int]]:
+        """How many different pages have so many images and tokens."""
+        pages = (question.page for question in self.questions.values())
+        return Counter({d: n for page in pages for d, n in zip(page.digests, page.image_tokens, strict=True)}.values())
 
     @property
     def errors_by_kind(self) -> dict[str, list[str]]:
@@ -234,68 +248,3 @@ def compute_statistics(
                 statistics[row] = question
         advance(len(rows))
     return SplitStatistics(examples, dict(sorted(errors.items())), dict(sorted(statistics.items())))
-
-
-def loader_rate(split: SplitStatistics, datamodule: DocVQADataModule, limit: int) -> float:
-    """Measure how many training questions a second a fit's own loader yields, which reads some questions of each page.
-
-    Args:
-        split: the statistics of the training split, whose good rows are loaded and become the data module's.
-        datamodule: the data module.
-        limit: the number of questions after which to stop, if `LOADER_SECONDS` aren't over yet.
-    """
-    datamodule.examples["train"] = Subset(split.examples, list(split.questions))
-    loader = datamodule.train_dataloader()
-    questions, start = 0, time.perf_counter()
-    for batch in chain.from_iterable(repeat(loader)):
-        questions += len(batch.question_ids)
-        seconds = time.perf_counter() - start
-        if seconds > LOADER_SECONDS or questions >= limit:
-            break
-    return questions / seconds
-
-
-class BatchStatistics(NamedTuple):
-    """Sizes of a training batch.
-
-    Attributes:
-        questions: its questions.
-        rows: its rows, each with the questions about one page.
-        padded_tokens: tokens with padding.
-        tokens: tokens without padding.
-        patches: image patches.
-    """
-
-    questions: int
-    rows: int
-    padded_tokens: int
-    tokens: int
-    patches: int
-
-
-def first_epoch_batches(
-    split: SplitStatistics, datamodule: DocVQADataModule, patch_size: int = 14
-) -> list[BatchStatistics]:
-    """Return the batches of the first epoch on one device, with each question's longest answer.
-
-    Args:
-        split: the statistics of the training split.
-        datamodule: in a fit of its Trainer.
-        patch_size: edge of a patch, in pixels.
-    """
-    examples = Subset(split.examples, list(split.questions))
-    questions = list(split.questions.values())
-    order = [index for index, *_ in datamodule.train_sampler(examples)]
-    batch_size, batches = datamodule.batch_size, []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        rows = [[i] for i in batch] if datamodule.hparams.train_on_prompt else _group_by_page(examples.page_ids, batch)
-        lengths = [questions[row[0]].page.tokens + sum(questions[i].question_tokens for i in row) for row in rows]
-        padded_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        patches = sum(questions[row[0]].page.vision_pixels for row in rows) // patch_size**2
-        batches.append(BatchStatistics(len(batch), len(rows), padded_length * len(rows), sum(lengths), patches))
-    return batches
-
-
-def _group_by_page(page_ids: Sequence[Hashable], rows: Sequence[int]) -> list[list[int]]:
-    return [[rows[i] for i in group] for group in group_by_page(page_ids[row] for row in rows)]

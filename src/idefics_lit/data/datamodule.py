@@ -10,10 +10,11 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.utils.data import DataLoader
 
-from idefics_lit.data.collator import Idefics2Collator, PromptStyle
+from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Examples
-from idefics_lit.data.loaders import StreamLoader, TrainingLoader
+from idefics_lit.data.loaders import EvalLoader, StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
+from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
 from idefics_lit.data.subset import Subset, sample_pages
@@ -67,9 +68,12 @@ class DocVQADataModule(LightningDataModule):
         prompt_style: "recipe" is "Answer briefly.", image, question; "idefics" is image, question, "Give a very brief
             answer.", the prompt that the model's authors evaluate with.
         train_on_prompt: compute the loss on the prompt's text too.
-        image_splitting: encode four crops and the page, with 320 image tokens per page instead of 64.
-        image_size: resize a page's longest edge to this many pixels, at most the processor's size, the default.
-        max_length: refuse longer sequences, in tokens; the error names the question.
+        image_splitting: encode crops of the page too. Idefics2: four quadrants, with 320 image tokens per page instead
+            of 64; off by default. Idefics3 and SmolVLM: tiles, which need it; on by default.
+        image_size: resize a page's longest edge to this many pixels, by default the processor's size. For Idefics2 at
+            most that size; for Idefics3 and SmolVLM a multiple of the tile.
+        max_length: refuse longer sequences, in tokens; the error names the question. By default 2048, or the tokens of
+            the largest page and 1024 more if that is more.
         questions_per_page: in training, this many questions about one page follow one another. Those in one batch
             share its image: the loss is the same, with much less computation, but batches are less mixed.
         global_batch_size: training examples per optimizer step on all devices, 16 by default, or what batch_size,
@@ -109,9 +113,9 @@ class DocVQADataModule(LightningDataModule):
         limit_test: int | None = None,
         prompt_style: PromptStyle = "recipe",
         train_on_prompt: bool = False,
-        image_splitting: bool = False,
+        image_splitting: bool | None = None,
         image_size: int | None = None,
-        max_length: int = 2048,
+        max_length: int | None = None,
         questions_per_page: int = 4,
         global_batch_size: int | None = None,
         batch_size: int | None = None,
@@ -139,14 +143,24 @@ class DocVQADataModule(LightningDataModule):
         """What is wrong with the rows that were left out before any page was opened, one line each."""
         self.held_out_by: dict[str, Any] = {}
         """The options that choose which pages of the training split are scored; empty if none are."""
+        self._started: dict[str, EvalLoader | TrainingLoader | StreamLoader] = {}
 
     def setup(self, stage: str) -> None:
-        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad."""
+        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad.
+
+        In a run of the Trainer, the workers of the first evaluation start.
+        """
         self.open(stage)
         self.examples = {
             split: self._without_faults(examples, need_answers=split != "predict")
             for split, examples in self.examples.items()
         }
+        self._started = {}
+        if self.trainer and not (stage == "fit" and self.trainer.num_sanity_val_steps == 0):
+            if stage in ("fit", "validate") and self.trainer.limit_val_batches:
+                self.start_workers("val")
+            elif stage == "test" and self.trainer.limit_test_batches:
+                self.start_workers("test")
 
     def open(self, stage: str) -> None:
         """Open the splits that the stage needs and load the processor, bad rows included."""
@@ -174,12 +188,36 @@ class DocVQADataModule(LightningDataModule):
         self.processor = load_processor(
             options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
         )
+        options.image_splitting = self.processor.image_processor.do_image_splitting
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own accumulation and validation interval back."""
+        self._started = {}
         if self.step:
             self.step.restore()
             self.step = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop workers that were started for loaders that weren't read."""
+        self._started = {}
+
+    def start_workers(self, split: str) -> None:
+        """Let the workers of a loader prepare their first batches, while the model is loaded.
+
+        Nothing is started if no Trainer is running, or if it uses other loaders or batches than this module's.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        trainer, hook = self.trainer, f"{split}_dataloader"
+        is_overridden = getattr(type(self), hook) is not getattr(DocVQADataModule, hook)
+        if trainer is None or trainer.state.fn is None or is_overridden or not self.workers():
+            return
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            return
+        loader = self._train_loader() if split == "train" else self._eval_loader(split)
+        loader.start()
+        self._started[split] = loader
 
     @property
     def batch_size(self) -> int:
@@ -198,12 +236,7 @@ class DocVQADataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
-        options = self.hparams
-        if options.streaming:
-            assert self.trainer is not None
-            return StreamLoader(self._streamed_questions(), self.trainer, **self._loader_options("train"))
-        sampler, dataset = self.train_sampler(self.examples["train"]), self.dataset("train")
-        return TrainingLoader(dataset, self.trainer, sampler=sampler, **self._loader_options("train"))
+        return self._started_loader("train") or self._train_loader()
 
     def train_sampler(self, examples: Examples) -> TrainSampler:
         """Return the sampler of this rank's training questions."""
@@ -213,11 +246,11 @@ class DocVQADataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""
-        return self._eval_loader("val")
+        return self._started_loader("val") or self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of test batches."""
-        return self._eval_loader("test")
+        return self._started_loader("test") or self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
@@ -238,6 +271,7 @@ class DocVQADataModule(LightningDataModule):
             max_length=options.max_length,
             seed=options.seed,
             pixel_dtype=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
+            cached_features=self._cached_features(),
         )
 
     def workers(self) -> int:
@@ -258,10 +292,26 @@ class DocVQADataModule(LightningDataModule):
         if self.step and state_dict.get("batch_size") in self.step.batch_sizes:  # else there are other devices
             self.step.set_batch_size(state_dict["batch_size"])
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
+    def _started_loader(self, split: str) -> DataLoader[Any] | None:
+        """Return the loader of `start_workers`, unless it is in use or has other batches than a new one."""
+        loader, options = self._started.get(split), self._loader_options(split)
+        if loader is None or not loader.is_started:
+            return None
+        same = (loader.batch_size, loader.num_workers) == (options["batch_size"], options["num_workers"])
+        return loader if same else None
+
+    def _train_loader(self) -> TrainingLoader | StreamLoader:
+        options = self._loader_options("train")
+        if self.hparams.streaming:
+            assert self.trainer is not None
+            return StreamLoader(self._streamed_questions(), self.trainer, **options)
+        sampler = self.train_sampler(self.examples["train"])
+        return TrainingLoader(self.dataset("train"), self.trainer, sampler=sampler, **options)
+
+    def _eval_loader(self, split: str) -> EvalLoader:
         loader_options = self._loader_options(split)
         sampler = EvalSampler(self.examples[split], 8 * loader_options["batch_size"], **self._ranks())
-        return DataLoader(self.dataset(split), sampler=sampler, **loader_options)
+        return EvalLoader(self.dataset(split), sampler=sampler, **loader_options)
 
     def _loader_options(self, split: str) -> dict[str, Any]:
         batch_size: Any = self.batch_size
@@ -293,6 +343,12 @@ class DocVQADataModule(LightningDataModule):
         from idefics_lit.data.split_roles import SplitRoles
 
         return SplitRoles(self.hparams)
+
+    def _cached_features(self) -> Any:  # noqa: ANN401
+        """Return what looks up the model's cached features in the loader's processes; None without a cache."""
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        cache = getattr(backbone, "feature_cache", None)
+        return cache.loader_get if cache else None
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer

@@ -9,11 +9,12 @@ from PIL import Image
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
 from idefics_lit.data.grouping import group_by_page
+from idefics_lit.data.image_layout import count_images, image_edge, page_edge
+from idefics_lit.data.image_tokens import largest_page_tokens
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import Workload
 
-SPLIT_IMAGES = 5  # of a page with image splitting: four quadrants and the page
 SAMPLED_QUESTIONS = 16
 CHARACTERS_PER_TOKEN = 3  # fewer than texts have
 LENGTH_MARGIN = 1.25  # of the longest text over the longest sampled one
@@ -21,14 +22,15 @@ LENGTH_MARGIN = 1.25  # of the longest text over the longest sampled one
 
 def workload(datamodule: DocVQADataModule) -> Workload:
     """Return the mean size of a fit's batches; of a stream, as if each question had a page of its own."""
-    options, images = datamodule.hparams, datamodule.processor.image_processor
+    options, images, pages = datamodule.hparams, datamodule.processor.image_processor, _most_pages(datamodule)
     step, page_ids = datamodule.step, datamodule.examples["train"].page_ids if "train" in datamodule.examples else []
     groups = group_by_page(page_ids, 1 if options.train_on_prompt else options.questions_per_page)
     return Workload(
         batch_sizes=step.batch_sizes if step else [datamodule.batch_size],
         questions_per_row=len(page_ids) / len(groups) if groups else 1.0,
-        images_per_page=_most_pages(datamodule) * (SPLIT_IMAGES if images.do_image_splitting else 1),
-        longest_edge=images.size["longest_edge"],
+        images_per_page=pages * count_images(images, (page_edge(images), page_edge(images))),
+        longest_edge=image_edge(images),
+        page_tokens=pages * largest_page_tokens(datamodule.processor),
     )
 
 
@@ -46,11 +48,11 @@ def largest_batch(datamodule: DocVQADataModule) -> Batch:
     questions = list(_sample(datamodule))
     question = _words(max((len(example.question) for example in questions), default=100))
     answer = _words(max((len(text) for example in questions for text in example.answers), default=20))
-    images = datamodule.processor.image_processor
-    edge = images.size["longest_edge"] * (2 if images.do_image_splitting else 1)
+    edge = page_edge(datamodule.processor.image_processor)
     pages = [Image.new("RGB", (edge, edge), "white")] * _most_pages(datamodule)
     collator = datamodule.collator("train")
     collator.max_length *= 2  # the margin isn't an error
+    collator.pages.cached_features = None
     rows = _largest_rows(datamodule)
     page_ids = chain.from_iterable([row] * count for row, count in enumerate(rows))
     return collator([Example(i, question, pages, [answer], page_id=page_id) for i, page_id in enumerate(page_ids)])

@@ -5,7 +5,6 @@ page, see `idefics_lit.model.packing`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
 
 
 def page_scores(
-    backbone: Idefics2Backbone,
+    backbone: Backbone,
     batch: Batch,
     page_features: Sequence[Tensor],
     answers: Mapping[int, list[int]],
@@ -34,7 +33,7 @@ def page_scores(
     Args:
         backbone: of the model, in any mode.
         batch: `Idefics2Collator`'s for evaluation.
-        page_features: for each row (image tokens, width), from `Idefics2Backbone.encode_pages`.
+        page_features: for each row (image tokens, width), from `Backbone.encode_pages`.
         answers: by the question's index in the batch, the token ids of its answer with the end-of-sequence token.
         tokenizer: the model's tokenizer.
 
@@ -42,24 +41,23 @@ def page_scores(
         By the question's index, (pages).
     """
     assert batch.prompts is not None
-    image_token_ids: Any = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"])
     row_members: dict[int, list[int]] = {}
-    prefixes: dict[int, Segment] = {}  # by row: the tokens up to the last image token, as with one page
     questions: dict[int, Segment] = {}
     for i, answer in answers.items():
         row = batch.question_rows[i]
         row_members.setdefault(row, []).append(i)
         prompt = batch.prompts.input_ids[i][batch.prompts.attention_mask[i].bool()].tolist()
-        prefix, question = _split_prompt(prompt, batch.page_counts[row], image_token_ids)
-        prefixes[row] = Segment(prefix, [IGNORED_LABEL] * len(prefix))
+        question = prompt[batch.page_spans[row][-1][1] :]
         questions[i] = Segment(question + answer, [IGNORED_LABEL] * len(question) + answer)
     scores: dict[int, list[Tensor]] = {i: [] for i in answers}
     # One forward for the n-th page of every row: no more rows than the batch has, so no more memory.
-    for page in range(max(batch.page_counts[row] for row in row_members)):
-        rows = [row for row in row_members if page < batch.page_counts[row]]
-        packed_rows = [PackedRow(prefixes[row], [questions[i] for i in row_members[row]]) for row in rows]
+    for page in range(max(len(batch.page_spans[row]) for row in row_members)):
+        rows = [row for row in row_members if page < len(batch.page_spans[row])]
+        packed_rows = [
+            PackedRow(_with_page_alone(batch, row, page), [questions[i] for i in row_members[row]]) for row in rows
+        ]
         tokens = pack(packed_rows, tokenizer.pad_token_id).to(batch.input_ids.device)
-        features = [page_features[row].chunk(batch.page_counts[row])[page] for row in rows]
+        features = [_features_of_page(page_features[row], batch.page_images[row], page) for row in rows]
         with backbone.evaluating():
             hidden = backbone.prefill(tokens, features)
             logits = backbone.logits(hidden.flatten(0, 1).index_select(0, tokens.supervised_positions)).float()
@@ -71,9 +69,15 @@ def page_scores(
     return {i: torch.stack(of_pages) for i, of_pages in scores.items()}
 
 
-def _split_prompt(prompt: list[int], pages: int, image_token_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split a prompt of several pages into the tokens up to its last image token, as with one page, and the rest."""
-    positions = [i for i, token in enumerate(prompt) if token in image_token_ids]
-    first, end = positions[0], positions[-1] + 1
-    tokens_per_page = (end - first - 1) // pages  # the token that ends a page begins the next one
-    return prompt[: first + tokens_per_page + 1], prompt[end:]
+def _with_page_alone(batch: Batch, row: int, page: int) -> Segment:
+    """Return a row's tokens up to the end of its pages, as if it had only one of them."""
+    ids, spans = batch.input_ids[row].tolist(), batch.page_spans[row]
+    start, stop = spans[page]
+    prefix = ids[: spans[0][0]] + ids[start:stop]
+    return Segment(prefix, [IGNORED_LABEL] * len(prefix))
+
+
+def _features_of_page(features: Tensor, page_images: Sequence[int], page: int) -> Tensor:
+    """Return the features of one page of a row; each image has as many."""
+    per_image = len(features) // sum(page_images)
+    return features.split([count * per_image for count in page_images])[page]

@@ -4,6 +4,7 @@ Prompts that are answered leave the batch. With CUDA graphs, keys and values are
 decode step, thousands of kernels, is one launch.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +16,14 @@ from transformers import ProcessorMixin
 
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.cuda_graphs import CudaGraphRunner
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 
 # With CUDA graphs the shapes of states are few: rows and columns are padded to multiples, and the number of rows is
 # divided by ROWS_DIVISOR when so few prompts are unfinished.
 ROWS_MULTIPLE, COLUMNS_MULTIPLE, ROWS_DIVISOR = 16, 64, 4
+
+# The tags of tiles are special tokens of some models and text of others.
+IMAGE_TOKEN = re.compile(r"<(fake_token_around_image|image|global-img|row_\d+_col_\d+)>")
 
 Layers = Sequence[tuple[Tensor, ...]]
 
@@ -52,6 +56,7 @@ class DecodeState:
         ids: (B, L), token ids of the answers.
         attention_mask: (B, L), True for tokens whose keys and values are stored.
         positions: (B), position id of the next token to decode.
+        log_probabilities: (B) in float32, sum of the log-probabilities of an answer's tokens so far.
         unfinished: (B), whether an answer has no end-of-sequence token yet.
         cache_position: (1), column of the next token to decode.
         layers: for each layer keys and values (B, heads, L, head size).
@@ -62,6 +67,7 @@ class DecodeState:
         self.ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.attention_mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.log_probabilities = torch.zeros(rows, device=device)
         self.unfinished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
         # Zeros and not uninitialized memory: a masked token has weight 0, and 0 times NaN is NaN.
@@ -94,7 +100,7 @@ class DecodeState:
                 stored[:count, :, :length] = states.transpose(1, 2)[rows[:, None], gather_index].transpose(1, 2)
                 # The previous batch's states, if they are NaN, would make this batch NaN although they are masked.
                 stored[:count, :, length:] = 0
-        for tensor in (self.attention_mask, self.positions, self.unfinished):
+        for tensor in (self.attention_mask, self.positions, self.log_probabilities, self.unfinished):
             tensor.zero_()
         self.ids.fill_(pad_token_id)
         self.attention_mask[:count, :length] = attention_mask
@@ -104,7 +110,7 @@ class DecodeState:
 
     def keep_rows(self, source: "DecodeState", rows: Tensor) -> None:
         """Load n rows (n) of another state, all of them unfinished."""
-        for name in ("ids", "attention_mask", "positions"):
+        for name in ("ids", "attention_mask", "positions", "log_probabilities"):
             getattr(self, name).zero_()[: len(rows)] = getattr(source, name)[rows]
         for stored_layer, layer in zip(self.layers, source.layers, strict=True):
             for stored, states in zip(stored_layer, layer, strict=True):
@@ -114,7 +120,10 @@ class DecodeState:
 
 
 class GreedyDecoder:
-    """Answer prompts greedily, until ``<end_of_utterance>`` or the tokenizer's end-of-sequence token.
+    """Answer prompts greedily, until an end-of-sequence token.
+
+    These are ``<end_of_utterance>``, the tokenizer's own, and those of the model's ``generation_config``. The special
+    tokens of images and their tiles are never generated.
 
     Args:
         backbone: of a model in eval mode.
@@ -123,29 +132,29 @@ class GreedyDecoder:
         graphs: run decode steps as CUDA graphs; on a CPU the same fixed tensors are used without graphs.
     """
 
-    def __init__(
-        self, backbone: Idefics2Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool) -> None:
         self.backbone, self.tokenizer = backbone, processor.tokenizer
         self.max_new_tokens, self.graphs = max_new_tokens, graphs
-        names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-        fake, image, end = self.tokenizer.convert_tokens_to_ids(names)
-        device = backbone.lm_head.weight.device
-        self.suppressed_token_ids = torch.tensor([fake, image], device=device)
-        self.eos_token_ids = torch.tensor([self.tokenizer.eos_token_id, end], device=device)
+        device, special_tokens = backbone.lm_head.weight.device, self.tokenizer.added_tokens_decoder
+        suppressed = [token_id for token_id, token in special_tokens.items() if IMAGE_TOKEN.fullmatch(token.content)]
+        self.suppressed_token_ids = torch.tensor(suppressed, device=device)
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")}
+        self.eos_token_ids = torch.tensor(sorted(ends | backbone.eos_token_ids), device=device)
         self._states: dict[int, tuple[DecodeState, CudaGraphRunner]] = {}  # by number of rows
         self._columns = 0
 
-    def answer(self, batch: Batch, hidden: Tensor, cache: PrefillCache) -> list[list[int]]:
+    def answer(self, batch: Batch, hidden: Tensor, cache: PrefillCache) -> tuple[list[list[int]], list[float]]:
         """Answer a batch's prompts.
 
         Args:
             batch: `Idefics2Collator`'s for evaluation.
-            hidden: the last hidden states of the batch (R, T, width), from `Idefics2Backbone.prefill`.
+            hidden: the last hidden states of the batch (R, T, width), from `Backbone.prefill`.
             cache: its keys and values.
 
         Returns:
-            The token ids of the B answers, each with its end-of-sequence token if it has one.
+            The token ids of the B answers, each with its end-of-sequence token if it has one; and the log-probability
+            of each answer, the sum over these tokens. It is that of the distribution which tokens are chosen from: the
+            probability of suppressed tokens is 0, and the other probabilities sum to 1.
 
         Raises:
             InputError: a prompt with its answer is longer than the text model's maximum.
@@ -158,6 +167,7 @@ class GreedyDecoder:
         self.backbone.check_length(last)
         pad_token_id = self.tokenizer.pad_token_id
         answers = hidden.new_full((count, self.max_new_tokens), pad_token_id, dtype=torch.long)
+        log_probabilities = hidden.new_zeros(count, dtype=torch.float32)
         state, run = self._state_for(cache.layers, self._rows_for(count), last)
         state.load_prompts(cache.layers, rows, gather_index, mask, pad_token_id)
         self._select_next_tokens(state, F.pad(hidden[rows, gather_index[:, -1]], (0, 0, 0, len(state.ids) - count)))
@@ -168,16 +178,19 @@ class GreedyDecoder:
                 break
             if (fewer := self._rows_for(len(unfinished))) < len(state.ids):
                 answers[questions] = state.ids[: len(questions), first:last]
+                log_probabilities[questions] = state.log_probabilities[: len(questions)]
                 source, questions = state, questions[unfinished]
                 state, run = self._state_for(source.layers, fewer, source.ids.shape[1])
                 state.keep_rows(source, unfinished)
             run(partial(self._decode_step, state))
         answers[questions] = state.ids[: len(questions), first:last]
+        log_probabilities[questions] = state.log_probabilities[: len(questions)]
         is_end = (answers[..., None] == self.eos_token_ids).any(-1).tolist()
-        return [
-            ids[: ends.index(True) + 1 if True in ends else None]
-            for ids, ends in zip(answers.tolist(), is_end, strict=True)
+        ids = [
+            tokens[: ends.index(True) + 1 if True in ends else None]
+            for tokens, ends in zip(answers.tolist(), is_end, strict=True)
         ]
+        return ids, log_probabilities.nan_to_num(nan=-torch.inf).tolist()  # logits that are NaN choose nothing
 
     def _rows_for(self, prompts: int) -> int:
         """Return the number of rows of the state for so many unfinished prompts."""
@@ -211,7 +224,10 @@ class GreedyDecoder:
 
     def _select_next_tokens(self, state: DecodeState, hidden: Tensor) -> None:
         """Write the most likely token at ``cache_position``, or padding where an answer is finished."""
-        logits = self.backbone.logits(hidden).index_fill(1, self.suppressed_token_ids, -torch.inf)
-        tokens = logits.argmax(-1).where(state.unfinished, self.tokenizer.pad_token_id)
+        logits = self.backbone.logits(hidden).float().index_fill(1, self.suppressed_token_ids, -torch.inf)
+        tokens = logits.argmax(-1)
+        log_probabilities = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        state.log_probabilities.add_(log_probabilities.where(state.unfinished, 0.0))
+        tokens = tokens.where(state.unfinished, self.tokenizer.pad_token_id)
         state.ids.index_copy_(1, state.cache_position, tokens[:, None])
         state.unfinished.logical_and_((tokens[:, None] != self.eos_token_ids).all(1))

@@ -16,7 +16,7 @@ from idefics_lit.evaluation.answer_pages import page_scores
 from idefics_lit.evaluation.decoding import GreedyDecoder, PrefillCache
 from idefics_lit.metrics import anls
 from idefics_lit.model.batch import Batch
-from idefics_lit.model.forward import Idefics2Backbone
+from idefics_lit.model.forward import Backbone
 
 
 class DecodedBatch(NamedTuple):
@@ -26,12 +26,14 @@ class DecodedBatch(NamedTuple):
         hidden: the last hidden states of the batch's rows (R, T, width).
         page_features: for each row the embeddings of its image tokens (image tokens, width).
         ids: token ids of the B answers, each with its end-of-sequence token.
+        log_probabilities: of the B answers, see `GreedyDecoder.answer`.
         texts: the B answers.
     """
 
     hidden: Tensor
     page_features: list[Tensor]
     ids: list[list[int]]
+    log_probabilities: list[float]
     texts: list[str]
 
 
@@ -46,7 +48,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, backbone: Idefics2Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
+        self, backbone: Backbone, processor: ProcessorMixin, *, max_new_tokens: int, strip_period: bool
     ) -> None:
         self.backbone, self.processor = backbone, processor
         self.max_new_tokens, self.strip_period = max_new_tokens, strip_period
@@ -96,9 +98,9 @@ class Evaluator:
         with self.backbone.evaluating(), torch.compiler.set_stance("force_eager"):
             page_features = self.backbone.encode_pages(batch)
             hidden = self.backbone.prefill(batch, page_features, cache)
-            ids = self.decoder.answer(batch, hidden, cache)
+            ids, log_probabilities = self.decoder.answer(batch, hidden, cache)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return DecodedBatch(hidden, page_features, ids, [text.strip() for text in texts])
+        return DecodedBatch(hidden, page_features, ids, log_probabilities, [text.strip() for text in texts])
 
     def _evaluate(self, batch: Batch, loss: MeanMetric | None) -> list[Answer]:
         assert batch.prompts is not None
@@ -117,7 +119,8 @@ class Evaluator:
         ]
         columns = (
             *(batch.question_ids, prompts.questions, decoded.texts, prompts.references, scores),
-            *(prompts.question_types, pages, prompts.reference_pages, prompts.indices),
+            *(prompts.question_types, decoded.log_probabilities, map(len, decoded.ids)),
+            *(pages, prompts.reference_pages, prompts.indices),
         )
         return [Answer(*values) for values in zip(*columns, strict=True)]
 
@@ -130,7 +133,7 @@ class Evaluator:
             include_unknown: compute it for questions of several pages without a reference page too.
         """
         assert batch.prompts is not None
-        counts = [batch.page_counts[row] for row in batch.question_rows]
+        counts = [len(batch.page_images[row]) for row in batch.question_rows]
         wanted = [
             page is not None or (include_unknown and count > 1)
             for count, page in zip(counts, batch.prompts.reference_pages, strict=True)

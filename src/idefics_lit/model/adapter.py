@@ -10,6 +10,7 @@ from torch import nn
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.lora import ADAPTER, LoRA
 from idefics_lit.model.quiet_imports import peft
+from idefics_lit.utils.hub import prepare_hub
 
 # Other initializations change the base model's weights, which neither checkpoints nor adapters hold.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
@@ -19,7 +20,8 @@ def add_lora(base: nn.Module, lora: LoRA) -> peft.PeftModel:
     """Freeze a model and add a new adapter, in float32.
 
     Raises:
-        InputError: an option is wrong, or ``target_modules`` is not a regular expression or matches no layer.
+        InputError: an option is wrong, ``target_modules`` is not a regular expression or matches no layer, or it
+            matches a weight that is tied to another.
     """
     if lora.init not in INITIALIZATIONS:
         raise InputError(
@@ -29,19 +31,22 @@ def add_lora(base: nn.Module, lora: LoRA) -> peft.PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")  # peft reads it
-            return _train_in_float32(peft.get_peft_model(base, lora.to_peft()))
+            adapted = _train_in_float32(peft.get_peft_model(base, lora.to_peft()))
     except re.error as error:
         pattern = lora.target_modules
         raise InputError(f"model.lora.target_modules {pattern!r} is not a regular expression: {error}") from error
     except Exception as error:
         raise InputError(f"model.lora: {first_line(error)}") from error
+    _check_tied(adapted)
+    return adapted
 
 
 def take_adapter(model: peft.PeftModel) -> peft.PeftModel:
     """Return a peft model with its adapter trained, in float32.
 
     Raises:
-        InputError: it has other adapters than one LoRA with peft's default name.
+        InputError: it has other adapters than one LoRA with peft's default name, or one on a weight that is tied to
+            another.
     """
     configs = model.peft_config
     if [*configs] != [ADAPTER] or not isinstance(configs[ADAPTER], peft.LoraConfig):
@@ -49,6 +54,7 @@ def take_adapter(model: peft.PeftModel) -> peft.PeftModel:
         raise InputError(f"the peft model has the adapters {kinds}: give one with a LoRA adapter named {ADAPTER}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model.set_adapter(ADAPTER)  # peft loads adapters frozen
+    _check_tied(model)
     return _train_in_float32(model)
 
 
@@ -61,6 +67,7 @@ def read_adapter_options(adapter: str) -> LoRA:
     Raises:
         InputError: there is no LoRA adapter.
     """
+    prepare_hub(adapter)
     try:
         config = peft.PeftConfig.from_pretrained(adapter)
     except Exception as error:
@@ -99,6 +106,30 @@ def load_adapter(model: peft.PeftModel, adapter: str) -> None:
         )
     if broken := next((name for name, value in weights.items() if not value.isfinite().all()), None):
         raise InputError(f"model.adapter {adapter!r}: {broken} holds numbers that aren't finite")
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether any weight of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_tied(model: peft.PeftModel) -> None:
+    """Raise if the embedding or the head has LoRA although they share their weight.
+
+    Merging would add the update to both, and a saved model would lose the head's.
+
+    Raises:
+        InputError: with the name of the layer.
+    """
+    base: Any = model.get_base_model()
+    layers = {"embed_tokens": base.get_input_embeddings(), "lm_head": base.get_output_embeddings()}
+    weights = {getattr(layer, "weight", None) for layer in layers.values()}
+    adapted = [name for name, layer in layers.items() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    if len(weights) == 1 and adapted:
+        raise InputError(
+            f"model.lora.target_modules matches {adapted[0]}, but the model's embed_tokens and lm_head are one weight "
+            f"(tie_word_embeddings), which LoRA can't change for one of them: leave {adapted[0]} out"
+        )
 
 
 def _kind(config: Any) -> str:  # noqa: ANN401

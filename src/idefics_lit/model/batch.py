@@ -95,9 +95,16 @@ class Batch(TokenRows):
         question_rows: B indices of the row that holds each question.
         pixel_values: (R, N, C, H, W), zero-padded to the largest image and the largest number of images.
         pixel_attention_mask: (R, N, H, W) bool, True for pixels and False for padding.
-        image_sizes: for each row the (height, width) in pixels of each image.
+        image_sizes: for each row the (height, width) in pixels of each image; (0, 0) for the images of a page that the
+            loader left out, since its features are cached.
         image_keys: for each row a key of each image; images with different pixels have different keys.
-        page_counts: the number of pages of each row. Image splitting makes several images of a page.
+        page_images: for each row the number of images of each page, in the order of the images. Image splitting makes
+            several images of a page.
+        page_spans: for each row the columns (start, stop) of each page's tokens in `input_ids`, from the special token
+            that opens the page to the one that closes it. In Idefics2's prompt one token closes a page and opens the
+            next one, so that their spans share it.
+        loaded_features: by image key the cached features of pages that the loader left out; an empty tensor stands for
+            features in the memory of the model's process.
         prompts: the part for evaluation; None in training.
         skipped: one line for each example that `SkippingCollator` left out.
     """
@@ -108,7 +115,9 @@ class Batch(TokenRows):
     pixel_attention_mask: Tensor
     image_sizes: list[list[tuple[int, int]]]
     image_keys: list[list[str]]
-    page_counts: list[int]
+    page_images: list[list[int]]
+    page_spans: list[list[tuple[int, int]]]
+    loaded_features: dict[str, Tensor] = field(default_factory=dict)
     prompts: Prompts | None = None
     skipped: list[str] = field(default_factory=list)
 
@@ -127,7 +136,8 @@ class Batch(TokenRows):
             pixel_attention_mask=torch.zeros(0, 0, 0, 0, dtype=torch.bool),
             image_sizes=[],
             image_keys=[],
-            page_counts=[],
+            page_images=[],
+            page_spans=[],
             skipped=list(skipped),
         )
 
@@ -137,7 +147,7 @@ class Batch(TokenRows):
         return not self.question_ids
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Return the arguments of transformers' ``Idefics2ForConditionalGeneration.forward``."""
+        """Return the arguments of the ``forward`` of transformers' model."""
         mask = self.attention_mask if self.packed_attention_mask is None else self.packed_attention_mask
         positions = {} if self.position_ids is None else {"position_ids": self.position_ids}
         return {
@@ -171,7 +181,9 @@ class Batch(TokenRows):
             pixel_attention_mask=cut(self.pixel_attention_mask),
             image_sizes=cut(self.image_sizes),
             image_keys=cut(self.image_keys),
-            page_counts=cut(self.page_counts),
+            page_images=cut(self.page_images),
+            page_spans=cut(self.page_spans),
+            loaded_features=self.loaded_features,
             prompts=self.prompts and self.prompts.select(questions),
         )
 
@@ -179,6 +191,8 @@ class Batch(TokenRows):
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
     return value

@@ -8,12 +8,19 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from idefics_lit.model.memory import GIB, WeightCount, available_ram_bytes, free_gpu_bytes, peak_gib
+from idefics_lit.model.memory import (
+    GIB,
+    WeightCount,
+    activations_gib,
+    available_ram_bytes,
+    free_gpu_bytes,
+    layer_weights,
+)
 from idefics_lit.pretrained import DTYPES
 
 if TYPE_CHECKING:
@@ -27,8 +34,13 @@ CONTEXT_GIB = 0.5  # what CUDA and its libraries take
 GRAPHS_ACTIVATIONS = 2.5
 ACTIVATIONS = 1.15  # fragmentation
 MIN_DEQUANTIZED_BATCH = 8  # with less, room for a larger batch is worth more than 16-bit weights
+# Compiling takes 22 s, once on a machine, and 4 s from its cache; a step of 124 ms then takes 15 to 20% less.
+MIN_COMPILED_STEPS = 1000
 # A question of DocVQA with its answer, and the text around a page.
 TOKENS_PER_QUESTION, TOKENS_AROUND_PAGE = 28, 20
+# Multiply-adds of a layer's forward on a batch. From the first on, an H200 takes 4 ms for a layer and a tenth of that
+# to launch its kernels: CUDA graphs save no time, but take memory. Above the second, a smaller batch is as fast.
+MAX_GRAPHS_WORK, MAX_WORK = 1.0e12, 1.5e12
 PRECISIONS = {True: "bf16-mixed", False: "16-mixed"}  # by whether a GPU has bfloat16
 
 
@@ -57,13 +69,17 @@ class Workload(NamedTuple):
         batch_sizes: the batch sizes to choose from, the largest first.
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
-        longest_edge: of an image, in pixels.
+        longest_edge: of an image or tile, in pixels.
+        page_tokens: tokens of a row's pages; by default those of a page of Idefics2.
+        steps: optimizer steps of the fit.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
+    page_tokens: int = 66
+    steps: float = inf
 
 
 class Execution(NamedTuple):
@@ -81,7 +97,7 @@ class Execution(NamedTuple):
         return {name: getattr(self, name) for name in EXECUTION_OPTIONS}
 
 
-# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16.
+# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16, in long fits.
 CANDIDATES = (
     Execution(MIN_DEQUANTIZED_BATCH, dequantize=True, cuda_graphs=True, compile=True),
     Execution(0, cuda_graphs=True),
@@ -148,6 +164,8 @@ def choose_execution(
     known = known_options(device, options, precision, is_sharded=is_sharded)
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
         known.setdefault("cuda_graphs", False)
+    if workload.steps < MIN_COMPILED_STEPS:
+        known.setdefault("compile", False)
     if is_sharded:
         return Execution(workload.batch_sizes[0], **known)
     chosen = None
@@ -161,23 +179,36 @@ def choose_execution(
         least = min(candidate.batch_size or round(workload.questions_per_row), workload.batch_sizes[0])
         for size in workload.batch_sizes:
             chosen = execution._replace(batch_size=size)
-            if size >= least and fixed + _activations_gib(device, config, chosen, precision, workload) <= device.gib:
+            patches, tokens = _batch_size(config, size, workload)
+            work = tokens * layer_weights(config.text_config)
+            if work > MAX_WORK and size != workload.batch_sizes[-1]:
+                continue
+            if work > MAX_GRAPHS_WORK and "cuda_graphs" not in known:
+                chosen = chosen._replace(cuda_graphs=False)
+            needed = fixed + _activations_gib(device, config, chosen, precision, patches, tokens)
+            if size >= least and needed <= device.gib:
                 return chosen
     assert chosen is not None
     return chosen
 
 
+def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) -> tuple[int, int]:
+    """Return the patches and tokens of a batch."""
+    rows = ceil(questions / workload.questions_per_row)
+    patches = rows * workload.images_per_page * (workload.longest_edge // config.vision_config.patch_size) ** 2
+    return patches, rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + questions * TOKENS_PER_QUESTION
+
+
 def _activations_gib(
-    device: Device, config: "PretrainedConfig", execution: Execution, precision: str, workload: Workload
+    device: Device, config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
 ) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    size, edge = execution.batch_size, workload.longest_edge // config.vision_config.patch_size
-    rows = ceil(size / workload.questions_per_row)
-    page_tokens = workload.images_per_page * (config.perceiver_config.resampler_n_latents + 2) + TOKENS_AROUND_PAGE
-    tokens = rows * page_tokens + size * TOKENS_PER_QUESTION
-    patches = rows * workload.images_per_page * edge**2
-    keeps_resampler = execution.cuda_graphs or device.type == "cpu"
-    peak = peak_gib(0, patches, tokens, execution.gradient_checkpointing, keeps_resampler)
-    text, bytes_per_value = config.text_config, DTYPES.get(precision, torch.float32).itemsize
-    scale = text.hidden_size * text.num_hidden_layers / (4096 * 32) * bytes_per_value / 2
-    return peak * scale * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
+
+    peaks = backbone_class(config).peaks
+    # A CPU keeps the connector's activations too.
+    keeps_all = execution.cuda_graphs or device.type == "cpu"
+    kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if keeps_all else "plain"
+    peak = activations_gib(config, getattr(peaks, kept), patches, tokens)
+    precision_factor = DTYPES.get(precision, torch.float32).itemsize / 2
+    return peak * precision_factor * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)

@@ -1,7 +1,7 @@
-"""Caches of the frozen vision tower's features, in memory or in a folder that runs share.
+"""Caches of the features of pages, in memory or in a folder that runs share.
 
-A page recurs with each of its questions and in every epoch. Its features take 2 bytes x patches x width, 8.7 MB for a
-page of Idefics2-8b.
+A page recurs with each of its questions and in every epoch. Its features take 2 bytes x patches x width: 8.7 MB for a
+page of Idefics2-8b, and 1.25 MB for a page of SmolVLM-256M whose connector is frozen too.
 """
 
 import errno
@@ -10,8 +10,9 @@ import os
 import tempfile
 import time
 import zlib
-from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.compat import attention_implementation
-from idefics_lit.model.loading import is_vision_trained
-from idefics_lit.model.quiet_imports import bitsandbytes, peft
+from idefics_lit.model.quiet_imports import bitsandbytes
 from idefics_lit.utils.files import STALE_AFTER, replacing
 
 Device = torch.device | str
@@ -38,7 +39,9 @@ NAME_LENGTH = 40  # characters of a file name, without its suffix
 
 
 class MemoryCache:
-    """Cache tensors by key in pinned memory; the oldest are evicted first.
+    """Cache tensors by key in pinned memory until it is full. Nothing is evicted.
+
+    Pages recur once an epoch: evicting the oldest would evict pages shortly before they recur.
 
     Args:
         gigabytes: the maximum size, in 10^9 bytes.
@@ -47,12 +50,18 @@ class MemoryCache:
     def __init__(self, gigabytes: float) -> None:
         max_bytes = gigabytes * 1e9
         # torch rounds allocations of pinned memory up to powers of two, up to twice a page's size. Pages share slabs
-        # instead, and a slab is evicted as a unit.
+        # instead.
         self.slab_bytes = 1 << max(0, int(min(max_bytes / 8, 2**29)).bit_length() - 1)
         self.max_slabs = int(max_bytes / self.slab_bytes)
-        self._slabs: deque[tuple[Tensor, list[str]]] = deque()
+        self._slabs: list[Tensor] = []
         self._used = self.slab_bytes
         self._features: dict[str, Tensor] = {}
+        self._keys = tempfile.TemporaryDirectory(prefix="idefics_lit_keys_")
+
+    @property
+    def loader_get(self) -> Callable[[str], Tensor | None]:
+        """`StoredKeys.get`, for the loader's processes, which don't share this memory."""
+        return StoredKeys(self._keys.name).get
 
     def get(self, page: str, device: Device = "cpu") -> Tensor | None:
         """Return a copy of a page's features on a device, or None.
@@ -60,7 +69,7 @@ class MemoryCache:
         The copy is made in the device's current stream, as in `put`: features that a GPU has put are for that GPU.
         """
         cached = self._features.get(page)
-        # copy=True also from CPU to CPU: the slab may be overwritten before the caller reads the features.
+        # copy=True also from CPU to CPU: the caller may change the features.
         return None if cached is None else cached.to(device, non_blocking=True, copy=True)
 
     def put(self, page: str, features: Tensor) -> None:
@@ -68,23 +77,38 @@ class MemoryCache:
         if page in self._features or features.nbytes > self.slab_bytes:
             return
         if self._used + features.nbytes > self.slab_bytes:
-            self._next_slab()
-        memory, pages = self._slabs[-1]
-        cached = memory[self._used : self._used + features.nbytes].view(features.dtype).view(features.shape)
+            if len(self._slabs) == self.max_slabs:
+                return
+            self._slabs.append(torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+            self._used = 0
+        cached = self._slabs[-1][self._used : self._used + features.nbytes].view(features.dtype).view(features.shape)
         cached.copy_(features.detach(), non_blocking=True)
         self._used += -(-features.nbytes // 64) * 64  # a view's start must suit its dtype
         self._features[page] = cached
-        pages.append(page)
+        StoredKeys(self._keys.name).add(page)
 
-    def _next_slab(self) -> None:
-        if len(self._slabs) < self.max_slabs:
-            memory = torch.empty(self.slab_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        else:
-            memory, pages = self._slabs.popleft()
-            for page in pages:
-                del self._features[page]
-        self._slabs.append((memory, []))
-        self._used = 0
+
+class StoredKeys:
+    """The keys of a `MemoryCache`, which the loader's processes see: an empty file for each in a temporary folder.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def add(self, page: str) -> None:
+        """Add the key of a page that is stored for good."""
+        with suppress(OSError):  # without its file the loader processes the page again
+            self._file(page).touch()
+
+    def get(self, page: str) -> Tensor | None:
+        """Return an empty tensor in place of a page's features if they are stored, otherwise None."""
+        return torch.empty(0) if self._file(page).exists() else None
+
+    def _file(self, page: str) -> Path:
+        return self.folder / hashlib.sha256(page.encode()).hexdigest()[:NAME_LENGTH]
 
 
 class FolderCache:
@@ -114,6 +138,11 @@ class FolderCache:
             if error.errno not in DISK_FULL:
                 raise InputError(f"model.feature_cache {folder}: can't be written: {first_line(error)}") from error
         self._evict()
+
+    @property
+    def loader_get(self) -> Callable[[str], Tensor | None]:
+        """`get`, for the loader's processes: a file that they have read may be evicted afterwards."""
+        return self.get
 
     def get(self, page: str, device: Device = "cpu") -> Tensor | None:
         """Return a page's features on a device, or None."""
@@ -180,18 +209,18 @@ class FolderCache:
         return self.folder / f"{name}.safetensors"
 
 
-def open_cache(options: Any, model: peft.PeftModel, dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
+def open_cache(options: Any, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
     """Return the cache that a module's options ask for.
 
     Args:
         options: `Idefics2Module`'s hyperparameters, with ``feature_cache`` set.
-        model: the model.
-        dtype: of its computation.
+        modules: the modules that compute the features, the vision tower first.
+        dtype: of their computation.
 
     Raises:
         InputError: the vision tower is trained, or the folder can't be written.
     """
-    if is_vision_trained(model):
+    if any(map(is_trained, modules.values())):
         raise InputError(
             "model.feature_cache needs a frozen vision tower, but model.lora.target_modules train it: remove one of "
             "the options"
@@ -199,23 +228,22 @@ def open_cache(options: Any, model: peft.PeftModel, dtype: torch.dtype) -> Memor
     if options.feature_cache == "memory":
         return MemoryCache(options.feature_cache_gb)
     return FolderCache(
-        options.feature_cache, options.feature_cache_gb, _features_key(model, dtype, is_compiled=options.compile)
+        options.feature_cache, options.feature_cache_gb, _features_key([*modules.values()], dtype, options.compile)
     )
 
 
-def _features_key(model: peft.PeftModel, dtype: torch.dtype, *, is_compiled: bool) -> str:
+def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype, is_compiled: bool) -> str:
     """Return a key of all that features depend on besides an image and the processor's options: weights and code.
 
     The weights are hashed, since a file's name, size and time don't identify them. For Idefics2-8b's vision tower, 0.8
     GB in 16 bits, this takes a second once a run.
     """
-    base: Any = model.get_base_model()
-    tower = base.model.vision_model
+    tower: Any = modules[0]
     digest = hashlib.sha256()
-    for name, tensor in tower.state_dict().items():
+    for name, tensor in chain.from_iterable(module.state_dict().items() for module in modules):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.cpu()))
-    attention, device = attention_implementation(tower.config), base.device.type
+    attention, device = attention_implementation(tower.config), tower.device.type
     versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
     return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
         f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"

@@ -1,32 +1,28 @@
-"""The forward of Idefics2 in stages: encode images, connect, prefill, decode step.
+"""The forward in stages that all architectures share: embed, prefill, decode step, loss.
 
-The stages call transformers' own modules. The vision tower is outside autograd while it is frozen. It processes images
-one by one, since padding costs as much as pixels and needs a mask. No stage synchronizes with the GPU.
+How images become the embeddings of image tokens is in `idefics_lit.model.idefics2` and `idefics_lit.model.idefics3`.
+The stages call transformers' own modules. The vision tower is outside autograd while it is frozen. No stage
+synchronizes with the GPU.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch, TokenRows
-from idefics_lit.model.cuda_graphs import CudaGraphCache
+from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE, CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
-from idefics_lit.model.loading import is_vision_trained
+from idefics_lit.model.memory import Peaks
+from idefics_lit.model.patches import embed_patches
 from idefics_lit.model.quiet_imports import peft
-from idefics_lit.model.vision import embed_patches, resampler_index, resampler_layer
-
-LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
-# With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
-PATCHES_MULTIPLE, PATCHES_SHARE = 1024, 16
-MAX_PROJECTED_PATCHES = 4096  # at a time: the modality projection's hidden states are twelve times as wide
-MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
 
 
 class KeyValueCache(Protocol):
@@ -37,16 +33,19 @@ class KeyValueCache(Protocol):
         ...
 
 
-class Idefics2Backbone:
-    """The forward of Idefics2 with an adapter.
+class Backbone(ABC):
+    """The forward of a model with an adapter. A subclass for each architecture encodes the images.
 
     Shapes: as in `idefics_lit.model.batch`; besides I images and P patches.
 
     Args:
-        model: Idefics2 with an adapter.
-        feature_cache: stores the features of images, while the vision tower is frozen.
+        model: the model with an adapter.
+        feature_cache: stores the features of images, while the modules that compute them are frozen.
         graphs: train with CUDA graphs.
     """
+
+    calls_before_capture = CALLS_BEFORE_CAPTURE
+    """Calls of a stage with a shape that run without a graph."""
 
     def __init__(
         self, model: peft.PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
@@ -57,88 +56,60 @@ class Idefics2Backbone:
         self.vision_tower, self.connector = base.model.vision_model, base.model.connector
         self.text_model = base.model.text_model
         self.lm_head, self.embeddings = base.lm_head, base.get_input_embeddings()
-        self.latents = self.connector.perceiver_resampler.n_latents
+        self.cached_modules = self.feature_modules(base)
         if self.dtype != torch.float32:
             # Autocast casts the adapters' inputs in a quarter of the time that peft's own cast takes.
             _disable_adapter_casts(model)
             # If the model's own forward is called directly, there is no autocast.
             base.register_forward_pre_hook(_enable_adapter_casts)
             base.register_forward_hook(_disable_adapter_casts, always_call=True)
-        modules = {"encode_images": self.vision_tower, "connect": self.connector, "prefill": self.text_model}
         self._graphs = (
-            {stage: CudaGraphCache(getattr(self, f"_{stage}"), module) for stage, module in modules.items()}
+            {name: CudaGraphCache(getattr(self, f"_{name}"), module) for name, module in self.graph_stages().items()}
             if graphs
             else {}
         )
+
+    # What differs between architectures
+
+    peaks: ClassVar[Peaks]
+    """Its memory in training."""
+
+    @abstractmethod
+    def encode_pages(self, batch: Batch) -> list[Tensor]:
+        """Return for each row the embeddings of its image tokens (image tokens, width), in their order."""
+
+    @abstractmethod
+    def graph_stages(self) -> Mapping[str, nn.Module]:
+        """Return the stages that run as CUDA graphs, by the name of their method, with the module of each."""
+
+    @staticmethod
+    @abstractmethod
+    def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401
+        """Return the frozen modules of a base model that the feature cache stores the output of, by name."""
+
+    @staticmethod
+    @abstractmethod
+    def compiled_modules(base: Any) -> Sequence[nn.Module]:  # noqa: ANN401
+        """Return the modules of a base model that are compiled."""
+
+    # What they share
 
     @property
     def has_graphs(self) -> bool:
         """Whether the stages run as CUDA graphs in training."""
         return bool(self._graphs)
 
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The end-of-sequence tokens of the model's ``generation_config``."""
+        base: Any = self.model.get_base_model()
+        ids = base.generation_config.eos_token_id if base.can_generate() else None
+        return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
     def forget_graphs(self) -> None:
         """Free the memory of the CUDA graphs. Call it before the weights move."""
         for graph in self._graphs.values():
             graph.forget()
-
-    def encode_pages(self, batch: Batch) -> list[Tensor]:
-        """Return for each row the features of its pages (image tokens, width), the embeddings of its image tokens."""
-        counts = [len(row) for row in batch.image_sizes]
-        images = [image for row, count in zip(batch.pixel_values, counts, strict=True) for image in row[:count]]
-        sizes = [size for row in batch.image_sizes for size in row]
-        keys = [key for row in batch.image_keys for key in row]
-        features = self.encode_images(images, sizes, keys)
-        # In evaluation, with its large batches, connecting all images at once would be the peak of memory.
-        chunk = len(features) if torch.is_grad_enabled() else MAX_CONNECTED_IMAGES
-        states = [self.connect(features[start : start + chunk]) for start in range(0, len(features), chunk)]
-        return [row.flatten(0, 1) for row in torch.cat(states).split(counts)]
-
-    def encode_images(
-        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], keys: Sequence[str]
-    ) -> list[Tensor]:
-        """Run the vision tower.
-
-        Args:
-            images: I of (C, H, W).
-            sizes: height and width of each in pixels, without padding.
-            keys: a cache key for each.
-
-        Returns:
-            For each image its features (P, width) in the model's dtype.
-        """
-        is_trained = is_vision_trained(self.model)
-        if is_trained and self.feature_cache:  # by layers that were unfrozen after the model was loaded
-            rank_zero_warn("model.feature_cache: the vision tower is trained, so that no features are kept")
-            self.feature_cache = None
-        cached = [
-            self.feature_cache.get(key, image.device) if self.feature_cache else None
-            for key, image in zip(keys, images, strict=True)
-        ]
-        # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
-        no_autocast = torch.autocast(images[0].device.type, enabled=False)
-        features = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained), no_autocast:
-            for image, size, key, encoded in zip(images, sizes, keys, cached, strict=True):
-                if encoded is None:
-                    patches = embed_patches(self.vision_tower, image.to(self.dtype), *size)
-                    # A graph holds the activations of one image, and the backward passes of all follow later.
-                    encoded = (self._encode_images(patches) if is_trained else self._run("encode_images", patches))[0]
-                    if self.feature_cache:
-                        self.feature_cache.put(key, encoded)
-                features.append(encoded)
-        return features
-
-    def connect(self, features: Sequence[Tensor]) -> Tensor:
-        """Project and resample each image's features (P, width) to embeddings of image tokens (I, latents, width)."""
-        lengths = [len(patches) for patches in features]
-        patches = torch.cat(list(features))
-        longest = max(lengths) + -max(lengths) % LONGEST_MULTIPLE
-        if self._graphs:
-            multiple = max(PATCHES_MULTIPLE, 2 ** len(patches).bit_length() // PATCHES_SHARE)
-            patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))
-        gather_index, attention_mask = resampler_index(lengths, longest, self.latents, patches.device)
-        with self.autocast():
-            return self._run("connect", patches, gather_index, attention_mask)
 
     def embed(self, input_ids: Tensor, pages: Sequence[Tensor]) -> Tensor:
         """Embed tokens.
@@ -254,28 +225,59 @@ class Idefics2Backbone:
 
     def _run(self, stage: str, *arguments: Tensor) -> Tensor:
         use_graph = self._graphs and self.model.training
-        result: Tensor = (self._graphs[stage].replay if use_graph else getattr(self, f"_{stage}"))(*arguments)
+        if use_graph:
+            return self._graphs[stage].replay(*arguments, calls_before_capture=self.calls_before_capture)
+        result: Tensor = getattr(self, f"_{stage}")(*arguments)
         return result
 
+    def _cached(
+        self,
+        keys: Sequence[str],
+        device: torch.device,
+        encode: Callable[[list[int]], Sequence[Tensor]],
+        loaded: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """Return the features of each key from the cache; compute and store those that it lacks.
+
+        Args:
+            keys: the cache keys.
+            device: of the features.
+            encode: returns the features of the keys with the given indices, of at least one.
+            loaded: `Batch.loaded_features`.
+        """
+        trained = next((name for name, module in self.cached_modules.items() if is_trained(module)), None)
+        if trained and self.feature_cache:  # by layers that were unfrozen after the model was loaded
+            rank_zero_warn(f"model.feature_cache: the {trained} is trained, so that no features are kept")
+            self.feature_cache = None
+        cache = self.feature_cache
+        loaded = {key: features for key, features in loaded.items() if features.numel()} if cache else {}
+        cached = [loaded[key] if key in loaded else cache.get(key, device) if cache else None for key in keys]
+        missing = [i for i, features in enumerate(cached) if features is None]
+        encoded = dict(zip(missing, encode(missing) if missing else (), strict=True))
+        if cache:
+            for i, features in encoded.items():
+                cache.put(keys[i], features)
+        return [encoded[i] if features is None else features for i, features in enumerate(cached)]
+
+    def _encode(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Return the vision tower's features (I, P, width) of images (I, C, H, W) of one size, without padding."""
+        is_vision_trained = is_trained(self.vision_tower)
+        if not height:
+            raise InputError(
+                "model.feature_cache: the loader left out pages since their features were cached, but the cache is off "
+                "now, as when a callback unfreezes the vision tower: leave the option out"
+            )
+        # Weights and pixels have one dtype: autocast would only cast the norms to float32 and back.
+        no_autocast = torch.autocast(images.device.type, enabled=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_vision_trained), no_autocast:
+            patches = embed_patches(self.vision_tower, images.to(self.dtype), height, width)
+            # A graph holds the activations of one call, and the backward passes of all calls follow later.
+            return self._encode_images(patches) if is_vision_trained else self._run("encode_images", patches)
+
     def _encode_images(self, patches: Tensor) -> Tensor:
+        """Run the vision tower over patch embeddings (I, P, width)."""
         features: Tensor = self.vision_tower.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
         return self.vision_tower.post_layernorm(features)
-
-    def _connect(self, patches: Tensor, gather_index: Tensor, attention_mask: Tensor) -> Tensor:
-        resampler = self.connector.perceiver_resampler
-        chunks = patches.split(MAX_PROJECTED_PATCHES)
-        context = torch.cat([self.connector.modality_projection(chunk) for chunk in chunks])
-        latents = resampler.latents.expand(len(gather_index), -1, -1)
-        for layer in resampler.layers:
-            inputs = (layer, latents, context, gather_index, attention_mask)
-            # The inputs of the layers' adapters have a row for each patch. Recomputing them is cheap on a GPU and saves
-            # its memory; CUDA graphs can't capture it.
-            is_repeated = patches.device.type != "cpu" and not self._graphs
-            latents = (
-                checkpoint(resampler_layer, *inputs, use_reentrant=False) if is_repeated else resampler_layer(*inputs)
-            )
-        states: Tensor = resampler.norm(latents)
-        return states
 
     def _prefill(
         self, embeddings: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
@@ -289,7 +291,7 @@ class Idefics2Backbone:
 
     def _sliding_window(self, tokens: int) -> int | None:
         """Return the text model's sliding window if a sequence of ``tokens`` tokens is longer."""
-        window: int | None = self.config.text_config.sliding_window
+        window: int | None = getattr(self.config.text_config, "sliding_window", None)  # Llama's has none
         return window if window and tokens > window else None
 
 

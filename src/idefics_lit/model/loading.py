@@ -1,12 +1,15 @@
-"""Load Idefics2, quantized to 4 bits or not, and add LoRA.
+"""Load a model, quantized to 4 bits or not, and add LoRA.
 
 peft's ``prepare_model_for_kbit_training`` is not used: it casts embeddings, norms and head to float32 and puts the
 frozen vision tower into autograd. LoRA weights are float32 under mixed precision. On a CPU, bitsandbytes' inference
 kernels are disabled: they have no gradient and repack a layer's weight permanently.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +19,11 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTra
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.adapter import add_lora, load_adapter, take_adapter
+from idefics_lit.model.architecture import backbone_class
 from idefics_lit.model.compat import configure_compile
-from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.model.lora import LoRA, Quantization, unquantized_modules
 from idefics_lit.model.quiet_imports import Linear4bit, Params4bit, peft
+from idefics_lit.model.vision_mlp import fuse_vision_mlps
 from idefics_lit.pretrained import cannot_load, quiet_transformers, refuse_adapter, resolve
 
 
@@ -37,7 +42,7 @@ def load_model(
     prepare_base: Callable[[PreTrainedModel], None] | None = None,
     model: PreTrainedModel | peft.PeftModel | None = None,
 ) -> peft.PeftModel:
-    """Load Idefics2 onto a device, in train mode, with all weights frozen but those of an adapter.
+    """Load a model onto a device, in train mode, with all weights frozen but those of an adapter.
 
     Args:
         pretrained: a Hub id or a folder, see `idefics_lit.pretrained.resolve`.
@@ -49,7 +54,7 @@ def load_model(
         dtype: of weights that aren't quantized, and of computation.
         device: the target device.
         gradient_checkpointing: store one activation a layer and recompute the others.
-        compiled: compile the layers, each kind once, and the other modules that process all patches.
+        compiled: compile the layers, each kind once, and other modules that process all patches.
         prepare_base: called with the base model before the adapter is added.
         model: a base model that is loaded already, or one with a LoRA adapter of peft's, to use instead of loading.
 
@@ -84,6 +89,7 @@ def load_model(
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
         # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
         adapted.disable_input_require_grads()
+    fuse_vision_mlps(base)
     if compiled:
         _compile(base)
     # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
@@ -108,7 +114,7 @@ def _load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"] if quantize_vision else ["lm_head", "model.vision_model"],
+            llm_int8_skip_modules=list(unquantized_modules(quantize_vision=quantize_vision)),
         )
     options |= {"output_loading_info": True}
     try:
@@ -139,12 +145,13 @@ def _disable_inference_kernels(base: nn.Module) -> None:
 
 def _compile(base: Any) -> None:  # noqa: ANN401
     configure_compile()
-    for module in (
-        *base.model.vision_model.encoder.layers,
-        base.model.connector.modality_projection,
-        *(layer.input_context_norm for layer in base.model.connector.perceiver_resampler.layers),
-        *base.model.text_model.layers,
-    ):
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError, RuntimeError):  # there may be no home; torch's default is below /tmp, for one boot
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "idefics_lit" / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    for module in backbone_class(base.config).compiled_modules(base):
         module.compile(dynamic=True)
 
 
@@ -201,9 +208,3 @@ def check_vocabulary(pretrained: str, processor: ProcessorMixin, model: peft.Pef
             f"model.pretrained {pretrained!r}: its tokenizer has {tokens} tokens but its embedding only {rows} rows: "
             f"give a model that was trained with them (idefics2-8b, not idefics2-8b-base)"
         )
-
-
-def is_vision_trained(model: peft.PeftModel) -> bool:
-    """Whether the vision tower has an adapter."""
-    base: Any = model.get_base_model()
-    return any(parameter.requires_grad for parameter in base.model.vision_model.parameters())

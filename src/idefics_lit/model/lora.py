@@ -9,8 +9,12 @@ if TYPE_CHECKING:
 
 Quantization = Literal["nf4", "none"]
 
-# From the recipe: the attention projections of text model and resampler, the modality projection, and the head.
-TARGET_MODULES = r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*|lm_head$"
+# From the recipe: the attention projections of the text model and of Idefics2's resampler, and the head. Added for
+# Idefics3 and SmolVLM: the connector's only layer, which the recipe's pattern doesn't match.
+TARGET_MODULES = (
+    r".*(text_model|modality_projection|perceiver_resampler).*(k_proj|q_proj|v_proj|o_proj).*"
+    r"|.*modality_projection\.proj|lm_head$"
+)
 
 ADAPTER = "default"  # peft's name of an adapter that is given none
 # peft's names of the options that `LoRA` has itself.
@@ -26,6 +30,16 @@ DESCRIPTION = {
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     "runtime_config",
 }
+
+
+def unquantized_modules(*, quantize_vision: bool) -> tuple[str, ...]:
+    """Return the modules that keep 16 bits under NF4: the head, the connector of Idefics3 and SmolVLM, which is small.
+
+    Args:
+        quantize_vision: quantize the vision tower.
+    """
+    small = ("lm_head", "model.connector.modality_projection.proj")
+    return small if quantize_vision else (*small, "model.vision_model")
 
 
 @dataclass

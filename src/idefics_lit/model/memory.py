@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 class Activations(NamedTuple):
-    """Peak memory of training beside the weights, with Idefics2-8b in 16 bits."""
+    """Peak memory of training beside the weights, with a text model of Idefics2-8b's size in 16 bits."""
 
     fixed_gib: float
     mib_per_patch: float
@@ -36,6 +36,23 @@ CHECKPOINTING = Activations(fixed_gib=0.08, mib_per_patch=0.0449, mib_per_token=
 # With CUDA graphs, and on a CPU, the resampler's activations are kept too: from the peaks in train_throughput*.json,
 # within 2 GiB.
 CUDA_GRAPHS = Activations(fixed_gib=0.18, mib_per_patch=0.047, mib_per_token=6.35)
+# Idefics3 and SmolVLM have no resampler, and rows of thousands of tokens. Not measured: 1 GiB for the vision tower on a
+# page's tiles, and with checkpointing the tokens' hidden states (0.25 MiB) and the tensors of one of 32 layers (0.2).
+TILES_PLAIN = Activations(fixed_gib=1.2, mib_per_patch=0.0, mib_per_token=6.35)
+TILES_CHECKPOINTING = Activations(fixed_gib=1.1, mib_per_patch=0.0, mib_per_token=0.45)
+
+
+class Peaks(NamedTuple):
+    """An architecture's activations by what of them is kept."""
+
+    plain: Activations
+    checkpointing: Activations
+    cuda_graphs: Activations
+
+
+IDEFICS2_TOKEN_BYTES = 32 * (28 * 4096 + 6 * 14336 + 6 * 1024)  # 6.31 MiB, where 6.35 were measured
+IDEFICS2_PEAKS = Peaks(PLAIN, CHECKPOINTING, CUDA_GRAPHS)
+IDEFICS3_PEAKS = Peaks(TILES_PLAIN, TILES_CHECKPOINTING, TILES_PLAIN)
 
 
 class WeightCount(NamedTuple):
@@ -70,11 +87,11 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
         InputError: ``lora.target_modules`` match no layer.
     """
     from idefics_lit.model.adapter import add_lora
-    from idefics_lit.model.lora import LoRA
+    from idefics_lit.model.lora import LoRA, unquantized_modules
 
     with torch.device("meta"):
         base = transformers.AutoModelForImageTextToText.from_config(config)
-    unquantized = ("lm_head",) if options["quantize_vision"] else ("lm_head", "model.vision_model")
+    unquantized = unquantized_modules(quantize_vision=options["quantize_vision"])
     layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
     quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     others = sum(p.numel() for p in base.parameters()) - quantizable
@@ -100,12 +117,47 @@ def peak_gib(
     return weights + peak.fixed_gib + (patches * peak.mib_per_patch + tokens * peak.mib_per_token) / 1024
 
 
+def activations_gib(config: "PretrainedConfig", peak: Activations, patches: float, tokens: float) -> float:
+    """Estimate the peak memory of training on a batch in 16 bits, beside the weights, for a model of any size.
+
+    Args:
+        config: the model's configuration.
+        peak: those of its architecture.
+        patches: image patches of the batch.
+        tokens: tokens of the batch with padding.
+    """
+    text = config.text_config
+    per_patch = peak.mib_per_patch * text.hidden_size * text.num_hidden_layers / (4096 * 32)
+    per_token = peak.mib_per_token * _token_bytes(text) / IDEFICS2_TOKEN_BYTES
+    return peak.fixed_gib + (patches * per_patch + tokens * per_token) / 1024
+
+
+def _token_bytes(text: "PretrainedConfig") -> int:
+    """Return the bytes that autograd keeps of a token in 16 bits, counted with ``saved_tensors_hooks`` within 10%."""
+    layer = 28 * text.hidden_size + 6 * text.intermediate_size + 6 * key_value_width(text)
+    return int(text.num_hidden_layers * layer)
+
+
+def layer_weights(text_config: "PretrainedConfig") -> int:
+    """Return the number of weights of a layer of the text model."""
+    hidden = text_config.hidden_size
+    return 2 * hidden * (hidden + key_value_width(text_config)) + 3 * hidden * text_config.intermediate_size
+
+
+def key_value_width(text_config: "PretrainedConfig") -> int:
+    """Return the width of a token's keys, and of its values."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return int(text_config.num_key_value_heads * head_dim)
+
+
 def free_gpu_bytes(device: torch.device | None = None) -> int:
     """Return the bytes of a GPU that this process can still allocate: other processes' and its own limit count."""
-    free, total = torch.cuda.mem_get_info(device)
+    # Without a Trainer the device is "cuda"; the limit is read only with an index.
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
     # torch < 2.8 has no way to read the limit.
-    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return min(free, int(limit * total) - torch.cuda.memory_reserved(device))
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return min(free, int(limit * total) - torch.cuda.memory_reserved(index))
 
 
 def available_ram_bytes() -> int:

@@ -30,6 +30,8 @@ class SaveConfig(SaveConfigCallback):
             config.data.batch_size = step.batch_size
             config.data.global_batch_size = step.examples_per_device * trainer.world_size
             config.trainer.accumulate_grad_batches = trainer.accumulate_grad_batches
+        if data is not None:
+            config.data.image_splitting = data.hparams.image_splitting
         if config.data.streaming:  # the order of a stream depends on the number of its workers
             config.data.num_workers = getattr(data, "num_workers", None)
         self._write(trainer, config)

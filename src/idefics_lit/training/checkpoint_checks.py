@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from idefics_lit.data.collator import PromptStyle
+from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.errors import InputError
 from idefics_lit.training.options import plain_lora_options
 

@@ -37,6 +37,8 @@ MAY_CHANGE = {
     *("data.on_bad_example", "data.limit_val"),
     *("data.val_in_fit", "data.val_every_n_steps", "data.limit_test", "data.test_split", "data.predict_split"),
 }
+# Worked out from the model, which is compared itself, if they are null.
+WORKED_OUT = ("data.image_splitting", "data.max_length")
 # The Trainer's options that change it.
 TRAINER_OPTIONS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
 # Callbacks that save, monitor or stop a run; any other may change what is trained.
@@ -57,6 +59,9 @@ def describe(options: Mapping[str, Any]) -> Experiment:
     trainer, data = (options.get(section) or {} for section in ("trainer", "data"))
     experiment = flatten({section: options.get(section) or {} for section in ("model", "data")})
     experiment = {name: value for name, value in experiment.items() if name not in MAY_CHANGE}
+    for name in WORKED_OUT:
+        if name in experiment and experiment[name] is None:
+            del experiment[name]
     if experiment.get("model.quantization") == "none":
         experiment.pop("model.quantize_vision", None)  # without effect; earlier versions had another default
     experiment |= {f"trainer.{name}": trainer[name] for name in TRAINER_OPTIONS if name in trainer}

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 import transformers
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
+from idefics_lit.data.image_layout import count_images, page_edge
+from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.loading import load_model
-from idefics_lit.model.lora import LoRA
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
 from idefics_lit.training.checkpoint import base_fingerprint
 from idefics_lit.training.checkpoint_checks import check_base, check_weights
+from idefics_lit.training.merging import MergeBase, copy_to_merge
 from idefics_lit.training.model_card import model_card
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
@@ -28,7 +29,14 @@ ADAPTER_WEIGHT = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\
 
 
 @rank_zero_only
-def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = False, **options: Any) -> None:  # noqa: ANN401
+def export_adapter(
+    module: Idefics2Module,
+    folder: str | Path,
+    *,
+    merge: bool = False,
+    merge_into: MergeBase = "dequantized",
+    **options: Any,  # noqa: ANN401
+) -> None:
     """Write a module's adapter or the merged model, the processor, ``idefics_lit.json`` and a model card to a folder.
 
     Plain peft loads the adapter: ``PeftModel.from_pretrained(base, folder)``. On several ranks, rank 0 writes. The
@@ -37,8 +45,10 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
     Args:
         module: the module.
         folder: must be new or empty.
-        merge: add the adapter to the base model's bfloat16 weights and write all weights instead of the adapter alone.
-            The base model is loaded again, on the CPU, since adding to 4-bit weights would lose the adapter.
+        merge: add the adapter to the base model's weights in bfloat16 and write all weights instead of the adapter
+            alone. The base model is loaded again, on the CPU.
+        merge_into: of a base model in 4 bits, the "dequantized" weights, with which validation scored the adapter, or
+            the "original" 16-bit ones, which it never saw. The difference of both is logged.
         options: ``prompt_style``, ``image_splitting`` and ``image_size``. They default to those of the data module or
             the checkpoint; give those of your own collator.
 
@@ -55,32 +65,20 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
         raise InputError(f"{other} is trained but isn't part of the adapter, which alone can be exported")
     with new_folder(folder) as temporary:
         collator = module.collator(train=False, **options)
-        model = module.model
-        if merge:
-            model = load_model(
-                pretrained,
-                quantization="none",
-                lora=LoRA(**module.hparams.lora),
-                dtype=torch.bfloat16,
-                device=torch.device("cpu"),
-                prepare_base=module.prepare_base,
-            )
+        model, merged = copy_to_merge(module, merge_into) if merge else (module.model, None)
         check_weights(adapter, {name: p for name, p in model.named_parameters() if p.requires_grad})
-        model.load_state_dict(adapter, strict=False)
-        images = collator.processor.image_processor
-        data = {
-            "prompt_style": collator.prompt_style,
-            "image_splitting": images.do_image_splitting,
-            "image_size": images.size["longest_edge"],
-        }
+        if merged:
+            rank_zero_info(merged)
+        image_size = collator.processor.image_processor.size["longest_edge"]
         write_export(
             temporary,
             model,
             collator.processor,
             options=module.hparams,
-            data=data,
-            merge=merge,
+            data={"prompt_style": collator.prompt_style, "image_size": image_size},
+            merged=merged,
             steps=module.global_step,
+            temperature=module.temperature,
             name=str(folder),
         )
 
@@ -92,8 +90,9 @@ def write_export(
     *,
     options: Mapping[str, Any],
     data: Mapping[str, Any],
-    merge: bool,
+    merged: str | None,
     steps: int,
+    temperature: float,
     name: str,
     scores: Mapping[str, float] | None = None,
     publish: bool = False,
@@ -105,9 +104,10 @@ def write_export(
         model: has the adapter; if it is merged, the model can't be used afterwards.
         processor: the processor of the training.
         options: the module's.
-        data: the data module's options, at least ``prompt_style`` and ``image_splitting``.
-        merge: write the merged model instead of the adapter.
+        data: the data module's options, at least ``prompt_style``.
+        merged: write the merged model instead of the adapter; what `copy_to_merge` says, for the model card.
         steps: optimizer steps of the training, 0 if unknown.
+        temperature: the module's.
         name: the Hub id or folder that the model card's code loads.
         scores: values of metrics, for the model card.
         publish: write no paths of this machine.
@@ -116,33 +116,39 @@ def write_export(
         InputError: the written processor can't be loaded or gives other inputs.
     """
     _save_processor(processor, folder)
-    generation = _generation_config(processor, options["max_new_tokens"])
-    base = resolve(options["pretrained"])
+    base_model: Any = model.get_base_model()
+    generation = _generation_config(processor, base_model.generation_config, options["max_new_tokens"])
+    base = base_name = resolve(options["pretrained"])
     local_base = Path(base).is_dir()
     if local_base:
-        base = Path(options["pretrained"]).resolve().name if merge or publish else str(Path(base).resolve())
-    if merge:
-        merged = model.merge_and_unload()
-        merged.generation_config = generation  # without it, some base models would not stop after the answer
-        merged.save_pretrained(folder)
+        base_name = Path(options["pretrained"]).resolve().name
+        base = base_name if merged is not None or publish else str(Path(base).resolve())
+    if merged is not None:
+        whole = model.merge_and_unload()
+        whole.generation_config = generation  # without it, some base models would not stop after the answer
+        whole.save_pretrained(folder)
     else:
         model.peft_config["default"].base_model_name_or_path = base
         # The default "auto" saves all of lm_head if target_modules names it.
         model.save_pretrained(str(folder), save_embedding_layers=False)
+    images: Any = processor.image_processor
+    edge = page_edge(images)
     facts = {
-        "base": base,
-        "merged": merge,
+        "base": base_name,
+        "model_type": base_model.config.model_type,
+        "merged": merged is not None,
         "prompt_style": data["prompt_style"],
-        "image_splitting": data["image_splitting"],
-        "image_tokens": 320 if data["image_splitting"] else 64,
+        "image_splitting": images.do_image_splitting,
+        "image_tokens": count_images(images, (edge, edge)) * tokens_per_image(processor),
         "scores": scores or {},
         "steps": steps,
+        "temperature": temperature,
         "model": _without_folders(dict(options)),
-        "data": _without_folders(dict(data)),
+        "data": _without_folders({**data, "image_splitting": images.do_image_splitting}),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     (folder / "idefics_lit.json").write_text(text, encoding="utf-8")
-    card = model_card(facts, name, generation, local_base=local_base)
+    card = model_card(facts, name, generation, processor, base=base, local_base=local_base, merged=merged)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates files that only the owner can read; give all files the permissions of the umask.
     mode = (folder / "README.md").stat().st_mode
@@ -197,15 +203,17 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _generation_config(processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Return the end and suppressed tokens of generation in validation."""
+def _generation_config(processor: ProcessorMixin, base: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """Return the end and suppressed tokens of generation in validation; the base model's own ends are among them."""
     tokenizer = processor.tokenizer
     names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     fake, image, end = tokenizer.convert_tokens_to_ids(names)
+    own_ends = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
+    own_ends = [token for token in own_ends if token is not None]
     return GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, end],
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, end, *own_ends])),
         bad_words_ids=[[fake], [image]],
         max_new_tokens=max_new_tokens,
     )

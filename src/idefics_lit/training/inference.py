@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation.confidence import confidence
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
 from idefics_lit.model.lora import ADAPTER, LoRA
@@ -18,7 +21,7 @@ from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_training_options
-from idefics_lit.training.options import read_training_options
+from idefics_lit.training.options import is_merged, read_training_options
 from idefics_lit.training.options_in_effect import options_in_effect
 from idefics_lit.training.trained_weights import TrainedWeightsModule
 from idefics_lit.utils.distributed import gather_objects
@@ -36,11 +39,15 @@ class InferenceModule(TrainedWeightsModule):
     """
 
     hparams: Any  # the arguments of Idefics2Module, by name
+    temperature: float
+    """Temperature of the answers' confidence, see `idefics_lit.evaluation.confidence`: 1, or that of the checkpoint or
+    adapter. Each validation of a fit fits it anew."""
 
     def __init__(self, adapter: str | None) -> None:
         super().__init__()
         self.adapter = adapter
         saved = read_training_options(adapter) if adapter else {}
+        self.temperature: float = saved.get("temperature", 1.0)
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
 
     def configure_model(self, model: "PreTrainedModel | PeftModel | None" = None) -> None:
@@ -56,8 +63,8 @@ class InferenceModule(TrainedWeightsModule):
         if hasattr(self, "model"):
             return
         from idefics_lit.evaluation.evaluator import Evaluator
+        from idefics_lit.model.architecture import backbone_class
         from idefics_lit.model.feature_cache import open_cache
-        from idefics_lit.model.forward import Idefics2Backbone
         from idefics_lit.model.loading import check_vocabulary, load_model
 
         options = self.hparams
@@ -80,7 +87,14 @@ class InferenceModule(TrainedWeightsModule):
         data = getattr(own_trainer, "datamodule", None)
         found = find_device(device)
         self.devices = gather_objects(own_trainer, found) if own_trainer else [found]
+        if options.quantization != "none" and is_merged(options.pretrained):
+            rank_zero_warn(
+                f"model.pretrained {options.pretrained!r} is a merged model, whose answers 4 bits change: give "
+                f"--model.quantization none."
+            )
         options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
+        if own_trainer is not None and own_trainer.training and isinstance(data, DocVQADataModule):
+            data.start_workers("train")
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,
@@ -97,11 +111,11 @@ class InferenceModule(TrainedWeightsModule):
         )
         if self.adapter is not None:
             check_training_options(read_training_options(self.adapter), self, trainer)
-        self.backbone = Idefics2Backbone(
-            self.model,
-            open_cache(options, self.model, DTYPES[precision]) if options.feature_cache != "off" else None,
-            graphs=options.cuda_graphs and device.type == "cuda",
-        )
+        base = self.model.get_base_model()
+        architecture, cache = backbone_class(base.config), None
+        if options.feature_cache != "off":
+            cache = open_cache(options, architecture.feature_modules(base), DTYPES[precision])
+        self.backbone = architecture(self.model, cache, graphs=options.cuda_graphs and device.type == "cuda")
         self.evaluator = Evaluator(
             self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
@@ -139,8 +153,9 @@ class InferenceModule(TrainedWeightsModule):
         questions: str | Sequence[str],
         *,
         batch_size: int = 8,
+        return_confidence: bool = False,
         **options: Any,  # noqa: ANN401
-    ) -> list[str]:
+    ) -> list[Any]:
         """Answer questions about page images greedily, on the device that the module is on.
 
         Loads the model if necessary. Gradients and dropout are off, whatever mode the module is in.
@@ -150,6 +165,8 @@ class InferenceModule(TrainedWeightsModule):
             questions: a question or several. One image is combined with every question and one question with every
                 image; several images and several questions are paired in order.
             batch_size: questions in a batch; those about the same image share its computation.
+            return_confidence: return pairs of an answer and its confidence, from 0 to 1: its probability under the
+                model, calibrated with ``temperature`` (see `idefics_lit.evaluation.confidence`).
             options: further arguments of `collator`.
 
         Returns:
@@ -158,7 +175,8 @@ class InferenceModule(TrainedWeightsModule):
         Raises:
             InputError: there are no images or questions, their numbers differ, or an image can't be read.
         """
-        return answer_questions(self, images, questions, batch_size, self.collator(train=False, **options))
+        pairs = answer_questions(self, images, questions, batch_size, self.collator(train=False, **options))
+        return pairs if return_confidence else [text for text, _ in pairs]
 
     def collator(self, *, train: bool, **options: Any) -> Idefics2Collator:  # noqa: ANN401
         """Return a collator for this module, to be used as ``collate_fn`` of a DataLoader.
@@ -177,7 +195,13 @@ class InferenceModule(TrainedWeightsModule):
 
     def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
-        return self.evaluator.decode(batch).texts
+        return [text for text, _ in self.generate_with_confidence(batch)]
+
+    def generate_with_confidence(self, batch: Batch) -> list[tuple[str, float]]:
+        """Return what `generate` returns, each answer with its confidence, see `answer`."""
+        decoded = self.evaluator.decode(batch)
+        confidences = (confidence(value, self.temperature) for value in decoded.log_probabilities)
+        return list(zip(decoded.texts, confidences, strict=True))
 
     @cached_property
     def base_fingerprint(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Idefics2Module: how Idefics2 is trained, evaluated and saved.
+"""Idefics2Module: how Idefics2, Idefics3 and SmolVLM are trained, evaluated and saved.
 
 What is special here:
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -24,20 +25,21 @@ from idefics_lit.evaluation.answer import Answer
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.checkpoint_checks import check_checkpoint
 from idefics_lit.training.inference import InferenceModule
 from idefics_lit.training.loss_in_parts import LossInParts
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.options_in_effect import describe, find_batch_size
-from idefics_lit.training.scores import compute_scores
+from idefics_lit.training.scores import compute_scores, compute_temperature
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import trained_parameters
 from idefics_lit.training.unsupported import check_supported
 
 
 class Idefics2Module(InferenceModule):
-    """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
+    """Idefics2, Idefics3 or SmolVLM with a 4-bit base model and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
     for every question type in the data, ``val/anls_dataloader_idx_N`` for each of several data loaders, and
@@ -48,12 +50,13 @@ class Idefics2Module(InferenceModule):
     `idefics_lit.model.execution`. They don't change the loss.
 
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
-    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
-    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``, and
-    `idefics_lit.training.checkpoint.EpochProgressRepair`.
+    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``, and
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``. The module itself adds
+    `idefics_lit.training.checkpoint.EpochProgressRepair`, without which resumed fits would end with other weights.
 
     Args:
-        pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
+        pretrained: an Idefics2, Idefics3, SmolVLM or SmolVLM2: a Hub id or a folder in the Hub's format; "tiny" is the
+            small model that comes with the package.
         quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: quantize the vision tower too: 0.6 GiB less, slower, and less exact.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
@@ -69,9 +72,10 @@ class Idefics2Module(InferenceModule):
         feature_cache: where features of pages are kept for further questions and epochs: "memory", a folder or "off";
             by default in memory if a fit reads pages again and half of the free memory is enough.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
-            Idefics2-8b, and 44 MB with image splitting.
+            Idefics2-8b, 44 MB with image splitting, and up to 30 MB with Idefics3 and SmolVLM, or 2 to 24 MB if
+            lora.target_modules leave the connector out.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
-        compile: compile the layers for training; only the first step takes longer.
+        compile: compile the layers for training; the first step takes longer, so that by default only long fits do.
         max_new_tokens: the largest length of a generated answer, in tokens.
         strip_period: remove full stops at the end of predictions before scoring, as Idefics2's authors do.
 
@@ -143,10 +147,11 @@ class Idefics2Module(InferenceModule):
         self.hparams.lr = value
 
     def configure_callbacks(self) -> Any:  # noqa: ANN401
-        """Refuse features of the Trainer that can't work, before they change the model."""
+        """Refuse features of the Trainer that can't work, and add `EpochProgressRepair`, which each fit needs."""
         check_supported(self.trainer)
         self._loss_in_parts = LossInParts(enabled=False)  # for BatchSizeFinder, which runs before `on_fit_start`
-        return super().configure_callbacks()
+        has_repair = any(isinstance(callback, EpochProgressRepair) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_repair else [EpochProgressRepair()]
 
     # Training
 
@@ -252,7 +257,9 @@ class Idefics2Module(InferenceModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation's loss and scores."""
+        """Log the validation's loss and scores; in a fit, fit the temperature of the answers' confidence."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.temperature = compute_temperature(self.answers, self.trainer)
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -284,6 +291,7 @@ class Idefics2Module(InferenceModule):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self.base_fingerprint
+        checkpoint["temperature"] = self.temperature
         trainable = trained_parameters(self)
         if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
@@ -295,4 +303,5 @@ class Idefics2Module(InferenceModule):
         self.configure_model()
         check_checkpoint(checkpoint, self, self.attached_trainer)
         self._restored = checkpoint.get("accumulated", {})
+        self.temperature = checkpoint.get("temperature", 1.0)
         self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})
