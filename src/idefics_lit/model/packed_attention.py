@@ -60,8 +60,8 @@ def packed_attention(
     if attention_mask is None or attention_mask.shape[2] in (1, query.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     start = query.shape[2] - attention_mask.shape[2]
-    first = (states[:, :, :start] for states in (query, key, value))
-    page, _ = sdpa_attention_forward(module, *first, None, **{**options, "is_causal": True})
+    states = query[:, :, :start], key[:, :, :start], value[:, :, :start]
+    page, _ = sdpa_attention_forward(module, *states, None, **{**options, "is_causal": True})
     questions, _ = sdpa_attention_forward(module, query[:, :, start:], key, value, attention_mask, **options)
     return torch.cat([page, questions], dim=1), None
 
