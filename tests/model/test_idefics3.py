@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from idefics_lit import Example, Idefics2Collator, Idefics2Module, InputError, LoRA, load_processor
 from idefics_lit.evaluation.decoding import GreedyDecoder
+from idefics_lit.model.feature_cache import MemoryCache
 from idefics_lit.model.idefics3 import Idefics3Backbone
+from idefics_lit.model.loading import load_model
 
 CONNECTOR_FROZEN = r".*text_model.*(q_proj|v_proj)|lm_head"
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
@@ -78,6 +80,25 @@ def test_loss_and_logits_are_those_of_transformers(stand_in, examples, collate, 
         assert torch.allclose(ours(batch)[real], theirs.logits[real], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "geometry", "tokens"),
+    [("idefics3", (364, 14, 2), 169), ("idefics3", (384, 14, 3), 81), ("smolvlm", (512, 16, 4), 64)],
+    ids=["Idefics3-8B", "SmolVLM-2.2B", "SmolVLM-256M"],
+)
+def test_loss_and_logits_with_the_tiles_of_the_released_models(tmp_path, examples, kind, geometry, tokens):
+    """Of a tile of 384 pixels the last 6 are in no patch of 14."""
+    folder = str(build_stand_in(kind, tmp_path, geometry=geometry))
+    ours = module(folder, quantization="none")
+    batch = Idefics2Collator(load_processor(folder, image_size=2 * geometry[0]), train=True)(alone(examples[4:7]))
+    images = sum(map(len, batch.image_sizes))
+    assert (batch.input_ids == ours.processor.image_token_id).sum() == tokens * images
+    with torch.no_grad():
+        theirs, (loss, count) = ours.model(**batch.model_inputs(), use_cache=False), ours.loss(batch)
+        real = batch.attention_mask.bool()
+        assert torch.allclose(ours(batch)[real], theirs.logits[real], atol=1e-5)
+    assert (loss / count).item() == pytest.approx(theirs.loss.item(), abs=1e-6)
+
+
 def test_logits_and_gradients_of_packed_rows_are_those_of_rows_of_their_own(stand_in, examples, collate):
     ours, results = module(stand_in, quantization="none"), []
     for batch in (collate(examples), collate(alone(examples))):
@@ -93,6 +114,42 @@ def test_logits_and_gradients_of_packed_rows_are_those_of_rows_of_their_own(stan
     assert torch.allclose(packed[order[0]], plain[order[1]], atol=1e-5)
     assert any("modality_projection" in name for name in grads)
     assert all(torch.allclose(packed_grads[name], grads[name], rtol=1e-3, atol=1e-4) for name in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target_modules", [None, CONNECTOR_FROZEN], ids=["connector", "no connector"])
+def test_16_bits_and_checkpointing_have_the_loss_and_the_gradients(stand_in, examples, dtype, target_modules):
+    """In 4 bits, with cached features, as on a GPU; in float32 they are transformers' own."""
+    collate, results = Idefics2Collator(load_processor(stand_in, image_size=2 * TILE), train=True), []
+    batch = collate(examples[:5])
+    for precision, checkpointing in ((torch.float32, False), (dtype, False), (dtype, True)):
+        torch.manual_seed(0)
+        lora = LoRA(dropout=0.0, **({"target_modules": target_modules} if target_modules else {}))
+        model = load_model(
+            stand_in,
+            quantization="nf4",
+            quantize_vision=False,
+            lora=lora,
+            dtype=precision,
+            device=torch.device("cpu"),
+            gradient_checkpointing=checkpointing,
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        backbone = Idefics3Backbone(model, MemoryCache(0.1))
+        for _ in range(2):  # the second time from the cache
+            model.zero_grad()
+            loss, tokens = backbone.loss(batch, backbone.prefill(batch, backbone.encode_pages(batch)))
+            (loss / tokens).backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient.dtype == torch.float32 for gradient in trained.values())
+        results.append(((loss / tokens).item(), torch.cat([gradient.flatten() for gradient in trained.values()])))
+    (exact, exact_gradient), plain, checkpointed = results
+    assert checkpointed[0] == plain[0] == pytest.approx(exact, rel=0.01)
+    assert torch.allclose(checkpointed[1], plain[1], rtol=1e-3, atol=1e-4)
+    assert torch.cosine_similarity(plain[1], exact_gradient, dim=0) > 0.98
 
 
 def test_every_loss_is_transformers_trainers(stand_in, examples, tmp_path):

@@ -203,12 +203,8 @@ def _activations_gib(
     device: Device, config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
 ) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
-
-    peaks = backbone_class(config).peaks
-    # A CPU keeps the connector's activations too.
+    # A CPU keeps the connector's activations, as CUDA graphs do.
     keeps_all = execution.cuda_graphs or device.type == "cpu"
-    kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if keeps_all else "plain"
-    peak = activations_gib(config, getattr(peaks, kept), patches, tokens)
+    peak = activations_gib(config, patches, tokens, execution.gradient_checkpointing, keeps_all)
     precision_factor = DTYPES.get(precision, torch.float32).itemsize / 2
     return peak * precision_factor * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)

@@ -103,31 +103,22 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
     return WeightCount(quantizable, others, sum(trainable.values()), is_vision_trained)
 
 
-def peak_gib(
-    weights: float, patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
+def activations_gib(
+    config: "PretrainedConfig", patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
 ) -> float:
-    """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
+    """Estimate the peak memory of training on a batch in 16 bits, beside the weights, for a model of any size.
 
     Args:
-        weights: GiB of the weights, from `WeightCount.gib`.
+        config: the model's configuration.
         patches: image patches of the batch.
         tokens: tokens of the batch with padding.
         gradient_checkpointing: the module's option.
         cuda_graphs: the module's option.
     """
-    peak = CHECKPOINTING if gradient_checkpointing else CUDA_GRAPHS if cuda_graphs else PLAIN
-    return weights + peak.fixed_gib + (patches * peak.mib_per_patch + tokens * peak.mib_per_token) / 1024
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
 
-
-def activations_gib(config: "PretrainedConfig", peak: Activations, patches: float, tokens: float) -> float:
-    """Estimate the peak memory of training on a batch in 16 bits, beside the weights, for a model of any size.
-
-    Args:
-        config: the model's configuration.
-        peak: those of its architecture.
-        patches: image patches of the batch.
-        tokens: tokens of the batch with padding.
-    """
+    peaks = backbone_class(config).peaks
+    peak = peaks.checkpointing if gradient_checkpointing else peaks.cuda_graphs if cuda_graphs else peaks.plain
     text = config.text_config
     per_patch = peak.mib_per_patch * text.hidden_size * text.num_hidden_layers / (4096 * 32)
     per_token = peak.mib_per_token * _token_bytes(text) / IDEFICS2_TOKEN_BYTES
