@@ -121,17 +121,41 @@ class StepTimes(Callback):
         Path(os.environ["STEP_TIMES"]).write_text(json.dumps({"steps": self.steps, "validation_s": validations}))
 
 
-def build_model(folder: Path, tokenizer: Path) -> None:
+def build_model(folder: Path, options: argparse.Namespace) -> None:
     """Write the full-size model with random float16 weights, in the Hub's form."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-    shutil.copytree(REPOSITORY / "tests" / "assets" / "idefics2-8b-files", folder)
-    shutil.copy(tokenizer, folder / "tokenizer.model")
+    if options.hub_model:
+        sys.path.append(str(REPOSITORY / "tests"))
+        from hub_files import hub_folder
+
+        hub_folder(options.hub_model, folder)
+        if options.tokenizer:
+            shutil.copy(options.tokenizer, folder / "tokenizer.json")
+    else:
+        shutil.copytree(REPOSITORY / "tests" / "assets" / "idefics2-8b-files", folder)
+        shutil.copy(options.tokenizer, folder / "tokenizer.model")
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("cuda"):
+    # The tokenizer that takes the place of Idefics3-8B's has another id.
+    config.image_token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def build_small_model(folder: Path, hub_model: str | None) -> None:
+    """Write a small model of the same architecture."""
+    if hub_model is None:
+        from idefics_lit.model.tiny import build_tiny
+
+        build_tiny(folder)
+        return
+    sys.path.append(str(REPOSITORY / "tests"))
+    from stand_ins import build_stand_in
+
+    build_stand_in("idefics3" if hub_model.startswith("Idefics3") else "smolvlm", folder)
 
 
 def build(options: argparse.Namespace, write_data: Callable[[Path], None] | None = None) -> tuple[Path, Path]:
@@ -142,11 +166,9 @@ def build(options: argparse.Namespace, write_data: Callable[[Path], None] | None
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         if options.tiny:
-            from idefics_lit.model.tiny import build_tiny
-
-            build_tiny(model)
+            build_small_model(model, options.hub_model)
         else:
-            build_model(model, options.tokenizer)
+            build_model(model, options)
             torch.cuda.empty_cache()
         if write_data:
             write_data(data)
@@ -157,6 +179,7 @@ def arguments(description: str | None, work: str) -> argparse.ArgumentParser:
     """Return a parser of what all benchmarks take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--hub_model", help="a folder of tests/assets/idefics3-files instead of Idefics2-8b")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--work", type=Path, default=Path(f"/tmp/idefics_lit_{work}"))
     parser.add_argument("--tiny", action="store_true")
@@ -224,6 +247,8 @@ def run_trainer(options: argparse.Namespace) -> None:
     model = get_peft_model(model, lora)
     processor = AutoProcessor.from_pretrained(options.model)
     processor.image_processor.do_image_splitting = options.image_splitting
+    if options.image_size:
+        processor.image_processor.size = {"longest_edge": options.image_size}
     folder = Path(options.data)
     rows = json.loads((folder / "train_v1.0_withQT.json").read_text())["data"]
 
@@ -236,7 +261,9 @@ def run_trainer(options: argparse.Namespace) -> None:
             messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
             texts.append(processor.apply_chat_template(messages, add_generation_prompt=False).strip())
             images.append([Image.open(folder / row["image"]).convert("RGB")])
-        batch = processor(text=texts, images=images, return_tensors="pt", padding=True)
+        # Idefics3's chat template writes the BOS, which its tokenizer would add again.
+        add_bos = not texts[0].startswith(processor.tokenizer.bos_token)
+        batch = processor(text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=add_bos)
         labels = batch["input_ids"].clone()
         labels[labels == processor.tokenizer.pad_token_id] = -100
         batch["labels"] = labels
@@ -359,7 +386,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name in ("batch", "workers", "steps"):
+    for name in ("batch", "workers", "steps", "image_size"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:  # the child process that is measured

@@ -4,7 +4,9 @@
 
 Every contender trains on the same 640 questions, four on each of 160 pages of 14 shapes around 1700 x 2200 px, with
 16 questions a step (64 where its name says so) and 12 loader workers, in bfloat16, the recipe and the options of
-small cards in float16; "headline" is docvqa.yaml alone. Seconds are from step to step, loading included; the first
+small cards in float16; "headline" is docvqa.yaml alone. ``--hub_model Idefics3-8B-Llama3`` (or another folder of
+tests/assets/idefics3-files) compares on that model, with its pages split into tiles and the options that are worked
+out; it needs no tokenizer file. Seconds are from step to step, loading included; the first
 steps (compiling, capturing; for the feature cache the first epoch) are left out. ``--image_splitting`` compares with
 320 image tokens a page. "agreement" is how far losses lie from those of transformers' own forward with every question
 in a row of its own; before transformers 5.21 that places patches wrongly in 16 bits, and losses differ by that too.
@@ -26,6 +28,7 @@ from full_size import GPU_15GB, GPU_80GB, RECIPE, REPOSITORY, arguments, build, 
 
 from idefics_lit.model.lora import TARGET_MODULES, LoRA
 
+TILE = 112  # of the small Idefics3 and SmolVLM
 SIZES = [(1650 + 9 * i, 2200) for i in range(12)] + [(2200, 1700), (1700, 1700)]  # one page in seven is no portrait
 
 
@@ -130,12 +133,13 @@ def run_trl(options: argparse.Namespace) -> None:
 
 
 def run_agreement(options: argparse.Namespace) -> None:
-    """Print how far our losses lie from transformers' own, on the same 16 questions and without dropout."""
+    """Print how far our losses lie from transformers' own, on the same questions and without dropout."""
     from itertools import islice
 
     from lightning import Trainer
 
     from idefics_lit.data.datamodule import DocVQADataModule
+    from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE
     from idefics_lit.training.module import Idefics2Module
 
     cuda = torch.cuda.is_available()
@@ -152,16 +156,17 @@ def run_agreement(options: argparse.Namespace) -> None:
             options.data,
             options.model,
             questions_per_page=4,
-            batch_size=16,
+            batch_size=options.batch or 16,
             num_workers=0,
             val_split="test",
-            image_size=112 if options.tiny else None,
+            image_size=options.image_size or (112 if options.tiny else None),
         )
         data.setup("fit")
         batch = next(islice(data.train_dataloader(), 1))
         if name == "transformers":
             loader = data.train_dataloader()
-            for example in (examples := [loader.dataset[visit] for visit in islice(loader.sampler, 16)]):
+            examples = [loader.dataset[visit] for visit in islice(loader.sampler, options.batch or 16)]
+            for example in examples:
                 example.page_id = None
             batch = loader.collate_fn(examples)
         module = Idefics2Module(options.model, quantize_vision=False, lora=LoRA(dropout=0.0), **more)
@@ -174,7 +179,7 @@ def run_agreement(options: argparse.Namespace) -> None:
                     parameter.normal_(std=0.01)
         batch = module.transfer_batch_to_device(batch, module.model.device, 0)
         found = []
-        for _ in range(3):  # the second is captured, the third replayed
+        for _ in range(CALLS_BEFORE_CAPTURE + 2):  # the last but one is captured, the last replayed
             with trainer.precision_plugin.forward_context():
                 if name == "transformers":
                     found.append(module.model(**batch.model_inputs()).loss.item())
@@ -198,7 +203,7 @@ def main() -> None:
     parser.add_argument("--contenders", help="only these, with commas")
     for name in ("run", "model", "data"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name in ("batch", "workers", "steps"):
+    for name in ("batch", "workers", "steps", "image_size"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:  # the child process that is measured
@@ -206,11 +211,13 @@ def main() -> None:
         return
 
     started, work = time.perf_counter(), options.work
+    options.image_splitting |= bool(options.hub_model)
     model, data = build(options, lambda folder: build_data(folder, options.tiny))
     print(f"model and data built in {time.perf_counter() - started:.0f} s", flush=True)
     workers = 0 if options.tiny else 12
     common = ["--model", model, "--data", data, "--work", work]
     common += ["--image_splitting"] if options.image_splitting else []
+    common += ["--image_size", 2 * TILE] if options.tiny and options.hub_model else []
 
     def child(script: str, *arguments: object) -> list[str]:
         return [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, [*common, *arguments])]
@@ -224,9 +231,13 @@ def main() -> None:
         changed += ["--trainer.max_steps", steps]
         changed += ["--trainer.limit_val_batches", 0, "--trainer.logger", "false"]
         changed += ["--trainer.callbacks", "full_size.StepTimes", "--data.image_splitting", options.image_splitting]
-        changed += ["--data.image_size", 112] if options.tiny else []
+        changed += ["--data.image_size", 2 * TILE if options.hub_model else 112] if options.tiny else []
         changed += ["--data.batch_size", batch, "--data.global_batch_size", max(16, batch)] if batch != 16 else []
         return command("fit", ["docvqa.yaml"], *changed, *more)
+
+    def within(gib: float, typed: list[str]) -> list[str]:
+        script = str(REPOSITORY / "benchmarks" / "cards.py")
+        return [sys.executable, script, "--limit", str(gib), *typed[typed.index("fit") :]]
 
     fast, small = GPU_80GB, GPU_15GB
     single, cached = ["--data.questions_per_page", 1], ["--model.feature_cache", "memory"]
@@ -260,6 +271,26 @@ def main() -> None:
         "headline": (ours([], steps=2 * epoch), 16, warm_up),  # what everybody types: all is worked out
         "agreement": (child("train_throughput.py", "--run", "agreement", *["--tiny"] * options.tiny), 16, 0),
     }
+    if options.hub_model:  # Idefics3 or SmolVLM, with what is worked out
+        is_small = any(size in options.hub_model for size in ("256M", "500M"))
+        base = ["--model.quantization", "none"] if is_small else []
+        off, compiled = ["--model.feature_cache", "off"], ["--model.compile", "true"]
+        contenders = {
+            "trainer_2": (trainer(2, workers, 8, "--bf16"), 16, 3),
+            "trainer_4": (trainer(4, workers, 8, "--bf16"), 16, 3),
+            "trainer_16": (trainer(16, workers, 10, "--bf16"), 16, 4),
+            "packed_first": (ours(base, *off), 16, warm_up),
+            "packed_first_compiled": (ours(base, *off, *compiled), 16, warm_up),
+            "packed_cached": (ours(base, *cached, steps=2 * epoch), 16, epoch + 8),
+            "packed_cached_compiled": (ours(base, *cached, *compiled, steps=2 * epoch), 16, epoch + 8),
+            "uncached": (ours(base, *off, *single, steps=24), 16, warm_up),
+            "within_24gb": (within(23.5, ours(base, *off, steps=24)), 16, warm_up),
+            "agreement": (
+                child("train_throughput.py", "--run", "agreement", "--batch", 4, *["--tiny"] * options.tiny),
+                16,
+                0,
+            ),
+        }
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions(),

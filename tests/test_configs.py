@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from stand_ins import KINDS, TILE, build_stand_in
 
 from idefics_lit.model.execution import EXECUTION_OPTIONS
 from idefics_lit.training.experiment import flatten
@@ -15,10 +16,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {
     "docvqa": ["docvqa.yaml"],
     "image_splitting": ["docvqa.yaml", "image_splitting.yaml"],
+    "idefics3": ["docvqa.yaml", "idefics3.yaml"],
+    "smolvlm": ["docvqa.yaml", "smolvlm.yaml"],
     "fsdp": ["docvqa.yaml", "fsdp.yaml"],
     "early_stopping": ["docvqa.yaml", "early_stopping.yaml"],
     "quickstart": ["quickstart.yaml"],
 }
+WITH_SPLITTING = {"image_splitting", *KINDS}
 LOGS = {"quickstart": "lightning_logs"}  # where runs log, where it isn't Weights & Biases' project
 
 
@@ -27,12 +31,13 @@ def test_no_config_is_left_out():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypatch, end_wandb, capfd):
+def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypatch, end_wandb, capfd, tmp_path):
     """With its own logger: the fit, the same command again, which resumes it, and a fit from its config.yaml."""
     monkeypatch.setenv("WANDB_MODE", "offline" if name == "docvqa" else "disabled")
     # What a CPU, a small model and two minutes ask for; the rest is the config's own.
-    changed = ["--model.pretrained", tiny, "--data.source", docvqa, "--data.num_workers", 0]
-    changed += ["--data.image_size", 112, "--data.limit_train", 4 if name == "image_splitting" else 16]
+    model, image_size = (build_stand_in(name, tmp_path / "model"), 2 * TILE) if name in KINDS else (tiny, 112)
+    changed = ["--model.pretrained", model, "--data.source", docvqa, "--data.num_workers", 0]
+    changed += ["--data.image_size", image_size, "--data.limit_train", 4 if name in WITH_SPLITTING else 16]
     changed += ["--data.limit_val", 2, "--trainer.max_steps", 1, "--trainer.accelerator", "cpu"]
     changed += ["--model.max_new_tokens", 2]
     changed += ["--trainer.val_check_interval" if name == "quickstart" else "--data.val_every_n_steps", 1]
@@ -53,7 +58,7 @@ def test_a_config_runs_and_goes_on(run, in_effect, tiny, docvqa, name, monkeypat
     sizes = {"data.batch_size", "data.global_batch_size"}  # the quickstart gives the first, docvqa.yaml the second
     assert execution <= worked_out <= execution | sizes | {"data.image_splitting"}
     saved = yaml.safe_load(config.read_text())
-    assert saved["data"]["image_splitting"] == (name == "image_splitting")
+    assert bool(saved["data"]["image_splitting"]) == (name in WITH_SPLITTING)
     assert saved["trainer"]["precision"] == ("bf16-mixed" if name == "fsdp" else "32-true")
     capfd.readouterr()
     run("fit", *configs, *changed, "--trainer.max_steps", 2, "--ckpt_path", "last")

@@ -146,6 +146,14 @@ def test_pages_are_upright(tmp_path, read, kind, orientation, turned):
     assert_page(read(tmp_path / "data", content), np.array(turned))
 
 
+def test_a_turned_tiff_is_upright_when_it_is_opened_by_its_path(tmp_path):
+    """Pillow maps an uncompressed file into memory and misplaces the pixels."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "page.tif").write_bytes(encode(COLOUR, "TIFF", exif=exif))
+    assert_page(open_page(tmp_path / "page.tif"), np.array(COLOUR.rotate(-90, expand=True)))
+
+
 def test_a_page_is_upright_in_a_stream_too(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6

@@ -61,5 +61,5 @@ def test_a_split_that_knows_no_ids_has_settings_too():
         def __len__(self):
             return 2
 
-    settings = TrainSampler(Own(), 1, num_replicas=1, rank=0).order_settings
+    settings = TrainSampler(Own(), 1, 1, num_replicas=1, rank=0).order_settings
     assert settings["training questions"].startswith("2 (")

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import pytest
+from conftest import DATA
 from transformers import AutoConfig
 
 from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
@@ -103,6 +104,13 @@ def test_what_cannot_be_captured_or_compiled_is_left_out(choose):
     assert without_compiler.dequantize and not without_compiler.compile
 
 
+@pytest.mark.parametrize(("steps", "compiled"), [(178, False), (1000, True)])
+def test_a_short_fit_is_not_compiled(choose, steps, compiled):
+    chosen = choose(139, load={"steps": steps})
+    assert (chosen.dequantize, chosen.cuda_graphs, chosen.compile) == (True, True, compiled)
+    assert choose(139, load={"steps": steps}, compile=True).compile
+
+
 def test_a_cpu_runs_plain(choose):
     assert choose(900, "32-true", device={"type": "cpu"}) == (16, False, False, False, False)
     assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
@@ -121,3 +129,40 @@ def test_memory_with_cuda_graphs_agrees_with_measurements(config, images, rows, 
     weights = count_weights(config, options).gib(in_4_bits=not dequantized, precision="bf16-mixed")
     mib = 3785 * images * CUDA_GRAPHS.mib_per_patch + rows * tokens * CUDA_GRAPHS.mib_per_token
     assert weights + CUDA_GRAPHS.fixed_gib + mib / 1024 == pytest.approx(peak, abs=2)
+
+
+# Edge of a tile, and tokens of a page of 4 x 4 tiles.
+PAGES = {
+    "Idefics3-8B-Llama3": (364, 3027),
+    "SmolVLM-Instruct": (384, 1548),
+    "SmolVLM-256M-Instruct": (512, 1127),
+    "SmolVLM2-500M-Video-Instruct": (512, 1127),
+}
+
+
+def choose_with_tiles(name, gib):
+    config = AutoConfig.from_pretrained(DATA / "idefics3-files" / name)
+    options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN}
+    card, workload = Device("a card", "cuda", gib, 64), Workload(STEP, 4.0, 17, *PAGES[name])
+    return choose_execution(card, config, count_weights(config, options), options, "bf16-mixed", workload)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "batch_size", "options"),
+    [
+        ("Idefics3-8B-Llama3", 139.0, 8, "dequantize compile"),  # 6,300 tokens: launches take no time, graphs memory
+        ("Idefics3-8B-Llama3", 79.0, 8, "dequantize compile"),
+        ("Idefics3-8B-Llama3", 39.4, 4, ""),
+        ("Idefics3-8B-Llama3", 23.5, 8, "gradient_checkpointing"),
+        ("Idefics3-8B-Llama3", 14.6, 8, "gradient_checkpointing"),
+        ("SmolVLM-Instruct", 139.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-Instruct", 23.5, 4, "cuda_graphs"),
+        ("SmolVLM-256M-Instruct", 79.0, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM-256M-Instruct", 14.6, 16, "dequantize cuda_graphs compile"),
+        ("SmolVLM2-500M-Video-Instruct", 7.6, 8, ""),
+    ],
+)
+def test_a_card_gets_options_that_fit_pages_of_seventeen_tiles(name, gib, batch_size, options):
+    chosen = choose_with_tiles(name, gib)
+    on = {name for name, on in chosen.model_options.items() if on}
+    assert (chosen.batch_size, on) == (batch_size, set(options.split()))

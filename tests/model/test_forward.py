@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Idefics2ForConditionalGeneration
+from transformers import Idefics2ForConditionalGeneration, Idefics3Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from idefics_lit.model.idefics2 import Idefics2Backbone
 from idefics_lit.model.loading import LoRA, add_lora
-from idefics_lit.model.patches import vision_position_ids
+from idefics_lit.model.patches import embed_patches, vision_position_ids
 from idefics_lit.model.tiny import tiny_config
 
 PATCH, PER_SIDE = 14, 70  # Idefics2-8b's
@@ -69,6 +70,22 @@ def test_positions_are_those_of_float32(base, dtype, embeddings, monkeypatch):
         if not torch.equal(row * PER_SIDE + column, reference(rows, columns, PER_SIDE)):
             wrong.append((rows, columns))
     assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [364, 384])
+def test_the_positions_of_a_tile_are_the_identity(size, dtype):
+    """transformers 5.17 gave 420 of 676 patches another position in bfloat16, 555 in float16."""
+    config = Idefics3Config().vision_config
+    config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers = size, PATCH, 8, 0
+    config.num_attention_heads = 1
+    tower = Idefics3VisionTransformer(config).to(dtype)
+    tiles = torch.ones(2, 3, size, size, dtype=dtype)
+    with torch.no_grad():
+        tower.embeddings.patch_embedding.weight.zero_()
+        tower.embeddings.patch_embedding.bias.zero_()
+        found = embed_patches(tower, tiles, size, size)
+    assert torch.equal(found, tower.embeddings.position_embedding.weight.expand(2, -1, -1))
 
 
 def test_rounded_coordinates_are_other_positions():

@@ -44,8 +44,7 @@ def command(name, tiny, *args):
         --data.source synthetic --data.image_size 112 --data.limit_train 8 --data.limit_val 6
         --data.num_workers 0 --data.batch_size 2 --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4
         --model.lora.dropout 0 --trainer.accelerator cpu --trainer.precision 32-true
-        --data.val_every_n_steps 2 --data.global_batch_size 4 --data.questions_per_page 2
-        --trainer.max_steps 4 --trainer.enable_progress_bar false
+        --data.val_every_n_steps 2 --data.global_batch_size 4 --trainer.max_steps 4 --trainer.enable_progress_bar false
         --trainer.logger CSVLogger --trainer.logger.save_dir .""".split()
     return [*flags, *map(str, args)]
 

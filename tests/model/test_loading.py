@@ -1,15 +1,21 @@
 import json
+import os
 import re
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, Idefics2Config
+from transformers import AutoConfig, AutoModelForImageTextToText, Idefics2Config, LlavaConfig
 
 from idefics_lit.errors import InputError
+from idefics_lit.model.architecture import backbone_class
 from idefics_lit.model.loading import LoRA, add_lora, load_model
+from idefics_lit.model.memory import count_weights
+from idefics_lit.model.quiet_imports import Params4bit
 
 CPU = torch.device("cpu")
 
@@ -35,6 +41,34 @@ def test_the_recipe_trains_as_many_parameters_as_the_article_prints(idefics2_8b,
     assert capsys.readouterr().out.strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "trainable"),
+    [
+        ("Idefics3-8B-Llama3", 8_462_086_384, 7_944_216),
+        ("SmolVLM-Instruct", 2_246_272_880, 3_654_680),
+        ("SmolVLM-500M-Instruct", 507_482_304, 2_146_304),
+        ("SmolVLM-256M-Instruct", 256_484_928, 1_423_360),
+        ("SmolVLM2-2.2B-Instruct", 2_246_784_880, 3_655_680),
+        ("SmolVLM2-500M-Video-Instruct", 507_482_304, 2_146_304),
+        ("SmolVLM2-256M-Video-Instruct", 256_484_928, 1_423_360),
+    ],
+)
+def test_the_recipe_adapts_the_connector_of_idefics3_and_smolvlm_too(name, parameters, trainable):
+    config = AutoConfig.from_pretrained(DATA / "idefics3-files" / name)
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in base.parameters()) == parameters
+    model = add_lora(base, LoRA())
+    assert model.get_nb_trainable_parameters()[0] == trainable
+    # Nothing else is adapted than what the recipe names.
+    modules = {
+        re.sub(r"\.\d+\.", ".N.", name.split(".lora_")[0]) for name, p in model.named_parameters() if p.requires_grad
+    }
+    attention = {f"model.text_model.layers.N.self_attn.{kind}_proj" for kind in "qkvo"}
+    expected = {*attention, "model.connector.modality_projection.proj", "lm_head"}
+    assert modules == {f"base_model.model.{name}" for name in expected}
+
+
 def test_everything_is_frozen_but_float32_adapters(tiny):
     for quantization in ("nf4", "none"):
         model = load(tiny, quantization=quantization, dtype=torch.float16)
@@ -51,6 +85,28 @@ def test_nf4_quantizes_every_linear_layer_but_the_head(tiny):
         name for name in kinds if re.search("lm_head", name)
     }
     assert sum("Linear4bit" in kind for kind in kinds.values()) > 50
+
+
+@pytest.mark.parametrize("quantize_vision", [False, True])
+def test_nf4_leaves_the_small_connector_in_16_bits(stand_in, quantize_vision):
+    model = load(stand_in, quantize_vision=quantize_vision)
+    whole = {name for name, m in model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name}
+    vision = {name for name in whole if ".vision_model." in name}
+    assert {name.removeprefix("base_model.model.") for name in whole - vision} == {
+        "lm_head.base_layer",
+        "model.connector.modality_projection.proj.base_layer",
+    }
+    assert bool(vision) != quantize_vision
+    options = {"quantize_vision": quantize_vision, "lora": asdict(LoRA())}
+    counted = count_weights(AutoConfig.from_pretrained(stand_in), options)
+    packed = [p for p in model.parameters() if isinstance(p, Params4bit)]
+    assert counted.quantizable == sum(p.quant_state.shape.numel() for p in packed) and packed
+
+
+def test_a_model_of_another_architecture_is_refused_by_name(tmp_path):
+    LlavaConfig(name_or_path="llava").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"is a llava: give an Idefics2, Idefics3 or SmolVLM"):
+        backbone_class(AutoConfig.from_pretrained(tmp_path))
 
 
 def test_unpacked_weights_are_the_4_bit_ones(tiny, capfd):
@@ -103,3 +159,20 @@ def test_a_weight_that_the_model_has_no_place_for_is_named(tiny, tmp_path):
 def test_a_model_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no model can be loaded"):
         load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("given", "cache", "expected"),
+    [(None, "cache", "cache/idefics_lit/compiled"), ("mine", "cache", "mine"), (None, "a_file", "torch's default")],
+)
+def test_compiled_code_is_kept_where_the_next_run_finds_it(tiny, tmp_path, monkeypatch, given, cache, expected):
+    (tmp_path / "a_file").write_text("in which there is no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if given:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / given))
+    load(tiny, compiled=True)
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp"))  # torch sets its default when it is imported
+    assert (
+        folder.relative_to(tmp_path).as_posix() if folder.is_relative_to(tmp_path) else "torch's default"
+    ) == expected

@@ -222,7 +222,7 @@ def test_batches_split_few_pages(tiny, ranks):
     data.setup("fit")
     cards, split = data.examples["train"], 0
     for rank in range(ranks):
-        visits = list(TrainSampler(cards, 8, num_replicas=ranks, rank=rank, seed=0))
+        visits = list(TrainSampler(cards, 8, 16, num_replicas=ranks, rank=rank, seed=0))
         pages = [{cards.page_ids[index] for index, *_ in visits[i : i + 16]} for i in range(0, len(visits), 16)]
         split += sum(len(batch) for batch in pages)
     # A page with nine questions is in two batches.
@@ -233,8 +233,10 @@ def test_batches_split_few_pages(tiny, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("questions", [1, 3, 4, 100])
 def test_every_question_is_visited_once_an_epoch_in_runs_of_a_page(drawn, questions, ranks):
+    share = questions  # of a step
+
     def epoch(number):
-        samplers = [TrainSampler(drawn, questions, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
+        samplers = [TrainSampler(drawn, questions, share, num_replicas=ranks, rank=r, seed=1) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(number)
         visits = [list(sampler) for sampler in samplers]

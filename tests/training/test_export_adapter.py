@@ -78,7 +78,7 @@ def test_plain_peft_loads_the_adapter_and_gives_equal_logits(module, examples, t
 
 def test_the_merged_model_gives_the_adapters_logits(module, examples, tmp_path):
     export_adapter(module, tmp_path / "adapter", **OWN_COLLATOR)
-    export_adapter(module, tmp_path / "merged", merge=True, **OWN_COLLATOR)
+    export_adapter(module, tmp_path / "merged", merge=True, merge_into="original", **OWN_COLLATOR)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)

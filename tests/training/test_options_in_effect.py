@@ -120,6 +120,25 @@ def test_features_are_cached_where_pages_recur_and_memory_allows(
     )
 
 
+@pytest.mark.parametrize(
+    ("limits", "options", "compiled"),
+    [
+        ({"max_steps": 999}, {}, False),
+        ({"max_steps": 1000}, {}, True),
+        ({"max_epochs": 600}, {}, False),  # 24 questions, 16 a step: 900 steps
+        ({"max_epochs": 700}, {}, True),
+        ({"max_epochs": 700, "max_steps": 999}, {}, False),
+        ({"max_epochs": 600}, {"global_batch_size": 8}, True),
+        ({"max_epochs": -1}, {}, True),
+    ],
+)
+def test_long_fits_are_compiled(module, data, limits, options, compiled):
+    pages = data(**options)
+    pages.trainer = trainer = Trainer(**CPU, **limits)
+    pages.setup("fit")
+    assert options_in_effect(module().hparams, [CARD], "bf16-mixed", trainer, pages).compile == compiled
+
+
 def test_the_smallest_device_decides_and_a_module_alone_has_no_graphs(module):
     given = module(feature_cache=None).hparams
     trainer = Trainer(**CPU, max_steps=1)
@@ -147,6 +166,7 @@ def test_the_plain_command_chooses_prints_and_saves(run, tiny, docvqa, caplog, m
     assert saved["trainer"]["precision"] == "32-true" and saved["model"]["cuda_graphs"] is False
     assert saved["model"]["feature_cache"] == "memory"
     checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True)
+    assert checkpoint["global_step"] == 3  # the last one, although the last validation was after two
     assert checkpoint["hyper_parameters"]["dequantize"] is None  # chosen again on another card
     assert checkpoint["DocVQADataModule"]["batch_size"] == 16
     assert in_effect("fit", "--config", config).data.batch_size == 16

@@ -17,9 +17,8 @@ def fit(tiny, *args):
     """Return the arguments of a fit on nine questions."""
     command = f"""fit --model.pretrained {tiny} --data.source synthetic
         --data.limit_train 9 --data.limit_val 5 --data.image_size 112 --data.num_workers 0
-        --data.batch_size 2 --data.questions_per_page 1
-        --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4 --model.lora.r 32
-        --trainer.max_steps 4 --trainer.accelerator cpu --trainer.precision 32-true
+        --data.batch_size 2 --model.lr 1e-4 --model.warmup_steps 0 --model.max_new_tokens 4
+        --model.lora.r 32 --trainer.max_steps 4 --trainer.accelerator cpu --trainer.precision 32-true
         --trainer.enable_progress_bar false""".split()
     return [*command, *args]
 
@@ -37,7 +36,10 @@ def checkpoint(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(run, tmp_path, tiny):
-    """The loss is the mean over the answer tokens of both ranks; the question that pads nine to ten counts once."""
+    """Also where ranks share the questions about a page: the loss is the mean over the answer tokens of both.
+
+    The question that pads nine to ten counts once.
+    """
     options = ["--model.lora.dropout", "0", "--model.quantization", "none"]
     ranks = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2", "--trainer.devices", "2"]
     (tmp_path / "two").mkdir()

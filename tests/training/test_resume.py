@@ -124,6 +124,16 @@ def test_it_goes_on_from_anywhere_and_from_there_again(cut, short_fit, place, ba
     assert_same(whole, load(callback.path))
 
 
+def test_idefics3_and_smolvlm_go_on_in_the_same_bits(cut, short_fit, stand_in):
+    """A resumed fit computes features again, beside those of other pages, that the whole fit had cached."""
+    args = short_fit("--model.pretrained", stand_in, "--data.image_size", 224, "--model.feature_cache", "memory")
+    whole = load(cut(args)[1].path)
+    with pytest.raises(Stop):
+        cut(args, "batch", 7)
+    (saved,) = Path.cwd().glob("batch-1-1.ckpt")
+    assert_same(whole, load(cut([*args, "--ckpt_path", saved])[1].path))
+
+
 def test_a_second_ctrl_c_ends_the_fit_at_once(cut, short_fit, tmp_path, capfd):
     with pytest.raises(SystemExit) as caught:
         cut(short_fit(), "sigint twice", 3)

@@ -8,6 +8,7 @@ from bitsandbytes.nn.modules import Params4bit
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
 from idefics_lit.model.loading import LoRA
@@ -133,6 +135,34 @@ def test_a_resumed_fit_ends_with_the_same_weights(tiny, loaders, tmp_path, avera
     whole, again = (load(tmp_path / name / "step=4.ckpt") for name in ("whole", "resumed"))
     assert_equal(whole["state_dict"], again["state_dict"])
     assert_equal(whole["current_model_state"], again["current_model_state"])
+
+
+class EpochMean(WeightAveraging):
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return epoch_idx is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"),
+    [
+        (EpochMean, {}, (2, 3, 6)),
+        (StochasticWeightAveraging, {"swa_lrs": 1e-2, "swa_epoch_start": 1}, (2, 3)),
+        (GradientAccumulationScheduler, {"scheduling": {0: 2, 1: 1, 2: 2}}, (1, 2, 3)),
+    ],
+)
+def test_what_a_callback_does_once_an_epoch_is_done_in_a_resumed_fit_too(tiny, docvqa, tmp_path, kind, options, steps):
+    """From checkpoints of an epoch's last batch, where Lightning calls no hook at its end, and from within epochs."""
+
+    def fit(folder, ckpt_path=None):
+        every_step = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(**CPU, max_epochs=3, limit_val_batches=0, callbacks=[kind(**options), every_step])
+        data = DocVQADataModule(str(docvqa), tiny, limit_train=2, batch_size=1, image_size=112, num_workers=0)
+        trainer.fit(module := make_module(tiny), data, ckpt_path=ckpt_path, weights_only=True)
+        return trained(module)
+
+    whole = fit(tmp_path / "whole")
+    for step in steps:
+        assert_equal(whole, fit(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt"))
 
 
 def test_a_checkpoint_that_is_saved_in_a_validation_holds_the_same(tiny, loaders, tmp_path):

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Hashable, Sequence
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from idefics_lit.cli.split_statistics import SplitStatistics
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.grouping import group_by_page
-from idefics_lit.data.samplers import TrainSampler
 from idefics_lit.data.subset import Subset
 from idefics_lit.model.packing import LENGTH_MULTIPLE
 
@@ -52,30 +51,21 @@ class BatchStatistics(NamedTuple):
     patches: int
 
 
-def first_epoch_batches(
-    split: SplitStatistics,
-    options: Any,  # noqa: ANN401
-    batch_size: int,
-    world_size: int,
-    patch_size: int,
-) -> list[BatchStatistics]:
+def first_epoch_batches(split: SplitStatistics, datamodule: DocVQADataModule, patch_size: int) -> list[BatchStatistics]:
     """Return the batches of the first epoch on one device, with each question's longest answer.
 
     Args:
         split: the statistics of the training split.
-        options: the data module's options.
-        batch_size: of each device.
-        world_size: the number of devices.
+        datamodule: in a fit of its Trainer.
         patch_size: edge of a patch, in pixels.
     """
     examples = Subset(split.examples, list(split.questions))
     questions = list(split.questions.values())
-    sampler = TrainSampler(examples, options.questions_per_page, seed=options.seed, num_replicas=world_size, rank=0)
-    order = [index for index, *_ in sampler]
-    batches = []
+    order = [index for index, *_ in datamodule.train_sampler(examples)]
+    batch_size, batches = datamodule.batch_size, []
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        rows = [[i] for i in batch] if options.train_on_prompt else _group_by_page(examples.page_ids, batch)
+        rows = [[i] for i in batch] if datamodule.hparams.train_on_prompt else _group_by_page(examples.page_ids, batch)
         lengths = [questions[row[0]].page.tokens + sum(questions[i].question_tokens for i in row) for row in rows]
         padded_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         patches = sum(questions[row[0]].page.patches(patch_size) for row in rows)

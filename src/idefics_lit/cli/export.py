@@ -15,6 +15,7 @@ from idefics_lit.pretrained import load_processor, resolve
 from idefics_lit.training.checkpoint import read_checkpoint
 from idefics_lit.training.checkpoint_checks import check_hyperparameters
 from idefics_lit.training.export import write_export
+from idefics_lit.training.merging import MergeBase, copy_to_merge
 from idefics_lit.training.model_card import splitting_off
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
@@ -36,7 +37,9 @@ def export(
     output: str | None,
     *,
     device: torch.device,
+    dtype: torch.dtype,
     merge: bool = False,
+    merge_into: MergeBase = "dequantized",
     push_to_hub: str | None = None,
 ) -> None:
     """Export a checkpoint's adapter, see `idefics_lit.training.export.export_adapter`.
@@ -47,7 +50,9 @@ def export(
         ckpt_path: the checkpoint.
         output: the folder, which must be new or empty.
         device: where the base model is loaded, as in training, to check that the checkpoint fits it.
+        dtype: the model's, by the Trainer's precision.
         merge: write the merged model instead of the adapter.
+        merge_into: the weights to add the adapter to, see `export_adapter`.
         push_to_hub: also upload the folder to this model repository, ``owner/name``; a new repository is private.
 
     Raises:
@@ -71,27 +76,33 @@ def export(
         check_hyperparameters(checkpoint, {"hyper_parameters": options, "datamodule_hyper_parameters": data})
         module.model = load_model(
             options.pretrained,
-            quantization="none" if merge else options.quantization,  # merged 4-bit weights would lose the adapter
+            quantization=options.quantization,
+            quantize_vision=options.quantize_vision,
             lora=LoRA(**options.lora),
-            dtype=torch.bfloat16,
-            device=torch.device("cpu") if merge else device,
+            dtype=torch.bfloat16 if options.quantization == "none" else dtype,  # 4-bit weights depend on it a little
+            device=device,
             prepare_base=module.prepare_base,
         )
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
+        model, merged = module.model, None
+        if merge:  # without quantization, no second copy is needed
+            model, merged = (model, "") if options.quantization == "none" else copy_to_merge(module, merge_into)
         write_export(
             folder,
-            module.model,
+            model,
             processor,
             options=options,
             data=data,
-            merge=merge,
+            merged=merged,
             steps=checkpoint["global_step"],
             name=push_to_hub or output,
             scores=_scores(checkpoint),
             publish=bool(push_to_hub),
         )
     print(f"{'merged model' if merge else 'adapter'} in {output}")
+    if merged:
+        print(merged)
     if not splitting:
         print(f"warning: {splitting_off(processor)}", file=sys.stderr)
     if push_to_hub:

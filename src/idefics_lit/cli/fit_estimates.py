@@ -44,9 +44,7 @@ def fit_table(
         table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
         return table
     patch_size = 14 if isinstance(config, str) else config.vision_config.patch_size
-    batches = first_epoch_batches(
-        splits["train"], datamodule.hparams, datamodule.batch_size, trainer.world_size, patch_size
-    )
+    batches = first_epoch_batches(splits["train"], datamodule, patch_size)
     if not batches:
         table.add_row("training", "no question is left to train on")
         return table

@@ -20,6 +20,7 @@ from idefics_lit.cli.progress_bar import ProgressBar
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.execution import default_precision
+from idefics_lit.pretrained import DTYPES
 from idefics_lit.training.checkpoint import AtomicCheckpointIO
 from idefics_lit.training.lightning_compat import remove_wandb_anonymous, use_checkpoint_connector
 from idefics_lit.training.run_folder import exclusive_run_folder
@@ -176,7 +177,9 @@ class DocVQACLI(CheckpointOptionsCLI):
             self.ckpt_path,
             options.output,
             device=self.trainer.strategy.root_device,
+            dtype=DTYPES.get(str(self.trainer.precision), torch.float32),
             merge=options.merge,
+            merge_into=options.merge_into,
             push_to_hub=options.push_to_hub,
         )
 

@@ -25,7 +25,6 @@ from idefics_lit.reporting.report import Report
 from idefics_lit.reporting.save_config import SaveConfig
 from idefics_lit.reporting.skipped_examples import SkippedExamples
 from idefics_lit.reporting.summary import Summary
-from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.finite_checks import FiniteLossCheck, OverflowCheck
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.training.preemption import PreemptionSync, SaveOnInterrupt
@@ -53,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     writer = EvaluationWriter()
     report = Report(writer)
     summary = Summary(writer, report)
-    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), EpochProgressRepair(), SaveOnInterrupt()]
+    training = [PreemptionSync(), FiniteLossCheck(), OverflowCheck(), SaveOnInterrupt()]
     try:
         DocVQACLI(
             Idefics2Module,

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -37,6 +37,10 @@ COMMAND_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "export": {
         "output": {"type": str | None, "metavar": "FOLDER", "help": "folder to write"},
         "merge": {"type": bool, "default": False, "help": "write the base model in bfloat16 with the adapter merged"},
+        "merge_into": {
+            **{"type": Literal["dequantized", "original"], "default": "dequantized"},
+            "help": "the 4-bit weights that the adapter was trained on, as 16 bits, or the original 16-bit weights",
+        },
         "push_to_hub": {"type": str | None, "metavar": "NAME", "help": "upload it to the Hub as OWNER/NAME"},
     },
 }

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Examples
-from idefics_lit.data.loaders import StreamLoader, TrainingLoader
+from idefics_lit.data.loaders import EvalLoader, StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
 from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
@@ -143,14 +143,24 @@ class DocVQADataModule(LightningDataModule):
         """What is wrong with the rows that were left out before any page was opened, one line each."""
         self.held_out_by: dict[str, Any] = {}
         """The options that choose which pages of the training split are scored; empty if none are."""
+        self._started: dict[str, EvalLoader | TrainingLoader | StreamLoader] = {}
 
     def setup(self, stage: str) -> None:
-        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad."""
+        """Open the splits that the stage needs and load the processor, without the rows that are known to be bad.
+
+        In a run of the Trainer, the workers of the first evaluation start.
+        """
         self.open(stage)
         self.examples = {
             split: self._without_faults(examples, need_answers=split != "predict")
             for split, examples in self.examples.items()
         }
+        self._started = {}
+        if self.trainer and not (stage == "fit" and self.trainer.num_sanity_val_steps == 0):
+            if stage in ("fit", "validate") and self.trainer.limit_val_batches:
+                self.start_workers("val")
+            elif stage == "test" and self.trainer.limit_test_batches:
+                self.start_workers("test")
 
     def open(self, stage: str) -> None:
         """Open the splits that the stage needs and load the processor, bad rows included."""
@@ -182,9 +192,32 @@ class DocVQADataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own accumulation and validation interval back."""
+        self._started = {}
         if self.step:
             self.step.restore()
             self.step = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop workers that were started for loaders that weren't read."""
+        self._started = {}
+
+    def start_workers(self, split: str) -> None:
+        """Let the workers of a loader prepare their first batches, while the model is loaded.
+
+        Nothing is started if no Trainer is running, or if it uses other loaders or batches than this module's.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        trainer, hook = self.trainer, f"{split}_dataloader"
+        is_overridden = getattr(type(self), hook) is not getattr(DocVQADataModule, hook)
+        if trainer is None or trainer.state.fn is None or is_overridden or not self.workers():
+            return
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            return
+        loader = self._train_loader() if split == "train" else self._eval_loader(split)
+        loader.start()
+        self._started[split] = loader
 
     @property
     def batch_size(self) -> int:
@@ -203,25 +236,21 @@ class DocVQADataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of shuffled training batches."""
-        options = self.hparams
-        if options.streaming:
-            assert self.trainer is not None
-            return StreamLoader(self._streamed_questions(), self.trainer, **self._loader_options("train"))
-        sampler, dataset = self.train_sampler(), self.dataset("train")
-        return TrainingLoader(dataset, self.trainer, sampler=sampler, **self._loader_options("train"))
+        return self._started_loader("train") or self._train_loader()
 
-    def train_sampler(self) -> TrainSampler:
+    def train_sampler(self, examples: Examples) -> TrainSampler:
         """Return the sampler of this rank's training questions."""
         options = self.hparams
-        return TrainSampler(self.examples["train"], options.questions_per_page, seed=options.seed, **self._ranks())
+        share = self.step.examples_per_device if self.step else self.batch_size
+        return TrainSampler(examples, options.questions_per_page, share, seed=options.seed, **self._ranks())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""
-        return self._eval_loader("val")
+        return self._started_loader("val") or self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of test batches."""
-        return self._eval_loader("test")
+        return self._started_loader("test") or self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
@@ -263,10 +292,26 @@ class DocVQADataModule(LightningDataModule):
         if self.step and state_dict.get("batch_size") in self.step.batch_sizes:  # else there are other devices
             self.step.set_batch_size(state_dict["batch_size"])
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
+    def _started_loader(self, split: str) -> DataLoader[Any] | None:
+        """Return the loader of `start_workers`, unless it is in use or has other batches than a new one."""
+        loader, options = self._started.get(split), self._loader_options(split)
+        if loader is None or not loader.is_started:
+            return None
+        same = (loader.batch_size, loader.num_workers) == (options["batch_size"], options["num_workers"])
+        return loader if same else None
+
+    def _train_loader(self) -> TrainingLoader | StreamLoader:
+        options = self._loader_options("train")
+        if self.hparams.streaming:
+            assert self.trainer is not None
+            return StreamLoader(self._streamed_questions(), self.trainer, **options)
+        sampler = self.train_sampler(self.examples["train"])
+        return TrainingLoader(self.dataset("train"), self.trainer, sampler=sampler, **options)
+
+    def _eval_loader(self, split: str) -> EvalLoader:
         loader_options = self._loader_options(split)
         sampler = EvalSampler(self.examples[split], 8 * loader_options["batch_size"], **self._ranks())
-        return DataLoader(self.dataset(split), sampler=sampler, **loader_options)
+        return EvalLoader(self.dataset(split), sampler=sampler, **loader_options)
 
     def _loader_options(self, split: str) -> dict[str, Any]:
         batch_size: Any = self.batch_size

@@ -45,7 +45,11 @@ def open_page(stored: Any, number: int | None = None) -> Image.Image:  # noqa: A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns at half of the size that it refuses
         try:
-            with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored, formats=[*FORMATS]) as image:
+            with (
+                # Not by its path: Pillow maps such a file into memory, and misplaces the pixels of a turned TIFF.
+                io.BytesIO(stored) if isinstance(stored, bytes) else Path(stored).open("rb") as file,
+                Image.open(file, formats=[*FORMATS]) as image,
+            ):
                 frames = page_frames(image)
                 if number is None and len(frames) > 1:
                     if isinstance(stored, bytes):

@@ -1,15 +1,17 @@
-"""Resumable training loaders: one for a split with an index, one for a stream.
+"""Loaders whose workers can start early; training loaders can be resumed, for a split with an index or a stream.
 
-Their state is the position in the data and the settings that the position depends on. The keys of the state are those
-of existing checkpoints.
+The state of a training loader is the position in the data and the settings that the position depends on. The keys of
+the state are those of existing checkpoints.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from idefics_lit.errors import InputError
@@ -19,13 +21,53 @@ if TYPE_CHECKING:
     from idefics_lit.data.streamed_questions import StreamedQuestions
 
 
+class EvalLoader(DataLoader[Any]):
+    """A DataLoader whose workers can prepare their first batches before it is iterated."""
+
+    _started: Iterator[Any] | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the next iteration continues with the batches of `start`."""
+        return self._started is not None
+
+    def start(self) -> None:
+        """Start the workers; torch's random numbers are as if they hadn't been started."""
+        with torch.random.fork_rng(devices=[]):
+            self._started = super().__iter__()
+
+    def __iter__(self) -> Any:  # noqa: ANN401
+        """Return an iterator over the batches."""
+        started, self._started = self._started, None
+        return started or super().__iter__()
+
+
 class _QuietLoader(StatefulDataLoader):  # type: ignore[misc]
     """torchdata's loader without its warning about an obsolete call in its constructor."""
+
+    is_started = False
+    """Whether the next iteration continues with the batches of `start`."""
 
     def __init__(self, dataset: Any, **options: Any) -> None:  # noqa: ANN401
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             super().__init__(dataset, **options)
+
+    def start(self) -> None:
+        """Start the workers, as `EvalLoader.start`."""
+        with torch.random.fork_rng(devices=[]):
+            super().state_dict()  # opens an iterator, which the next iteration continues
+        self.is_started = True
+
+    def __iter__(self) -> Any:  # noqa: ANN401
+        """Return an iterator over the batches."""
+        self.is_started = False
+        return super().__iter__()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at a position."""
+        self.is_started = False
+        super().load_state_dict(state_dict)
 
 
 class TrainingLoader(_QuietLoader):
@@ -44,8 +86,15 @@ class TrainingLoader(_QuietLoader):
         super().__init__(dataset, **options)
         self.trainer = trainer
 
+    def start(self) -> None:
+        """Start the workers with the sampler's current epoch."""
+        super().start()
+        self._started_epoch = self.sampler.epoch
+
     def __iter__(self) -> Iterator[Any]:
         """Iterate lazily: Lightning calls ``iter`` before it calls the sampler's ``set_epoch``."""
+        if self.is_started and self.sampler.epoch != self._started_epoch:
+            super().load_state_dict({})  # closes what was started
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +140,7 @@ class StreamLoader(_QuietLoader):
 
     def __init__(self, dataset: "StreamedQuestions", trainer: Trainer, **options: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, **options)
-        self.trainer, self.started = trainer, False
+        self.trainer, self.was_iterated = trainer, False
 
     def __len__(self) -> int:
         """Return the number of batches of the training on this rank."""
@@ -99,9 +148,9 @@ class StreamLoader(_QuietLoader):
 
     def __iter__(self) -> Any:  # noqa: ANN401
         """Start, or continue after the last batch: an epoch of Lightning's is not an epoch of the stream."""
-        if self.started:
+        if self.was_iterated:
             super().load_state_dict(super().state_dict())
-        self.started = True
+        self.was_iterated = True
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

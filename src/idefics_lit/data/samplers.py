@@ -22,19 +22,21 @@ from idefics_lit.data.subset import SampledIndex
 class TrainSampler(DistributedSampler[Any]):
     """Shuffled questions of one rank, a function of the seed and the epoch alone.
 
-    It is a `DistributedSampler` in single-device runs too, because Lightning calls its ``set_epoch``.
+    An optimizer step has the same questions on any number of ranks, each of which has an equal share of it. It is a
+    `DistributedSampler` in single-device runs too, because Lightning calls its ``set_epoch``.
 
     Args:
         examples: the split.
         questions_per_page: up to this many questions about one page follow one another. A batch whose size is a
             multiple of this number splits few pages, whose images would be encoded in two batches.
+        share: the questions of this rank in an optimizer step.
         kwargs: see `torch.utils.data.DistributedSampler`.
     """
 
-    def __init__(self, examples: Examples, questions_per_page: int, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, examples: Examples, questions_per_page: int, share: int, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(examples, **kwargs)
         self.page_ids, self.answers = examples.page_ids, examples.answers
-        self.questions_per_page = questions_per_page
+        self.questions_per_page, self.share = questions_per_page, share
 
     @cached_property
     def order_settings(self) -> dict[str, Any]:
@@ -45,7 +47,8 @@ class TrainSampler(DistributedSampler[Any]):
         pages = [first_questions.setdefault(page_id, index) for index, page_id in enumerate(self.page_ids)]
         digest = short_digest(zip(pages, map(list, self.answers), identities, strict=True))
         return {
-            "trainer.devices": self.num_replicas,
+            # In earlier versions the ranks' steps were others than those of one process.
+            "trainer.devices": ranks if (ranks := self.num_replicas) == 1 else f"{ranks} that share each step",
             "data.seed": self.seed,
             # Earlier versions didn't combine the groups of several pages into blocks.
             "data.questions_per_page": 1 if (size := self.questions_per_page) == 1 else f"{size} in blocks",
@@ -61,12 +64,11 @@ class TrainSampler(DistributedSampler[Any]):
         order = [shuffled[position] for position in chain.from_iterable(_blocks(groups, size))]
         padded = islice(cycle(order), self.total_size)
         samples = [(index, self.epoch, position >= len(order)) for position, index in enumerate(padded)]
-        # Ranks take blocks of `size` questions in turn; the incomplete last round is cut into equal shares.
-        end = len(samples) - len(samples) % (size * ranks)
-        blocks = [samples[start : start + size] for start in range(0, end, size)]
-        share = (len(samples) - end) // ranks
-        rest = samples[end + self.rank * share :][:share]
-        return iter([*chain.from_iterable(blocks[self.rank :: ranks]), *rest])
+        step_size = self.share * ranks
+        for start in range(0, len(samples), step_size):
+            step = samples[start : start + step_size]
+            share = len(step) // ranks  # less than `self.share` in an incomplete last step
+            yield from step[self.rank * share : (self.rank + 1) * share]
 
 
 def _blocks(groups: Iterable[list[int]], size: int) -> list[list[int]]:

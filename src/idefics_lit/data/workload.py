@@ -10,6 +10,7 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
 from idefics_lit.data.grouping import group_by_page
 from idefics_lit.data.image_layout import count_images, image_edge, page_edge
+from idefics_lit.data.image_tokens import largest_page_tokens
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import Workload
@@ -30,6 +31,7 @@ def workload(datamodule: DocVQADataModule) -> Workload:
         questions_per_row=len(page_ids) / len(groups) if groups else 1.0,
         images_per_page=pages * count_images(images, (page_edge(images), page_edge(images))),
         longest_edge=image_edge(images),
+        page_tokens=pages * largest_page_tokens(datamodule.processor),
     )
 
 
@@ -60,7 +62,8 @@ def _most_rows(datamodule: DocVQADataModule) -> int:
     size = datamodule.batch_size
     if "train" not in datamodule.examples or datamodule.hparams.train_on_prompt:
         return size
-    page_ids, order = datamodule.examples["train"].page_ids, iter(datamodule.train_sampler())
+    examples = datamodule.examples["train"]
+    page_ids, order = examples.page_ids, iter(datamodule.train_sampler(examples))
     batches = iter(lambda: [page_ids[index] for index, *_ in islice(order, size)], [])
     return max(len(set(batch)) for batch in batches)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def configure_compile() -> None:
@@ -20,3 +21,9 @@ def attention_implementation(config: Any) -> str:  # noqa: ANN401
     """Return the name of a transformers configuration's attention implementation; its JSON leaves it out."""
     assert hasattr(config, "_attn_implementation"), "transformers' configurations have no _attn_implementation any more"
     return str(config._attn_implementation)
+
+
+def addmm_gelu(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    """Return GELU, in its tanh form, of ``inputs @ weight.T + bias`` in one kernel of a GPU; inputs are (N, K)."""
+    assert hasattr(torch, "_addmm_activation"), f"torch._addmm_activation is gone in torch {torch.__version__}"
+    return torch._addmm_activation(bias, inputs, weight.t(), use_gelu=True)

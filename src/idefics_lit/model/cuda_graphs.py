@@ -1,10 +1,11 @@
 """Capture functions as CUDA graphs: forward and backward, thousands of kernels, are one launch each.
 
-A shape is captured at its second call; the first call is the warm-up. Other threads, such as a loader's, may use the
-GPU during a capture. Gradients are copies, so that they can be accumulated. The backward of a call must come before
-the function's next call.
+A shape is captured at its fourth call: a capture takes as long as about 20 calls without a graph take more than with
+one, and many shapes come only once or twice. Other threads, such as a loader's, may use the GPU during a capture.
+Gradients are copies, so that they can be accumulated. The backward of a call must come before the function's next call.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from torch.func import functional_call
 
 from idefics_lit.model.memory import free_gpu_bytes
 
+CALLS_BEFORE_CAPTURE = 3  # of a shape; benchmarks/NOTES.md: which number takes the least time
 MAX_SHAPES = 64  # captured for a function; each takes memory
 MAX_MEMORY_SHARE = 0.5  # of the free memory, that a new shape may need
 
@@ -33,7 +35,8 @@ class CudaGraphCache(nn.Module):
         self.function, self.module = function, module
         self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.calls = 0
-        self._graphs: dict[Any, _Graph | None] = {}
+        self._graphs: dict[Any, _Graph] = {}
+        self._calls_before_capture: Counter[Any] = Counter()  # by shape
         # A function's graphs share a pool, since only one of them runs at a time. Each function has its own pool: what
         # its forward saves for its backward must survive the other functions' graphs.
         self._pool = torch.cuda.graph_pool_handle()
@@ -48,7 +51,7 @@ class CudaGraphCache(nn.Module):
         try:
             return self._replay(arguments)
         except torch.OutOfMemoryError:
-            if not any(self._graphs.values()):
+            if not self._graphs:
                 raise
         self.forget()
         return self._replay(arguments)
@@ -56,6 +59,7 @@ class CudaGraphCache(nn.Module):
     def forget(self) -> None:
         """Free the memory of all graphs; their shapes are captured again when they are used again."""
         self._graphs.clear()
+        self._calls_before_capture.clear()
         self._pool_bytes = 0
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
@@ -63,20 +67,25 @@ class CudaGraphCache(nn.Module):
     def _replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
-            if len(self._graphs) < MAX_SHAPES:
-                # The new graph needs about as much memory as the others' pool, and can't use the pool's.
-                if self._pool_bytes > MAX_MEMORY_SHARE * _free_bytes():
-                    self.forget()
-                self._graphs[key] = None
-            with _autocast():
-                return self(*arguments)
-        graph = self._graphs[key]
-        if graph is None:
-            free_bytes = _free_bytes()
-            graph = self._graphs[key] = _Graph(self, arguments, self.trainable, self._pool)
-            self._pool_bytes += free_bytes - _free_bytes()
-        result: Tensor = _Replay.apply(graph, *arguments, *self.trainable.values())
+            # The new graph needs about as much memory as the others' pool, and can't use the pool's.
+            if not self._calls_before_capture[key] and self._is_memory_short():
+                self.forget()
+            self._calls_before_capture[key] += 1
+            if self._calls_before_capture[key] <= CALLS_BEFORE_CAPTURE or len(self._graphs) >= MAX_SHAPES:
+                with _autocast():
+                    return self(*arguments)
+            torch.cuda.empty_cache()  # as a capture does: what is reserved in addition is the pool's
+            reserved_bytes = torch.cuda.memory_reserved()
+            self._graphs[key] = _Graph(self, arguments, self.trainable, self._pool)
+            self._pool_bytes += torch.cuda.memory_reserved() - reserved_bytes
+        result: Tensor = _Replay.apply(self._graphs[key], *arguments, *self.trainable.values())
         return result
+
+    def _is_memory_short(self) -> bool:
+        if self._pool_bytes <= MAX_MEMORY_SHARE * free_gpu_bytes():
+            return False
+        torch.cuda.empty_cache()  # takes time; what it releases is free too
+        return self._pool_bytes > MAX_MEMORY_SHARE * free_gpu_bytes()
 
 
 class _Graph:
@@ -146,12 +155,6 @@ class CudaGraphRunner:
             with _autocast(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 function()
         self._graph.replay()
-
-
-def _free_bytes() -> int:
-    """Return the bytes that can be allocated."""
-    torch.cuda.empty_cache()
-    return free_gpu_bytes()
 
 
 def _autocast() -> AbstractContextManager[None]:

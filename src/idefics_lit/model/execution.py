@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ CONTEXT_GIB = 0.5  # what CUDA and its libraries take
 GRAPHS_ACTIVATIONS = 2.5
 ACTIVATIONS = 1.15  # fragmentation
 MIN_DEQUANTIZED_BATCH = 8  # with less, room for a larger batch is worth more than 16-bit weights
+# Compiling takes 22 s, once on a machine, and 4 s from its cache; a step of 124 ms then takes 15 to 20% less.
+MIN_COMPILED_STEPS = 1000
 # A question of DocVQA with its answer, and the text around a page.
 TOKENS_PER_QUESTION, TOKENS_AROUND_PAGE = 28, 20
 # Multiply-adds of a layer's forward on a batch. From the first on, an H200 takes 4 ms for a layer and a tenth of that
@@ -66,13 +69,17 @@ class Workload(NamedTuple):
         batch_sizes: the batch sizes to choose from, the largest first.
         questions_per_row: mean number of questions that share a page's row.
         images_per_page: images that the vision tower encodes for a row.
-        longest_edge: of an image, in pixels; the tiles of Idefics3 and SmolVLM have a size of their own.
+        longest_edge: of an image or tile, in pixels.
+        page_tokens: tokens of a row's pages; by default those of a page of Idefics2.
+        steps: optimizer steps of the fit.
     """
 
     batch_sizes: Sequence[int]
     questions_per_row: float = 1.0
     images_per_page: int = 1
     longest_edge: int = 980
+    page_tokens: int = 66
+    steps: float = inf
 
 
 class Execution(NamedTuple):
@@ -90,7 +97,7 @@ class Execution(NamedTuple):
         return {name: getattr(self, name) for name in EXECUTION_OPTIONS}
 
 
-# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16.
+# Measured: benchmarks/NOTES.md. Layers are compiled only with 16-bit weights on a GPU with bfloat16, in long fits.
 CANDIDATES = (
     Execution(MIN_DEQUANTIZED_BATCH, dequantize=True, cuda_graphs=True, compile=True),
     Execution(0, cuda_graphs=True),
@@ -148,7 +155,7 @@ def choose_execution(
         given = {"dequantize": False, "cuda_graphs": False, "compile": False, **given}
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
         given.setdefault("cuda_graphs", False)
-    if precision != "bf16-mixed" or not device.can_compile:
+    if precision != "bf16-mixed" or not device.can_compile or workload.steps < MIN_COMPILED_STEPS:
         given.setdefault("compile", False)
     if is_sharded:
         given.setdefault("gradient_checkpointing", False)
@@ -179,20 +186,16 @@ def choose_execution(
 
 def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) -> tuple[int, int]:
     """Return the patches and tokens of a batch."""
-    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
-
-    architecture = backbone_class(config)
     rows = -(-questions // max(1, round(workload.questions_per_row)))
-    images = rows * workload.images_per_page
-    tokens = images * architecture.image_tokens(config) + rows * TOKENS_AROUND_PAGE + questions * TOKENS_PER_QUESTION
-    return images * architecture.image_patches(config, workload.longest_edge), tokens
+    patches = rows * workload.images_per_page * (workload.longest_edge // config.vision_config.patch_size) ** 2
+    return patches, rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + questions * TOKENS_PER_QUESTION
 
 
 def _activations_gib(
     config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
 ) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    from idefics_lit.model.architecture import backbone_class
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
 
     peaks = backbone_class(config).peaks
     kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if execution.cuda_graphs else "plain"

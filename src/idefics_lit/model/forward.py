@@ -71,16 +71,6 @@ class Backbone(ABC):
     peaks: ClassVar[Peaks]
     """Its memory in training."""
 
-    @staticmethod
-    @abstractmethod
-    def image_tokens(config: Any) -> int:  # noqa: ANN401
-        """Return the number of tokens of an image, with the special tokens and the tags around it."""
-
-    @staticmethod
-    @abstractmethod
-    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
-        """Return the largest number of patches of an image whose longest edge has so many pixels."""
-
     @abstractmethod
     def encode_pages(self, batch: Batch) -> list[Tensor]:
         """Return for each row the embeddings of its image tokens (image tokens, width), in their order."""

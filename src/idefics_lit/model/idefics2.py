@@ -18,7 +18,8 @@ from idefics_lit.model.forward import Backbone
 from idefics_lit.model.memory import IDEFICS2_PEAKS
 
 LONGEST_MULTIPLE = 256  # the longest image's patches are padded to a multiple, for few shapes
-# With CUDA graphs all patches are padded to a multiple of 1024, or of 1/16 of the next power of two if that is more.
+# With CUDA graphs to a multiple of 1024, and all patches to one of 1024, or of 1/16 of the next power of two if that is
+# more.
 PATCHES_MULTIPLE, PATCHES_SHARE = 1024, 16
 MAX_PROJECTED_PATCHES = 4096  # at a time: the modality projection's hidden states are twelve times as wide
 MAX_CONNECTED_IMAGES = 16  # at a time, in evaluation
@@ -30,26 +31,15 @@ class Idefics2Backbone(Backbone):
     peaks = IDEFICS2_PEAKS
 
     @staticmethod
-    def image_tokens(config: Any) -> int:  # noqa: ANN401
-        """Return the resampler's latents and the special tokens around them."""
-        return int(config.perceiver_config.resampler_n_latents) + 2
-
-    @staticmethod
-    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
-        """Return the patches of a square image."""
-        return int((longest_edge // config.vision_config.patch_size) ** 2)
-
-    @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401
         """Return the vision tower."""
         return {"vision tower": base.model.vision_model}
 
     @staticmethod
     def compiled_modules(base: Any) -> Sequence[nn.Module]:  # noqa: ANN401
-        """Return the layers, and the other modules that process all patches."""
+        """Return the text model's layers and what processes all patches; compiled, the tower's layers are slower."""
         connector = base.model.connector
         return [
-            *base.model.vision_model.encoder.layers,
             connector.modality_projection,
             *(layer.input_context_norm for layer in connector.perceiver_resampler.layers),
             *base.model.text_model.layers,
@@ -99,7 +89,7 @@ class Idefics2Backbone(Backbone):
         """Project and resample each image's features (P, width) to embeddings of image tokens (I, latents, width)."""
         lengths = [len(patches) for patches in features]
         patches = torch.cat(list(features))
-        longest = max(lengths) + -max(lengths) % LONGEST_MULTIPLE
+        longest = max(lengths) + -max(lengths) % (PATCHES_MULTIPLE if self._graphs else LONGEST_MULTIPLE)
         if self._graphs:
             multiple = max(PATCHES_MULTIPLE, 2 ** len(patches).bit_length() // PATCHES_SHARE)
             patches = F.pad(patches, (0, 0, 0, -len(patches) % multiple))

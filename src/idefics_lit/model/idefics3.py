@@ -17,7 +17,6 @@ from idefics_lit.model.batch import Batch
 from idefics_lit.model.forward import Backbone
 from idefics_lit.model.memory import IDEFICS3_PEAKS
 
-TAG_TOKENS = 10  # of SmolVLM-Instruct; Idefics3-8B has 9, and models whose tags are special tokens have 2
 MAX_CONNECTED_TILES = 64  # at a time, in evaluation
 
 
@@ -25,17 +24,6 @@ class Idefics3Backbone(Backbone):
     """The forward of Idefics3, SmolVLM or SmolVLM2 with an adapter."""
 
     peaks = IDEFICS3_PEAKS
-
-    @staticmethod
-    def image_tokens(config: Any) -> int:  # noqa: ANN401
-        """Return a tile's image tokens and its row and column tag, where that is text."""
-        patches = Idefics3Backbone.image_patches(config, 0)
-        return int(patches // config.scale_factor**2) + TAG_TOKENS
-
-    @staticmethod
-    def image_patches(config: Any, longest_edge: int) -> int:  # noqa: ANN401
-        """Return the patches of a tile, whose size is the vision tower's own."""
-        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
     @staticmethod
     def feature_modules(base: Any) -> Mapping[str, nn.Module]:  # noqa: ANN401
@@ -48,8 +36,8 @@ class Idefics3Backbone(Backbone):
 
     @staticmethod
     def compiled_modules(base: Any) -> Sequence[nn.Module]:  # noqa: ANN401
-        """Return the layers of vision tower and text model."""
-        return [*base.model.vision_model.encoder.layers, *base.model.text_model.layers]
+        """Return the text model's layers."""
+        return list(base.model.text_model.layers)
 
     def graph_stages(self) -> Mapping[str, nn.Module]:
         """Return vision tower and text model; the connector is a few kernels."""

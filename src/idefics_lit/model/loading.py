@@ -5,8 +5,11 @@ frozen vision tower into autograd. LoRA weights are float32 under mixed precisio
 kernels are disabled: they have no gradient and repack a layer's weight permanently.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from idefics_lit.model.architecture import backbone_class
 from idefics_lit.model.compat import configure_compile
 from idefics_lit.model.lora import LoRA, Quantization, unquantized_modules
 from idefics_lit.model.quiet_imports import Linear4bit, Params4bit, peft
+from idefics_lit.model.vision_mlp import fuse_vision_mlps
 from idefics_lit.pretrained import cannot_load, quiet_transformers, refuse_adapter, resolve
 
 
@@ -85,6 +89,7 @@ def load_model(
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
         # Its hooks make the inputs of every sub-model require gradients, also those of the frozen vision tower.
         adapted.disable_input_require_grads()
+    fuse_vision_mlps(base)
     if compiled:
         _compile(base)
     # transformers loads in eval mode, which disables gradient checkpointing, and Lightning restores each module's mode.
@@ -140,6 +145,12 @@ def _disable_inference_kernels(base: nn.Module) -> None:
 
 def _compile(base: Any) -> None:  # noqa: ANN401
     configure_compile()
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError, RuntimeError):  # there may be no home; torch's default is below /tmp, for one boot
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "idefics_lit" / "compiled"
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     for module in backbone_class(base.config).compiled_modules(base):
         module.compile(dynamic=True)
 

@@ -166,10 +166,12 @@ def key_value_width(text_config: "PretrainedConfig") -> int:
 
 def free_gpu_bytes(device: torch.device | None = None) -> int:
     """Return the bytes of a GPU that this process can still allocate: other processes' and its own limit count."""
-    free, total = torch.cuda.mem_get_info(device)
+    # Without a Trainer the device is "cuda"; the limit is read only with an index.
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
     # torch < 2.8 has no way to read the limit.
-    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return min(free, int(limit * total) - torch.cuda.memory_reserved(device))
+    limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(index)
+    return min(free, int(limit * total) - torch.cuda.memory_reserved(index))
 
 
 def available_ram_bytes() -> int:

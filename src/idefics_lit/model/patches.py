@@ -4,7 +4,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def embed_patches(tower: Any, images: Tensor, height: int, width: int) -> Tensor:  # noqa: ANN401
@@ -22,7 +23,12 @@ def embed_patches(tower: Any, images: Tensor, height: int, width: int) -> Tensor
     pixels = images[..., : rows * side, : columns * side]
     # `embeddings.forward` rounds coordinates to 16 bits in transformers before 5.21, and synchronizes with the GPU.
     positions = vision_position_ids(rows, columns, config.image_size // side, pixels.device)
-    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    projection = embeddings.patch_embedding
+    if type(projection) is nn.Conv2d:  # the same as a product of matrices, which takes a fifth of the time
+        patches = pixels.unflatten(2, (rows, side)).unflatten(4, (columns, side)).permute(0, 2, 4, 1, 3, 5)
+        patches = F.linear(patches.flatten(3).flatten(1, 2), projection.weight.flatten(1), projection.bias)
+    else:  # it has an adapter
+        patches = projection(pixels).flatten(2).transpose(1, 2)
     # Without contiguous(), the layers that follow take a third longer.
     return (patches + embeddings.position_embedding(positions)).contiguous()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     GenerationConfig,
     Idefics2Config,
@@ -85,6 +85,9 @@ def tiny_processor() -> Idefics2Processor:
     spare = [f"<reserved_{i}>" for i in range(VOCABULARY - len(SPECIAL_TOKENS) - len(alphabet))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet, *spare])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    # transformers 5.24's processor puts a space after an image; Idefics2's tokenizer reads the text with and without it
+    # alike.
+    tokenizer.normalizer = normalizers.Replace(Regex("^ "), "")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])

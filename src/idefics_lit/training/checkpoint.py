@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import Tensor
@@ -77,10 +83,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-class EpochProgressRepair(Callback):
-    """Correct the epoch that Lightning (2.6) resumes in from a checkpoint that was saved at the end of an epoch.
+class LastCheckpoint(ModelCheckpoint):
+    """Save ``last.ckpt`` every few optimizer steps, after each epoch's last batch, and after the last step of a fit.
 
-    Lightning would skip an epoch, in this resume or the next one.
+    Args:
+        every_n_train_steps: the number of optimizer steps.
+    """
+
+    def __init__(self, every_n_train_steps: int = 25) -> None:
+        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+        self.every_n_train_steps = every_n_train_steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
+        """Save after the last batch too: Lightning's callback would leave a file that is some steps older."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        is_last = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if is_last and trainer.global_step % self.every_n_train_steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")
+
+
+class EpochProgressRepair(Callback):
+    """Correct what Lightning (2.6) loses when a fit resumes within an epoch or at its end; each fit needs it.
+
+    - From a checkpoint that was saved at the end of an epoch it would skip an epoch, in this resume or the next one.
+    - From a checkpoint that was saved after an epoch's last batch it neither ends that epoch nor begins the next one,
+      so that callbacks that average weights would leave the epoch out.
+    - Within an epoch it doesn't begin it again, so that ``GradientAccumulationScheduler`` would accumulate nothing.
+
+    `Idefics2Module` adds this callback to its Trainer.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,12 +118,22 @@ class EpochProgressRepair(Callback):
         loop = trainer.fit_loop
         progress = loop.epoch_progress
         if loop.restarted_mid_epoch and progress.total.ready == progress.total.completed:  # saved after the last batch
-            progress.increment_ready()
-            progress.increment_started()
+            progress.current.completed -= 1  # which is trainer.current_epoch
+            for callback in _callbacks(trainer, WeightAveraging):
+                callback.on_train_epoch_end(trainer, pl_module)
+            progress.current.completed += 1
+            loop.reset_restart_stage()  # the loop begins an epoch
+        elif loop.restarted_mid_epoch:
+            for callback in _callbacks(trainer, GradientAccumulationScheduler, StochasticWeightAveraging):
+                callback.on_train_epoch_start(trainer, pl_module)
         elif loop.restarted_on_epoch_end:  # saved by a callback at the end of the epoch
             progress.increment_completed()
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
+
+
+def _callbacks(trainer: Trainer, *kinds: type[Callback]) -> list[Callback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
 
 
 def base_fingerprint(pretrained: str, revision: str | None = None) -> dict[str, Any]:

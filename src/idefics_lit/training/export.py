@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 import transformers
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.data.image_layout import count_images, page_edge
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.loading import load_model
-from idefics_lit.model.lora import LoRA
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
 from idefics_lit.training.checkpoint import base_fingerprint
 from idefics_lit.training.checkpoint_checks import check_base, check_weights
+from idefics_lit.training.merging import MergeBase, copy_to_merge
 from idefics_lit.training.model_card import model_card
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.utils.files import new_folder
@@ -29,7 +28,14 @@ ADAPTER_WEIGHT = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\
 
 
 @rank_zero_only
-def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = False, **options: Any) -> None:  # noqa: ANN401
+def export_adapter(
+    module: Idefics2Module,
+    folder: str | Path,
+    *,
+    merge: bool = False,
+    merge_into: MergeBase = "dequantized",
+    **options: Any,  # noqa: ANN401
+) -> None:
     """Write a module's adapter or the merged model, the processor, ``idefics_lit.json`` and a model card to a folder.
 
     Plain peft loads the adapter: ``PeftModel.from_pretrained(base, folder)``. On several ranks, rank 0 writes. The
@@ -38,8 +44,10 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
     Args:
         module: the module.
         folder: must be new or empty.
-        merge: add the adapter to the base model's bfloat16 weights and write all weights instead of the adapter alone.
-            The base model is loaded again, on the CPU, since adding to 4-bit weights would lose the adapter.
+        merge: add the adapter to the base model's weights in bfloat16 and write all weights instead of the adapter
+            alone. The base model is loaded again, on the CPU.
+        merge_into: of a base model in 4 bits, the "dequantized" weights, with which validation scored the adapter, or
+            the "original" 16-bit ones, which it never saw. The difference of both is logged.
         options: ``prompt_style``, ``image_splitting`` and ``image_size``. They default to those of the data module or
             the checkpoint; give those of your own collator.
 
@@ -56,18 +64,10 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
         raise InputError(f"{other} is trained but isn't part of the adapter, which alone can be exported")
     with new_folder(folder) as temporary:
         collator = module.collator(train=False, **options)
-        model = module.model
-        if merge:
-            model = load_model(
-                pretrained,
-                quantization="none",
-                lora=LoRA(**module.hparams.lora),
-                dtype=torch.bfloat16,
-                device=torch.device("cpu"),
-                prepare_base=module.prepare_base,
-            )
+        model, merged = copy_to_merge(module, merge_into) if merge else (module.model, None)
         check_weights(adapter, {name: p for name, p in model.named_parameters() if p.requires_grad})
-        model.load_state_dict(adapter, strict=False)
+        if merged:
+            rank_zero_info(merged)
         image_size = collator.processor.image_processor.size["longest_edge"]
         write_export(
             temporary,
@@ -75,7 +75,7 @@ def export_adapter(module: Idefics2Module, folder: str | Path, *, merge: bool = 
             collator.processor,
             options=module.hparams,
             data={"prompt_style": collator.prompt_style, "image_size": image_size},
-            merge=merge,
+            merged=merged,
             steps=module.global_step,
             name=str(folder),
         )
@@ -88,7 +88,7 @@ def write_export(
     *,
     options: Mapping[str, Any],
     data: Mapping[str, Any],
-    merge: bool,
+    merged: str | None,
     steps: int,
     name: str,
     scores: Mapping[str, float] | None = None,
@@ -102,7 +102,7 @@ def write_export(
         processor: the processor of the training.
         options: the module's.
         data: the data module's options, at least ``prompt_style``.
-        merge: write the merged model instead of the adapter.
+        merged: write the merged model instead of the adapter; what `copy_to_merge` says, for the model card.
         steps: optimizer steps of the training, 0 if unknown.
         name: the Hub id or folder that the model card's code loads.
         scores: values of metrics, for the model card.
@@ -114,14 +114,15 @@ def write_export(
     _save_processor(processor, folder)
     base_model = model.get_base_model()
     generation = _generation_config(processor, base_model.generation_config, options["max_new_tokens"])
-    base = resolve(options["pretrained"])
+    base = base_name = resolve(options["pretrained"])
     local_base = Path(base).is_dir()
     if local_base:
-        base = Path(options["pretrained"]).resolve().name if merge or publish else str(Path(base).resolve())
-    if merge:
-        merged = model.merge_and_unload()
-        merged.generation_config = generation  # without it, some base models would not stop after the answer
-        merged.save_pretrained(folder)
+        base_name = Path(options["pretrained"]).resolve().name
+        base = base_name if merged is not None or publish else str(Path(base).resolve())
+    if merged is not None:
+        whole = model.merge_and_unload()
+        whole.generation_config = generation  # without it, some base models would not stop after the answer
+        whole.save_pretrained(folder)
     else:
         model.peft_config["default"].base_model_name_or_path = base
         # The default "auto" saves all of lm_head if target_modules names it.
@@ -129,9 +130,9 @@ def write_export(
     images: Any = processor.image_processor
     edge = page_edge(images)
     facts = {
-        "base": base,
+        "base": base_name,
         "model_type": base_model.config.model_type,
-        "merged": merge,
+        "merged": merged is not None,
         "prompt_style": data["prompt_style"],
         "image_splitting": images.do_image_splitting,
         "image_tokens": count_images(images, (edge, edge)) * processor.image_seq_len,
@@ -142,7 +143,7 @@ def write_export(
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     (folder / "idefics_lit.json").write_text(text, encoding="utf-8")
-    card = model_card(facts, name, generation, processor, local_base=local_base)
+    card = model_card(facts, name, generation, processor, base=base, local_base=local_base, merged=merged)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates files that only the owner can read; give all files the permissions of the umask.
     mode = (folder / "README.md").stat().st_mode

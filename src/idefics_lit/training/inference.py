@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from idefics_lit.data.collator import Idefics2Collator
+from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
@@ -18,7 +20,7 @@ from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.training.answering import ImageSource, answer_questions
 from idefics_lit.training.checkpoint import base_fingerprint, model_fingerprint
 from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS, check_training_options
-from idefics_lit.training.options import read_training_options
+from idefics_lit.training.options import is_merged, read_training_options
 from idefics_lit.training.options_in_effect import options_in_effect
 from idefics_lit.training.trained_weights import TrainedWeightsModule
 from idefics_lit.utils.distributed import gather_objects
@@ -80,7 +82,14 @@ class InferenceModule(TrainedWeightsModule):
         data = getattr(own_trainer, "datamodule", None)
         found = find_device(device)
         self.devices = gather_objects(own_trainer, found) if own_trainer else [found]
+        if options.quantization != "none" and is_merged(options.pretrained):
+            rank_zero_warn(
+                f"model.pretrained {options.pretrained!r} is a merged model, whose answers 4 bits change: give "
+                f"--model.quantization none."
+            )
         options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
+        if own_trainer is not None and own_trainer.training and isinstance(data, DocVQADataModule):
+            data.start_workers("train")
         self.model = load_model(
             options.pretrained,
             quantization=options.quantization,

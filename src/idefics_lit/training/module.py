@@ -1,4 +1,4 @@
-"""Idefics2Module: how Idefics2 is trained, evaluated and saved.
+"""Idefics2Module: how Idefics2, Idefics3 and SmolVLM are trained, evaluated and saved.
 
 What is special here:
 
@@ -24,6 +24,7 @@ from idefics_lit.evaluation.answer import Answer
 from idefics_lit.metrics import ANLS
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.lora import LoRA, Quantization
+from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.checkpoint_checks import check_checkpoint
 from idefics_lit.training.inference import InferenceModule
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Idefics2Module(InferenceModule):
-    """Idefics2 with a 4-bit base model and LoRA, for answering questions about document pages.
+    """Idefics2, Idefics3 or SmolVLM with a 4-bit base model and LoRA, for answering questions about document pages.
 
     Logs ``train/loss`` and ``lr`` every optimizer step. Validation logs ``val/loss``, ``val/anls``, ``val/anls_TYPE``
     for every question type in the data, ``val/anls_dataloader_idx_N`` for each of several data loaders, and
@@ -50,12 +51,13 @@ class Idefics2Module(InferenceModule):
     `idefics_lit.model.execution`. They don't change the loss.
 
     No callback is needed. These may be added to any Trainer, one by one; the command line adds all:
-    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``,
-    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``, and
-    `idefics_lit.training.checkpoint.EpochProgressRepair`.
+    `idefics_lit.training.finite_checks.FiniteLossCheck` and ``OverflowCheck``, and
+    `idefics_lit.training.preemption.PreemptionSync` and ``SaveOnInterrupt``. The module itself adds
+    `idefics_lit.training.checkpoint.EpochProgressRepair`, without which resumed fits would end with other weights.
 
     Args:
-        pretrained: a Hub id or a folder in the Hub's format; "tiny" is the small model that comes with the package.
+        pretrained: an Idefics2, Idefics3, SmolVLM or SmolVLM2: a Hub id or a folder in the Hub's format; "tiny" is the
+            small model that comes with the package.
         quantization: "nf4" (4-bit base model, double quantization) or "none".
         quantize_vision: quantize the vision tower too: 0.6 GiB less, slower, and less exact.
         dequantize: convert the 4-bit weights back to 16 bits once: the same numbers, faster, 11 GiB more.
@@ -71,7 +73,8 @@ class Idefics2Module(InferenceModule):
         feature_cache: where features of pages are kept for further questions and epochs: "memory", a folder or "off";
             by default in memory if a fit reads pages again and half of the free memory is enough.
         feature_cache_gb: the largest size of the cache, over all runs that share a folder; a page takes 9 MB with
-            Idefics2-8b, and 44 MB with image splitting.
+            Idefics2-8b, 44 MB with image splitting, and up to 30 MB with Idefics3 and SmolVLM, or 2 to 24 MB if
+            lora.target_modules leave the connector out.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
         compile: compile the layers for training; only the first step takes longer.
         max_new_tokens: the largest length of a generated answer, in tokens.
@@ -144,9 +147,10 @@ class Idefics2Module(InferenceModule):
         self.hparams.lr = value
 
     def configure_callbacks(self) -> Any:  # noqa: ANN401
-        """Refuse features of the Trainer that can't work, before they change the model."""
+        """Refuse features of the Trainer that can't work, and add `EpochProgressRepair`, which each fit needs."""
         check_supported(self.trainer)
-        return super().configure_callbacks()
+        has_repair = any(isinstance(callback, EpochProgressRepair) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_repair else [EpochProgressRepair()]
 
     # Training
 

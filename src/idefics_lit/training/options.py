@@ -10,6 +10,7 @@ from transformers.utils.hub import cached_file
 
 from idefics_lit.errors import InputError
 from idefics_lit.model.lora import LoRA
+from idefics_lit.pretrained import resolve
 
 
 def check_options(options: Any) -> None:  # noqa: ANN401
@@ -57,9 +58,22 @@ def plain_lora_options(lora: Any, adapter: str | None) -> dict[str, Any]:  # noq
 
 def read_training_options(adapter: str) -> dict[str, Any]:
     """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
+    facts = _read_facts(adapter)
     try:
-        file = cached_file(adapter, "idefics_lit.json")
-        facts = json.loads(Path(str(file)).read_text(encoding="utf-8"))
         return {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return {}
+
+
+def is_merged(pretrained: str) -> bool:
+    """Return whether a folder or Hub id is a merged model that ``export`` wrote."""
+    facts = _read_facts(pretrained)
+    return isinstance(facts, Mapping) and facts.get("merged") is True
+
+
+def _read_facts(name: str) -> Any:  # noqa: ANN401
+    """Return ``idefics_lit.json`` of a folder or Hub id; None if there is none."""
+    try:
+        return json.loads(Path(str(cached_file(resolve(name), "idefics_lit.json"))).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,6 +1,7 @@
 """The options that a run leaves open: they are worked out for its device, and tried before the first step."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.workload import count_pages, largest_batch, workload
 from idefics_lit.errors import InputError
+from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE
 from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
 from idefics_lit.model.fsdp import FSDP2Strategy
 from idefics_lit.model.memory import GIB, count_weights
@@ -56,6 +58,8 @@ def options_in_effect(
         given |= {"cuda_graphs": bool(options["cuda_graphs"]), "compile": bool(options["compile"])}
     fit = datamodule if isinstance(datamodule, DocVQADataModule) and datamodule.step else None
     load = workload(fit) if fit else UNKNOWN_WORKLOAD
+    if trainer:
+        load = load._replace(steps=_steps(trainer, fit))
     execution = choose_execution(
         min(devices, key=lambda device: device.gib),
         config,
@@ -147,7 +151,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
-            for _ in range(2 if backbone.has_graphs else 1):  # a CUDA graph is captured at the second call
+            for _ in range(CALLS_BEFORE_CAPTURE + 1 if backbone.has_graphs else 1):
                 with trainer.precision_plugin.forward_context():
                     loss, _ = module.loss(batch)
                 # Unlike backward it doesn't call DDP's hooks.
@@ -156,27 +160,43 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
             fits = False
     batch = loss = None
     backbone.feature_cache = cache
-    backbone.forget_graphs()
+    if not fits:  # else the largest graphs stay, whose memory the others share
+        backbone.forget_graphs()
     torch.cuda.empty_cache()
     return fits
+
+
+def _steps(trainer: Trainer, datamodule: DocVQADataModule | None) -> float:
+    """Return the optimizer steps of a fit; infinite if something else ends it."""
+    if datamodule is None or datamodule.step is None:
+        return trainer.max_steps if trainer.max_steps >= 0 else inf
+    return _training_questions(trainer, datamodule) / _questions_per_step(trainer, datamodule)
+
+
+def _training_questions(trainer: Trainer, datamodule: DocVQADataModule) -> float:
+    """Return the questions that a fit trains on, in all epochs; infinite if something else ends it."""
+    limits = [trainer.max_steps * _questions_per_step(trainer, datamodule)] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and "train" in datamodule.examples:
+        limits.append(trainer.max_epochs * len(datamodule.examples["train"]))
+    return min(limits, default=inf)
+
+
+def _questions_per_step(trainer: Trainer, datamodule: DocVQADataModule) -> int:
+    assert datamodule.step is not None
+    return datamodule.step.examples_per_device * trainer.world_size
 
 
 def _pages_recur(trainer: Trainer, datamodule: DocVQADataModule, load: Workload) -> bool:
     """Whether a fit encodes pages more than once: in further epochs, or for further questions about them."""
     if "train" not in datamodule.examples:  # a stream
         return False
-    examples, step = datamodule.examples["train"], datamodule.step
-    assert step is not None
-    steps = trainer.max_steps * step.examples_per_device * trainer.world_size
-    epochs = [steps / len(examples)] if trainer.max_steps >= 0 else []
-    epochs += [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    examples = datamodule.examples["train"]
     visits = len(examples) / load.questions_per_row
-    return min(epochs, default=2) > 1 or visits > len(set(examples.page_ids))
+    return _training_questions(trainer, datamodule) > len(examples) or visits > len(set(examples.page_ids))
 
 
 def _page_bytes(config: "PretrainedConfig", load: Workload, precision: str) -> int:
-    """Return the size of a square page's features; those behind a frozen connector are smaller."""
-    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
-
-    patches = load.images_per_page * backbone_class(config).image_patches(config, load.longest_edge)
-    return int(patches * config.vision_config.hidden_size * DTYPES.get(precision, torch.float32).itemsize)
+    """Return the size of a square page's features; behind a frozen connector they are smaller."""
+    vision = config.vision_config
+    patches = load.images_per_page * (load.longest_edge // vision.patch_size) ** 2
+    return int(patches * vision.hidden_size * DTYPES.get(precision, torch.float32).itemsize)
