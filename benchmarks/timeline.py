@@ -4,10 +4,12 @@
 
 It runs ``fit --config configs/docvqa.yaml`` at full size, twice, with the pages of train_throughput.py. torch.compile's
 cache is empty at the first run, and holds what that run left at the second. Further flags are the command's, such as
-``--model.compile true``. A GPU is waited for after the first, the second and the last step. Needs what full_size.py
-needs; ``--tiny`` tries it on a CPU.
+``--model.compile true``. A GPU is waited for after the first, the second and the last step. From the last step on, the
+stacks of all threads are written to the log of the run every half second. Needs what full_size.py needs; ``--tiny``
+tries it on a CPU.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -74,6 +76,8 @@ class Timeline(Callback):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             mark(names[self.steps])
+        if self.steps == trainer.max_steps:
+            faulthandler.dump_traceback_later(0.5, repeat=True)
 
     def on_validation_start(self, trainer: Any, *_: Any) -> None:
         self.started = time.time()

@@ -3,7 +3,9 @@
 python examples/lora_plus_ema.py [PRETRAINED]
 """
 
+import logging
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +40,10 @@ class LoRAPlusModule(Idefics2Module):
         schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+
+# Hide Lightning's advertisement and a warning that concerns its own code.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+warnings.filterwarnings("ignore", message=".*LeafSpec")
 
 pretrained = sys.argv[1] if len(sys.argv) > 1 else "tiny"  # or HuggingFaceM4/idefics2-8b
 seed_everything(0)

@@ -6,6 +6,8 @@ python examples/own_cli.py validate --data.folder my/pages --model.pretrained ti
 The folder holds pages that are named after their answer, such as ``Miller.png``.
 """
 
+import logging
+import warnings
 from pathlib import Path
 
 from lightning import LightningDataModule
@@ -78,4 +80,8 @@ class PagesCLI(LightningCLI):
 
 
 if __name__ == "__main__":
+    # Hide Lightning's advertisement and a warning that concerns its own code.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
     PagesCLI(Idefics2Module, PagesDataModule, seed_everything_default=0)

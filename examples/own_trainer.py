@@ -3,7 +3,9 @@
 python examples/own_trainer.py [PRETRAINED]
 """
 
+import logging
 import sys
+import warnings
 
 import torch
 from lightning import Trainer, seed_everything
@@ -13,6 +15,10 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 from idefics_lit import ANLS, Example, Idefics2Module, LoRA
+
+# Hide Lightning's advertisement and a warning that concerns its own code.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+warnings.filterwarnings("ignore", message=".*LeafSpec")
 
 pretrained = sys.argv[1] if len(sys.argv) > 1 else "tiny"  # or HuggingFaceM4/idefics2-8b
 seed_everything(0)

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run(*args, folder):
     done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Tip:" not in done.stderr and "LeafSpec" not in done.stderr, done.stderr
     return done.stdout
 
 

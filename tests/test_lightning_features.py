@@ -40,7 +40,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from idefics_lit import DocVQADataModule, Idefics2Module, InputError
 from idefics_lit.training.unsupported import check_supported
@@ -239,13 +239,22 @@ def test_callbacks_that_cant_work_are_refused(callback, module, data):
 
 
 class Stub:
-    """The attributes of a Trainer whose strategy needs a GPU."""
+    """The attributes of a Trainer whose strategy needs a GPU or a package that isn't installed."""
 
-    def __init__(self, strategy):
-        self.strategy, self.callbacks = strategy, []
+    def __init__(self, kind):
+        self.strategy, self.callbacks = kind.__new__(kind), []
 
 
-def test_strategies_that_cant_work_are_refused():
-    _, note = rows("Strategies")["fsdp"]
-    with pytest.raises(InputError, match=re.escape(f"trainer.strategy FSDPStrategy {note}")):
-        check_supported(Stub(FSDPStrategy()))
+@pytest.mark.parametrize("name", [name for name, (works, _) in rows("Strategies").items() if works == "no"])
+def test_strategies_that_cant_work_are_refused(name):
+    kind = StrategyRegistry[name]["strategy"]
+    _, note = rows("Strategies")[name]
+    if same := re.fullmatch(r"as `(\w+)`", note):
+        _, note = rows("Strategies")[same[1]]
+    with pytest.raises(InputError, match=f"^trainer.strategy {kind.__name__} {re.escape(note)}$"):
+        check_supported(Stub(kind))
+
+
+def test_lightnings_own_fsdp2_is_refused():
+    with pytest.raises(InputError, match=r"^trainer.strategy ModelParallelStrategy shards the trained"):
+        check_supported(Stub(ModelParallelStrategy))

@@ -1,9 +1,11 @@
-"""``python -m idefics_lit``."""
+"""The entry point of ``python -m idefics_lit`` and of the script ``idefics-lit``."""
 
 import gc
 import signal
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Import and run the command line."""
     # Imports create many objects that stay until the end. Garbage collection among them takes 1 s while they are
     # imported, and 2 s at exit. It skips frozen objects.
     gc.disable()
@@ -17,3 +19,7 @@ if __name__ == "__main__":
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         gc.freeze()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,9 +12,10 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.utils.hub import prepare_hub
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 # The model's dtype for each precision of the Trainer.
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16, "32-true": torch.float32}
@@ -23,13 +24,16 @@ MAX_TILES = 6  # of an edge: the model was trained with tags for so many
 
 
 def resolve(pretrained: str) -> str:
-    """Return the argument for ``from_pretrained``.
+    """Return the argument for ``from_pretrained``; without a network, the Hub's files are read from the cache.
 
     Args:
         pretrained: a Hub id; a folder in the Hub's form; or "tiny", the small Idefics2 that comes with the package and
             is trained on the pages that the package draws.
     """
-    return str(Path(__file__).parent / "model" / "reader") if pretrained == "tiny" else pretrained
+    if pretrained == "tiny":
+        return str(Path(__file__).parent / "model" / "reader")
+    prepare_hub(pretrained)
+    return pretrained
 
 
 def refuse_adapter(pretrained: str) -> None:
@@ -76,6 +80,21 @@ def weight_files(pretrained: str, revision: str | None = None) -> list[Path]:
     if find(names[0]) is None and (index := find("model.safetensors.index.json")):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [file for name in names if (file := find(name))]
+
+
+def load_config(pretrained: str) -> "PretrainedConfig":
+    """Load a model's configuration.
+
+    Args:
+        pretrained: see `resolve`.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("configuration", pretrained, error) from error
 
 
 def load_processor(
@@ -126,11 +145,7 @@ def _set_image_size(images: Any, pretrained: str, image_size: int) -> None:  # n
         images.size = type(size)(longest_edge=image_size)
         return
     longest, shortest = size["longest_edge"], size["shortest_edge"]
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
-        patch = config.vision_config.patch_size
-    except Exception as error:
-        raise cannot_load("configuration", pretrained, error) from error
+    patch = load_config(pretrained).vision_config.patch_size
     if not patch <= image_size <= longest:
         raise InputError(
             f"data.image_size {image_size}: choose from {patch} to {longest}, the sizes that {pretrained} takes"

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from PIL import Image
 
 from idefics_lit.cli.ask import PageQuestions
@@ -151,7 +152,52 @@ def test_the_table(run, capfd, pages, tmp_path):
     out, err = capfd.readouterr()
     first, answer, second, again = (line.rstrip() for line in out.splitlines())
     assert (first, second, err) == ("both.pdf, page 1", "both.pdf, page 2", "")
-    assert answer == again and answer in {f"  {question}  {text}" for text in expected}
+    assert answer == again and re.sub(r"  \d+%$", "", answer) in {f"  {question}  {text}" for text in expected}
+
+
+def test_the_confidence_is_that_of_predict_and_below_the_minimum_the_answer_is_not_sure(run, ask, capfd, tmp_path):
+    test = find_splits("synthetic:form", None, None, "en", 0)["test"]()
+    test[0].images[0].save(tmp_path / "page.png")
+    run("predict", *READER, "--data.source", "synthetic:form", "--data.limit_test", 8, "--data.num_workers", 0)
+    predicted = [json.loads(line) for line in next(tmp_path.rglob("predictions.jsonl")).read_text().splitlines()]
+    predicted = [record for i, record in enumerate(predicted) if test.page_ids[i] == test.page_ids[0]]
+    flags = ["--image", "page.png", "--question", *(record["question"] for record in predicted)]
+    lines = ask(*flags)
+    assert [line["confidence"] for line in lines] == [round(record["confidence"], 4) for record in predicted]
+    assert all(0 < line["confidence"] < 1 and line["temperature"] == 1 for line in lines)
+    lowest, highest = (pick(line["confidence"] for line in lines) for pick in (min, max))
+    minimum = ("--min_confidence", (lowest + highest) / 2)
+    kept = [None if line["confidence"] < minimum[1] else line["answer"] for line in lines]
+    assert [line["answer"] for line in ask(*flags, *minimum)] == kept and {type(text) for text in kept} == {
+        str,
+        type(None),
+    }
+    capfd.readouterr()
+    run("ask", *READER, *flags, *minimum)
+    shown = capfd.readouterr().out.splitlines()[1:]
+    assert ["not sure" in line for line in shown] == [text is None for text in kept]
+
+
+def test_the_temperature_of_the_training_is_used_and_named(run, tmp_path, capfd):
+    data = ("--data.source", "synthetic:receipt", "--data.limit_train", "4", "--data.limit_val", "24")
+    fit = ("--trainer.max_steps", "1", "--data.batch_size", "2", "--data.num_workers", "0")
+    fit += ("--data.val_every_n_steps", "1", "--trainer.num_sanity_val_steps", "0")
+    run("fit", *READER, *data, *fit, "--trainer.enable_progress_bar", "false")
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    temperature = torch.load(checkpoint, weights_only=True)["temperature"]
+    assert temperature not in (0.01, 1, 100)
+    find_splits("synthetic:form", None, None, "en", 0)["test"]()[0].images[0].save(tmp_path / "page.png")
+    run("export", "--ckpt_path", checkpoint, "--output", "out", "--trainer.accelerator", "cpu")
+    question = ("--image", "page.png", "--question", "What is the date?", "--trainer.accelerator", "cpu")
+    sources = [("--ckpt_path", checkpoint), (*READER[:4], "--model.adapter", tmp_path / "out"), READER[:4]]
+    capfd.readouterr()
+    for source in sources:
+        run("ask", *source, *question, "--json")
+    tuned, exported, base = (json.loads(line) for line in capfd.readouterr().out.splitlines())
+    assert tuned["temperature"] == exported["temperature"] == round(temperature, 4)
+    assert tuned["confidence"] == exported["confidence"] and base["temperature"] == 1
+    run("ask", "--ckpt_path", checkpoint, *question)
+    assert f"at the temperature {temperature:.2f} of the training" in capfd.readouterr().out
 
 
 def test_a_checkpoints_options_are_kept(run, ask, pages, tmp_path, capfd):
@@ -196,6 +242,10 @@ def test_errors(fails, pages, tmp_path):
         (["--question", "What?"], "image is missing: give --image FILE"),
         (["--image", "page.png"], "question is missing: give --question"),
         (["--image", "page.png", "--question", " "], "question: one is empty"),
+        (
+            ["--image", "page.png", "--question", "?", "--min_confidence", 7],
+            "min_confidence 7.0: give a number from 0 to 1",
+        ),
         (["--image", "nope.png", "--question", "What?"], "image nope.png: no such file"),
         (["--image", ".", "--question", "What?"], "image .: it can't be read: .*directory"),
         (["--image", "page.png", "text.png", "--question", "What?"], "image text.png: neither an image nor a PDF"),

@@ -13,13 +13,13 @@ from hub_files import FAMILY, FILES
 from PIL import Image
 
 from idefics_lit.cli.check import TOKEN_BINS
-from idefics_lit.cli.gpu_estimates import is_measured_model, load_config
+from idefics_lit.cli.gpu_estimates import is_measured_model
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Example
-from idefics_lit.model.memory import peak_gib, weights_gib
+from idefics_lit.model.memory import count_weights, peak_gib
 from idefics_lit.model.tiny import tiny_config, tiny_model, tiny_processor
-from idefics_lit.pretrained import load_processor
+from idefics_lit.pretrained import load_config, load_processor
 from idefics_lit.training.module import Idefics2Module
 
 ROOT = Path(__file__).parents[2]
@@ -302,17 +302,23 @@ def test_a_stream_is_checked_where_it_is_scored(check, tmp_path):
     assert "training  a stream, not read: 6 steps" in lines
 
 
-def test_nothing_is_loaded_but_config_and_processor(check, docvqa, tmp_path):
+def test_nothing_is_loaded_but_config_and_processor(check, docvqa, tmp_path, monkeypatch):
+    """And the weights, of which there are none, are counted once."""
+    calls = []
+    for name in ("cli.fit_estimates", "training.options_in_effect"):
+        monkeypatch.setattr(
+            f"idefics_lit.{name}.count_weights", lambda *args: calls.append(args) or count_weights(*args)
+        )
     tiny_config().save_pretrained(tmp_path / "base")
     tiny_processor().save_pretrained(tmp_path / "base")
     code, lines = check(docvqa, "--model.quantization", "none", pretrained=tmp_path / "base")
-    assert code == 0
+    assert code == 0 and len(calls) == 1
     weights = sum(p.numel() for p in tiny_model().parameters()) * 4 / 2**30
     (counted,) = (float(line.split()[1]) for line in lines if line.startswith("weights  "))
     assert weights < counted < weights + 0.02
     (tmp_path / "base" / "config.json").unlink()
     assert any(
-        line.startswith("GPU  no estimate: the model's conf") for line in check(docvqa, pretrained=tmp_path / "base")[1]
+        line.startswith("GPU  no estimate: model.pretrained") for line in check(docvqa, pretrained=tmp_path / "base")[1]
     )
 
 
@@ -346,8 +352,8 @@ def test_memory_of_the_full_size(hub_files):
     assert is_measured_model(config)
     options = dict(Idefics2Module(str(hub_files)).hparams)
     weights = {
-        (quantize_vision, dequantize): weights_gib(
-            config, {**options, "quantize_vision": quantize_vision, "dequantize": dequantize}, "16-mixed"
+        (quantize_vision, dequantize): count_weights(config, {**options, "quantize_vision": quantize_vision}).gib(
+            in_4_bits=not dequantize, precision="16-mixed"
         )
         for quantize_vision, dequantize in ((True, False), (False, False), (True, True))
     }

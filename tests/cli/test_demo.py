@@ -84,7 +84,7 @@ def ask(folder, run, capfd):
             capfd.readouterr()
             run("ask", *model, "--json", "--image", folder / file, "--question", question)
             lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-            answers.append(lines[number - 1]["answer"])
+            answers.append(f"{lines[number - 1]['answer']} ({lines[number - 1]['confidence']:.0%})")
         return answers
 
     return ask

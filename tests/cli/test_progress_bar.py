@@ -21,3 +21,11 @@ def test_ask_ignores_the_progress_bar_of_a_config(run, tiny, tmp_path, capfd):
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"model": {"pretrained": tiny}, "trainer": trainer}))
     run("ask", "--config", "my.yaml", "--json", "--image", "page.png", "--question", "Who?")
     assert '"question": "Who?"' in capfd.readouterr().out
+
+
+def test_a_prediction_of_one_batch_shows_its_speed(run, tiny, docvqa, capfd):
+    options = ["--model.quantization", "none", "--model.max_new_tokens", 2, "--data.image_size", 112]
+    options += ["--data.num_workers", 0, "--trainer.accelerator", "cpu", "--trainer.limit_predict_batches", 1]
+    run("predict", "--model.pretrained", tiny, "--data.source", docvqa, "--data.eval_batch_size", 2, *options)
+    (bar,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Predicting")]
+    assert "it/s" in bar and "0.00it/s" not in bar

@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from idefics_lit.data import collator
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
 from idefics_lit.data.sources.values import as_page
@@ -47,6 +46,18 @@ def test_ids_and_labels_of_a_whole_example(processor):
     assert batch.labels.tolist() == [[-100] * len(prompt) + answer + [-100] * padding]
     assert batch.pixel_values.shape == (1, 1, 3, 980, 760)
     assert batch.pixel_attention_mask.all()
+
+
+@pytest.mark.parametrize("style", ["recipe", "idefics"])
+@pytest.mark.parametrize("pretrained", ["hub", "random", "tiny"])
+def test_ids_are_those_of_the_processor(hub_files, tiny, pretrained, style):
+    processor = load_processor({"hub": str(hub_files), "random": tiny, "tiny": "tiny"}[pretrained])
+    collate = Idefics2Collator(processor, train=False, prompt_style=style)
+    for question in ("What?", " What?", "\u2581What?", "\u2581 What?", "<b>?", "\u00e9", "7", "\ue000"):
+        for pages in (1, 2):
+            asked = example(question, "So", images=pages)
+            (expected,) = processor(text=[collate.prompt(asked)], images=[asked.images])["input_ids"]
+            assert collate([asked]).prompts.input_ids.tolist() == [expected], question
 
 
 def test_idefics_prompt(processor):
@@ -205,19 +216,17 @@ def test_the_prompt_is_an_exact_prefix(processor, question, answer):
     collate = Idefics2Collator(processor, train=True)
     if any(token in question + answer for token in collate.special_tokens):
         return
-    asked = example(question, answer)
-    prompt = processor.tokenizer(collate._text(asked, None)).input_ids
-    whole = processor.tokenizer(collate._text(asked, answer)).input_ids
+    tokens = collate.tokenize([example(question, answer)])
+    ((prompt,), (whole,)) = tokens.prompt_ids, tokens.full_ids
     assert whole[: len(prompt)] == prompt
     assert whole[-1] == END
 
 
-def test_an_answer_on_a_page_that_the_question_does_not_have_is_named():
-    example = Example(7, "Q?", [Image.new("L", (8, 8))], ["a"], answer_page=5)
-    with pytest.warns(
-        UserWarning, match=r"question 7: its answer is on page 5, counted from 0, but it has 1: .* left out"
-    ):
-        assert collator._reference_page(example) is None
+def test_an_answer_on_a_page_that_the_question_does_not_have_is_named(small):
+    warning = r"question 7: its answer is on page 5, counted from 0, but it has 1: .* left out"
+    with pytest.warns(UserWarning, match=warning):
+        batch = Idefics2Collator(small, train=False)([example("Q?", "a", question_id=7, answer_page=5)])
+    assert batch.prompts.reference_pages == [None]
     with pytest.raises(ValueError, match="holds '-3' where the number of a page should be"):
         as_page(-3)
 

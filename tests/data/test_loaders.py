@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from idefics_lit.data.datamodule import DocVQADataModule
@@ -63,3 +64,29 @@ def test_a_split_that_knows_no_ids_has_settings_too():
 
     settings = TrainSampler(Own(), 1, 1, num_replicas=1, rank=0).order_settings
     assert settings["training questions"].startswith("2 (")
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_workers_that_started_early_read_the_epoch_of_the_sampler(docvqa, epoch):
+    """A resumed fit sets its epoch after they have started; what they have prepared is then discarded."""
+    read = []
+    for early in (False, True):
+        data = DocVQADataModule(str(docvqa), "tiny", image_size=112, num_workers=1, batch_size=4)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        if early:
+            loader.start()
+        loader.sampler.set_epoch(epoch)
+        read.append([[batch.question_ids for batch in loader] for _ in range(2)])
+    assert read[0] == read[1]
+
+
+def test_an_evaluation_started_early_reads_each_question_once_in_each_iteration(docvqa):
+    data = DocVQADataModule(str(docvqa), "tiny", image_size=112, num_workers=1, eval_batch_size=2)
+    data.setup("validate")
+    loader, late = data.val_dataloader(), data.val_dataloader()
+    state = torch.get_rng_state()
+    loader.start()
+    assert torch.equal(torch.get_rng_state(), state)
+    for _ in range(2):
+        assert [batch.question_ids for batch in loader] == [batch.question_ids for batch in late]

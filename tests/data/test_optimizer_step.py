@@ -3,9 +3,13 @@
 import pytest
 import torch
 from lightning import Trainer
+from PIL import Image
 
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.optimizer_step import split_step
+from idefics_lit.data.subset import Subset
+from idefics_lit.data.workload import largest_batch, workload
 from idefics_lit.errors import InputError
 
 CPU = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -106,12 +110,10 @@ def test_a_resumed_run_keeps_the_batch_size_unless_it_is_given(data):
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_the_largest_batch_is_larger_than_the_others(docvqa, rows):
-    from idefics_lit.data.workload import largest_batch, workload
-
     data = DocVQADataModule(str(docvqa), "tiny", image_size=112, num_workers=0, batch_size=8, questions_per_page=rows)
     data.setup("fit")
     largest, batches = largest_batch(data), list(data.train_dataloader())
-    assert len(largest.question_ids) == 8
+    assert len(largest.question_ids) >= 8
     for name in ("input_ids", "pixel_values"):
         sizes = [getattr(batch, name).numel() for batch in batches]
         assert getattr(largest, name).numel() >= max(sizes)
@@ -120,6 +122,39 @@ def test_the_largest_batch_is_larger_than_the_others(docvqa, rows):
     assert workload(data).questions_per_row == pytest.approx(
         24 / sum(len(batch.input_ids) for batch in batches), rel=0.5
     )
+
+
+class Pages(Examples):
+    """White pages, of which every eighth or so has seven questions, and one question has three pages."""
+
+    def __init__(self):
+        counts = [7, *[1] * 9] * 10
+        self.page_ids = [(f"page {page}",) for page, count in enumerate(counts) for _ in range(count)]
+        self.page_ids[37] = ("first", "second", "third")
+        self.answers = [("1066",)] * len(self.page_ids)
+
+    def __len__(self):
+        return len(self.page_ids)
+
+    def __getitem__(self, index):
+        pages = [Image.new("RGB", (56, 56), "white") for _ in self.page_ids[index]]
+        return Example(index, "What is the number of the year on this page?", pages, list(self.answers[index]))
+
+
+@pytest.mark.parametrize("questions_per_page", [1, 8])
+def test_no_batch_is_larger_than_the_one_that_is_tried(docvqa, questions_per_page):
+    """Where pages have unequal numbers of questions, and a question that isn't sampled has the most pages."""
+    options = {"image_size": 56, "num_workers": 0, "batch_size": 16, "questions_per_page": questions_per_page}
+    data = DocVQADataModule(str(docvqa), "tiny", **options)
+    data.setup("fit")
+    examples = Pages()
+    data.examples["train"] = Subset(examples, range(len(examples)))
+    largest = largest_batch(data)
+    assert len(largest.question_ids) >= 16 and largest.pixel_values.shape[1] == 3
+    for batch in data.train_dataloader():
+        for name in ("input_ids", "pixel_values"):
+            assert getattr(largest, name).numel() >= getattr(batch, name).numel()
+    assert workload(data).images_per_page == 3
 
 
 def test_the_same_step_in_other_batches_gives_the_same_gradient(tiny, docvqa):

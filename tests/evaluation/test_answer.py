@@ -1,6 +1,8 @@
 """`Answer`: its JSON, how answers are identified across ranks, grouped and averaged."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -8,14 +10,19 @@ from idefics_lit.evaluation.answer import Answer, by_question, by_question_type,
 
 
 def answer(question_id, index=None, score=1.0, question_types=(), **fields):
-    return Answer(question_id, "Who?", "Ánn", ["Ann"], score, [*question_types], index=index, **fields)
+    return Answer(question_id, "Who?", "Ánn", ["Ann"], score, [*question_types], -1.0, 4, index=index, **fields)
 
 
 def test_json_has_all_fields_but_the_index():
     line = '{"question_id": "a", "question": "Who?", "prediction": "Ánn", "references": ["Ann"], "score": 0.5, '
-    assert answer("a", 3, 0.5, ["form"]).to_json() == line + '"question_types": ["form"]}'
+    sure = '"log_probability": -1.0, "token_count": 4, '
+    ends = '"mean_log_probability": -0.25, "confidence": 0.36787944117144233}'
+    assert answer("a", 3, 0.5, ["form"]).to_json() == line + '"question_types": ["form"], ' + sure + ends
     with_pages = answer("a", 3, 0.5, answer_page=0, reference_page=1).to_json()
-    assert with_pages == line + '"question_types": [], "answer_page": 0, "reference_page": 1}'
+    assert with_pages == line + '"question_types": [], ' + sure + '"answer_page": 0, "reference_page": 1, ' + ends
+    assert json.loads(answer("a").to_json(2.0))["confidence"] == pytest.approx(0.4327, abs=1e-4)
+    without = replace(answer("a"), log_probability=-math.inf)  # of logits that are NaN
+    assert '"log_probability": null, ' in without.to_json() and without.to_json().endswith('"confidence": 0.0}')
     assert json.loads(answer(7, score=None).to_json())["score"] is None
 
 
@@ -32,11 +39,11 @@ def test_answers_without_an_index_are_identified_by_id_and_occurrence_on_a_rank(
 
 
 def test_ranks_with_data_of_their_own_may_use_the_same_ids():
-    first_rank = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [])])
-    second_rank = by_question([Answer(0, "What is the date?", "1976", ["1977"], 0.75, [])])
-    third_rank = by_question([Answer(0, "Who signed?", "Bob", ["Bob"], 1.0, [])])
+    first_rank = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [], -1.0, 4)])
+    second_rank = by_question([Answer(0, "What is the date?", "1976", ["1977"], 0.75, [], -1.0, 4)])
+    third_rank = by_question([Answer(0, "Who signed?", "Bob", ["Bob"], 1.0, [], -1.0, 4)])
     assert len({**first_rank, **second_rank, **third_rank}) == 3
-    padding = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [])])
+    padding = by_question([Answer(0, "Who signed?", "Ann", ["Ann"], 1.0, [], -1.0, 4)])
     assert padding.keys() == first_rank.keys()
 
 

@@ -72,6 +72,16 @@ def test_more_rows_need_smaller_batches(choose):
     assert choose(52, load={**large, "longest_edge": 490}).batch_size > choose(52, load=large).batch_size
 
 
+def test_a_mean_number_of_questions_is_not_rounded_up(choose):
+    """16 questions at 1.5 a page are 11 rows, not the 8 of two a page."""
+    plain = {"dequantize": False, "cuda_graphs": False, "gradient_checkpointing": False}
+    sizes = [
+        [choose(gib, "16-mixed", load={"questions_per_row": mean}, **plain).batch_size for gib in range(8, 24)]
+        for mean in (1.5, 2.0)
+    ]
+    assert sizes[0] != sizes[1] and all(more <= fewer for more, fewer in zip(*sizes, strict=True))
+
+
 @pytest.mark.parametrize(
     "given",
     [

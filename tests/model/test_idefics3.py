@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from idefics_lit import Example, Idefics2Collator, Idefics2Module, InputError, LoRA, load_processor
 from idefics_lit.evaluation.decoding import GreedyDecoder
+from idefics_lit.model.feature_cache import MemoryCache
 from idefics_lit.model.idefics3 import Idefics3Backbone
+from idefics_lit.model.loading import load_model
 
 CONNECTOR_FROZEN = r".*text_model.*(q_proj|v_proj)|lm_head"
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
@@ -93,6 +95,42 @@ def test_logits_and_gradients_of_packed_rows_are_those_of_rows_of_their_own(stan
     assert torch.allclose(packed[order[0]], plain[order[1]], atol=1e-5)
     assert any("modality_projection" in name for name in grads)
     assert all(torch.allclose(packed_grads[name], grads[name], rtol=1e-3, atol=1e-4) for name in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target_modules", [None, CONNECTOR_FROZEN], ids=["connector", "no connector"])
+def test_16_bits_and_checkpointing_have_the_loss_and_the_gradients(stand_in, examples, dtype, target_modules):
+    """In 4 bits, with cached features, as on a GPU; in float32 they are transformers' own."""
+    collate, results = Idefics2Collator(load_processor(stand_in, image_size=2 * TILE), train=True), []
+    batch = collate(examples[:5])
+    for precision, checkpointing in ((torch.float32, False), (dtype, False), (dtype, True)):
+        torch.manual_seed(0)
+        lora = LoRA(dropout=0.0, **({"target_modules": target_modules} if target_modules else {}))
+        model = load_model(
+            stand_in,
+            quantization="nf4",
+            quantize_vision=False,
+            lora=lora,
+            dtype=precision,
+            device=torch.device("cpu"),
+            gradient_checkpointing=checkpointing,
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        backbone = Idefics3Backbone(model, MemoryCache(0.1))
+        for _ in range(2):  # the second time from the cache
+            model.zero_grad()
+            loss, tokens = backbone.loss(batch, backbone.prefill(batch, backbone.encode_pages(batch)))
+            (loss / tokens).backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient.dtype == torch.float32 for gradient in trained.values())
+        results.append(((loss / tokens).item(), torch.cat([gradient.flatten() for gradient in trained.values()])))
+    (exact, exact_gradient), plain, checkpointed = results
+    assert checkpointed[0] == plain[0] == pytest.approx(exact, rel=0.01)
+    assert torch.allclose(checkpointed[1], plain[1], rtol=1e-3, atol=1e-4)
+    assert torch.cosine_similarity(plain[1], exact_gradient, dim=0) > 0.98
 
 
 def test_every_loss_is_transformers_trainers(stand_in, examples, tmp_path):

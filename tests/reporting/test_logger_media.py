@@ -20,7 +20,7 @@ ROWS = [["Who | when?", "x", "Ann | Bo", 0.0, "form"], ["What?", "a\nb", "ab", 0
 def cards():
     Image.new("L", (200, 100), 255).save(file := io.BytesIO(), "JPEG")
     answers = [
-        Answer(i, question, prediction, references.split(" | "), score, types.split(" | "), index=i)
+        Answer(i, question, prediction, references.split(" | "), score, types.split(" | "), -1.0, 4, index=i)
         for i, (question, prediction, references, score, types) in enumerate(ROWS)
     ]
     return [Card([answers[0]], [file.getvalue()]), Card([answers[1]], (), "no image")]

@@ -13,7 +13,7 @@ from idefics_lit.reporting.summary import example_table, score_table
 
 
 def answer(index, question_id, score=1.0, **pages):
-    return Answer(question_id, "Who?", f"{index}", ["Ann"], score, ["form"], index=index, **pages)
+    return Answer(question_id, "Who?", f"{index}", ["Ann"], score, ["form"], -1.0, 4, index=index, **pages)
 
 
 def write(answers, folder):

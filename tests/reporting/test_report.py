@@ -106,7 +106,7 @@ def test_curves_show_the_logged_values(fitted, opened):
     )  # the first before training
     assert [y for _, y in drawn[1:]] == pytest.approx(scores, abs=0.001)
     types = page.locator('svg[aria-label="ANLS"] polyline').count() - 1
-    assert types == page.locator(".table tbody tr").count() - 1 >= 3
+    assert types == page.locator(".table:not(.half) tbody tr").count() - 1 >= 3
 
 
 def test_the_values_under_the_pointer_are_those_of_their_own_step(fitted, opened):
@@ -137,7 +137,7 @@ def test_hyperparameters_and_the_answers_before_training_are_shown(fitted, opene
     before = page.locator("li dt", has_text="before").count()
     assert before == page.locator("li").count() > 0
     scores = page.locator("li dd small").all_text_contents()
-    (row,) = page.locator(".table tbody tr", has_text="all").all()
+    (row,) = page.locator(".table:not(.half) tbody tr", has_text="all").all()
     assert sum(map(float, scores)) / before == pytest.approx(float(row.locator("td").nth(1).text_content()), abs=0.005)
 
 
@@ -176,8 +176,35 @@ def test_the_gallery_is_sorted_by_score_and_filtered(fitted, opened):
     page.get_by_label("Score", exact=True).select_option("bad")
     assert sum(map(len, visible(page))) == sum(record["score"] == 0 for record in records)
     page.get_by_label("Score", exact=True).select_option("")
+    kinds = page.get_by_label("Kind of answer")
+    counts = {}
+    for kind in kinds.locator("option").all_text_contents()[1:]:
+        kinds.select_option(kind)
+        shown = [question for card in visible(page) for question in card]
+        assert all(kind in question["text"] for question in shown)
+        counts[kind] = len(shown)
+    assert counts["right"] == sum(record["score"] == 1 for record in records)
+    assert sum(counts.values()) == len(records)
+    table = page.locator(".table", has_text="Kinds of answers").locator("tbody tr")
+    rows = [row.split("\t")[:2] for row in table.all_inner_texts()]
+    assert {name: int(count) for name, count in rows} == counts
+    kinds.select_option("")
     page.get_by_label("Search").fill(records[0]["question"].upper())
     assert all(records[0]["question"] in question["text"] for card in visible(page) for question in card)
+
+
+def test_the_confidence_of_each_answer_and_its_curves_are_shown(fitted, opened):
+    page = opened(fitted / "report.html")
+    records = [json.loads(line) for line in (fitted / "val_predictions.jsonl").open()]
+    texts = sorted(question["text"] for card in visible(page) for question in card)
+    for record in records:
+        assert any(record["question"] in text and f"confidence {record['confidence']:.0%}" in text for text in texts)
+    *_, (coverage, risk) = curve(page, "Risk", "c1")
+    anls = sum(record["score"] for record in records) / len(records)
+    assert (coverage, risk) == (pytest.approx(1, abs=0.01), pytest.approx(1 - anls, abs=0.01))
+    assert re.search(
+        r"Answer \d+% of the questions at [\d.]+% ANLS: threshold 0\.\d+", page.locator("body").inner_text()
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -245,7 +272,7 @@ def test_questions_and_answers_are_escaped(run, tiny, docvqa, tmp_path, opened):
     for question in shown:
         assert evil in question["text"] and "</dd></li><b>bold</b>" in question["text"]
         assert question["types"] == [f"</option>{evil}"]
-    assert page.locator("b").all_text_contents() == []
+    assert page.locator("main b").all_text_contents() == []
 
 
 @pytest.mark.parametrize(
@@ -352,10 +379,11 @@ class Noise(Examples):
 def test_the_page_has_at_most_5_mb(pages, opened, tmp_path):
     text = "<long> " * 10_000
     answers = [
-        Answer(i, f"{i} {text}", text, [text] * 20, i / 2000, [f"{i} {text}"], index=i % pages) for i in range(2000)
+        Answer(i, f"{i} {text}", text, [text] * 20, i / 2000, [f"{i} {text}"], -1.0, 4, index=i % pages)
+        for i in range(2000)
     ]
     cards = group_by_page(answers, examples := Noise(pages))
-    content = render_report({"title": "noise"}, cards, add_images(cards, examples))
+    content = render_report({"title": "noise"}, cards, add_images(cards, examples), 1.0)
     assert len(content) <= MAX_BYTES
     (tmp_path / "report.html").write_bytes(content)
     page = opened(tmp_path / "report.html")
@@ -389,7 +417,7 @@ def test_questions_have_their_pages_when_rows_are_skipped(tmp_path, tiny, stream
     data = DocVQADataModule(str(tmp_path / "set"), tiny, **options)
     data.setup("validate")
     examples = data.examples["val"]
-    answers = [Answer(i, examples[i].question, "", ["a"], 0.5, [], index=i) for i in range(len(examples))]
+    answers = [Answer(i, examples[i].question, "", ["a"], 0.5, [], -1.0, 4, index=i) for i in range(len(examples))]
     cards = add_images(group_by_page(answers, examples), examples)
     assert [card.answers[0].question for card in cards] == ["10", "60", "160", "210"]
     for card in cards:
@@ -446,7 +474,7 @@ def test_wandb_gets_a_table_and_the_adapter_offline(run, short_fit, monkeypatch,
 
 def test_a_question_type_may_be_called_all():
     answers = {
-        i: Answer(i, "Who?", "", ["a"], score, [name], index=i)
+        i: Answer(i, "Who?", "", ["a"], score, [name], -1.0, 4, index=i)
         for i, (name, score) in enumerate((("all", 1.0), ("form", 0.0)))
     }
     history = History()

@@ -115,17 +115,6 @@ def test_nothing_of_a_fit_changes(module, data):
     assert all(torch.equal(value, late_weights[name]) for name, value in weights.items())
 
 
-def test_a_second_fit_reads_the_order_of_its_epoch(module, data):
-    batches, ours, pages = Batches(), module(), data(limit_train=10, limit_val=1)
-    trainer = Trainer(**CPU, max_epochs=1, limit_val_batches=0, callbacks=batches)
-    trainer.fit(ours, pages)
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(ours, pages)
-    at_once = Batches()
-    Trainer(**CPU, max_epochs=2, limit_val_batches=0, callbacks=at_once).fit(module(), data(limit_train=10))
-    assert batches.ids == at_once.ids
-
-
 def test_a_resumed_fit_reads_what_is_left(module, data, tmp_path):
     class Saving(Batches):
         def on_train_batch_end(self, trainer, *args):

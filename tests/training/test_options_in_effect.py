@@ -11,6 +11,7 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.execution import Device
 from idefics_lit.model.loading import LoRA
+from idefics_lit.model.memory import count_weights
 from idefics_lit.training.module import Idefics2Module
 from idefics_lit.training.options_in_effect import find_batch_size, options_in_effect
 
@@ -86,13 +87,14 @@ def test_nothing_fits(module, data):
         Trainer(**CPU, max_steps=1, limit_val_batches=0).fit(ours, data())
 
 
-def test_a_given_batch_size_is_warned_of_and_kept(module, data):
+def test_a_given_batch_size_is_warned_of_kept_and_computed_in_parts(module, data):
     trainer, ours = Trainer(**CPU, max_steps=1, limit_val_batches=0), module(SmallMemory)
-    with (
-        pytest.warns(UserWarning, match=r"data\.batch_size 8 may not fit .*: leave it"),
-        pytest.raises(torch.OutOfMemoryError),
-    ):
+    with pytest.warns(UserWarning) as warned:
         trainer.fit(ours, data(batch_size=8))
+    lines = [str(line.message) for line in warned]
+    assert any("data.batch_size 8 may not fit" in line and "leave it" in line for line in lines)
+    assert any("computed in parts of" in line for line in lines)
+    assert trainer.global_step == 1 and trainer.train_dataloader.batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,27 @@ def test_the_smallest_device_decides_and_a_module_alone_has_no_graphs(module):
     alone = options_in_effect(given, [CARD], "bf16-mixed")
     assert not alone.cuda_graphs and not alone.compile
     assert options_in_effect({**given, "cuda_graphs": True}, [CARD], "bf16-mixed").cuda_graphs
+
+
+def test_weights_are_counted_only_where_something_depends_on_their_number(module, data, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "idefics_lit.training.options_in_effect.count_weights", lambda *args: calls.append(args) or count_weights(*args)
+    )
+    given, trainer, pages = module().hparams, Trainer(**CPU, max_steps=1), data()
+    cpu = Device("CPU", "cpu", 16, 16)
+    evaluation = options_in_effect(given, [cpu], "32-true", trainer)
+    assert not calls and not evaluation.gradient_checkpointing
+    pages.trainer = trainer
+    pages.setup("fit")
+    chosen = options_in_effect(given, [cpu], "32-true", trainer, pages)
+    assert len(calls) == 1
+    again = data(batch_size=pages.batch_size)  # as in a run's config.yaml
+    again.trainer = trainer
+    again.setup("fit")
+    assert options_in_effect(chosen, [CARD], "bf16-mixed", trainer, again) == chosen
+    assert len(calls) == 1
+    assert options_in_effect(given, [CARD], "bf16-mixed", trainer).cuda_graphs and len(calls) == 2
 
 
 def test_the_plain_command_chooses_prints_and_saves(run, tiny, docvqa, caplog, monkeypatch, in_effect):

@@ -99,12 +99,16 @@ def test_a_new_learning_rate_keeps_the_ratio_of_a_subclasss_groups(tiny, data, m
 
 
 class OutOfMemory(Idefics2Module):
-    """Whose GPU has room for four questions, and fails after the forward pass."""
+    """Whose GPU has room for four questions, and fails in the second batch."""
 
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        if len(batch.question_ids) > 4 and batch_idx == 1:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        self.batch_idx = batch_idx
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, batch):
+        loss = super().loss(batch)
+        if len(batch.question_ids) > 4 and self.batch_idx == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return loss
 
 

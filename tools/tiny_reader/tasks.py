@@ -25,7 +25,8 @@ class Task(NamedTuple):
 
 def _ascii_ids() -> dict[str, int]:
     tokenizer = tiny_processor().tokenizer
-    return {char: tokenizer.encode(char, add_special_tokens=False)[0] for char in map(chr, (10, *range(32, 127)))}
+    # After another character: the tokenizer drops a space at the beginning.
+    return {char: tokenizer.encode(f"a{char}", add_special_tokens=False)[1] for char in map(chr, (10, *range(32, 127)))}
 
 
 ID_OF = _ascii_ids()

@@ -18,6 +18,7 @@ from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.data.example import Example
 from idefics_lit.errors import InputError
 from idefics_lit.evaluation.answer import Answer
+from idefics_lit.evaluation.confidence import confidence
 from idefics_lit.pretrained import DTYPES, load_processor
 from idefics_lit.utils.texts import list_of_texts
 
@@ -30,6 +31,7 @@ def ask(
     images: Sequence[str] | str,
     questions: Sequence[str] | str,
     as_json: bool = False,
+    min_confidence: float = 0.0,
     ckpt_path: str | None = None,
 ) -> None:
     """Ask every question about every page and print the answers.
@@ -41,13 +43,16 @@ def ask(
         images: files of images and PDFs.
         questions: the questions.
         as_json: print JSON lines instead of tables.
+        min_confidence: from 0 to 1; an answer with less confidence isn't given.
         ckpt_path: the checkpoint of the adapter; by default the model without one answers.
 
     Raises:
-        InputError: a file can't be read, or files or questions are missing.
+        InputError: a file can't be read, files or questions are missing, or min_confidence is out of range.
     """
+    if not 0 <= min_confidence <= 1:
+        raise InputError(f"min_confidence {min_confidence}: give a number from 0 to 1")
     pages = PageQuestions(images, questions)
-    trainer.callbacks.append(AnswerPrinter(pages, as_json=as_json))  # type: ignore[attr-defined]
+    trainer.callbacks.append(AnswerPrinter(pages, as_json=as_json, min_confidence=min_confidence))  # type: ignore[attr-defined]
     # A batch holds the questions about one page, which are packed into one sequence.
     loader = DataLoader(
         pages,
@@ -125,32 +130,51 @@ def prompt_collator(data: Mapping[str, Any], dtype: torch.dtype) -> Idefics2Coll
 
 
 class AnswerPrinter(Callback):
-    """Print the answers page by page.
+    """Print the answers and their confidence page by page, and the temperature if one was fitted.
 
     Args:
         pages: the questions; a batch holds those about one page.
-        as_json: print a line ``{"image", "page", "question", "answer"}`` per answer, pages counted from 1, instead of a
-            table per page.
+        as_json: print a line ``{"image", "page", "question", "answer", "confidence", "temperature"}`` per answer, pages
+            counted from 1, instead of a table per page.
+        min_confidence: below it the answer is null in JSON, and "not sure" in tables.
     """
 
-    def __init__(self, pages: PageQuestions, *, as_json: bool) -> None:
-        self.pages, self.as_json = pages, as_json
+    def __init__(self, pages: PageQuestions, *, as_json: bool, min_confidence: float) -> None:
+        self.pages, self.as_json, self.min_confidence = pages, as_json, min_confidence
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: list[Answer], *_: object
+        self,
+        trainer: Trainer,
+        pl_module: Any,  # noqa: ANN401
+        outputs: list[Answer],
+        *_: object,
     ) -> None:
         """Print the answers about one page."""
         page = cast(int, outputs[0].index) // len(self.pages.questions)
-        answers = [(answer.question, answer.prediction) for answer in outputs]
+        temperature = pl_module.temperature
+        answers: list[tuple[str, str | None, float]] = []
+        for answer in outputs:
+            sure = confidence(answer.log_probability, temperature)
+            answers.append((answer.question, answer.prediction if sure >= self.min_confidence else None, sure))
         if self.as_json:
             file, number = self.pages.pages[page]
-            for question, answer in answers:
-                line = {"image": file, "page": number + 1, "question": question, "answer": answer}
+            for question, text, sure in answers:
+                line = {"image": file, "page": number + 1, "question": question, "answer": text}
+                line |= {"confidence": round(sure, 4), "temperature": round(temperature, 4)}
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             return
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
-        for question, answer in answers:
-            table.add_row(escape(question), f"[bold]{escape(answer)}[/bold]")
+        for question, text, sure in answers:
+            shown = "[italic]not sure[/italic]" if text is None else f"[bold]{escape(text)}[/bold]"
+            table.add_row(escape(question), shown, f"[dim]{sure:.0%}[/dim]")
         console = Console(highlight=False)
         console.print(escape(self.pages.page_name(page)), soft_wrap=True)
         console.print(table)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
+        """Name the temperature below the tables."""
+        if not self.as_json and pl_module.temperature != 1:
+            note = (
+                f"confidence: the answer's probability, at the temperature {pl_module.temperature:.2f} of the training"
+            )
+            Console(highlight=False).print(f"[dim]{note}[/dim]", soft_wrap=True)

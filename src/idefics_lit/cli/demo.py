@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_lit.cli.ask import PageQuestions, prompt_collator
 from idefics_lit.data.documents import count_pages, read_page
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.evaluation.confidence import confidence
 from idefics_lit.training.checkpoint import read_checkpoint
 from idefics_lit.training.module import Idefics2Module
 
@@ -130,14 +131,20 @@ class PageAnswerer:
         self.loaded.set()
 
     def __call__(self, file: str, page: int, question: str) -> list[str]:
-        """Return each model's answer to a question about page ``page`` of a file, counted from 1."""
+        """Return each model's answer to a question about page ``page`` of a file, counted from 1.
+
+        Each answer is followed by its confidence. The temperature is the fine-tuned model's alone.
+        """
         example = PageQuestions([file], [question])[page - 1]
         self.loaded.wait()
         batch = self.module.transfer_batch_to_device(self.collator([example]), self.module.model.device, 0)
         answers = []
         for column in self.columns:
-            with self.module.model.disable_adapter() if column == "Base" else nullcontext():
-                answers += self.module.generate(batch)
+            is_base = column == "Base"
+            with self.module.model.disable_adapter() if is_base else nullcontext():
+                decoded = self.module.evaluator.decode(batch)
+            sure = confidence(decoded.log_probabilities[0], 1.0 if is_base else self.module.temperature)
+            answers.append(f"{decoded.texts[0]} ({sure:.0%})")
             self.module.evaluator.free_memory()  # CUDA graphs are captured either with the adapter or without it
         return answers
 

@@ -71,7 +71,7 @@ def export(
         processor = load_processor(
             options.pretrained, image_splitting=data["image_splitting"], image_size=data["image_size"]
         )
-        splitting = processor.image_processor.do_image_splitting  # type: ignore[attr-defined]
+        splitting = processor.image_processor.do_image_splitting
         data = {**data, "image_splitting": splitting}
         check_hyperparameters(checkpoint, {"hyper_parameters": options, "datamodule_hyper_parameters": data})
         module.model = load_model(
@@ -96,6 +96,7 @@ def export(
             data=data,
             merged=merged,
             steps=checkpoint["global_step"],
+            temperature=module.temperature,
             name=push_to_hub or output,
             scores=_scores(checkpoint),
             publish=bool(push_to_hub),

@@ -9,12 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from idefics_lit.cli.batch_statistics import BatchStatistics, first_epoch_batches, loader_rate
-from idefics_lit.cli.gpu_estimates import is_measured_model, load_config, questions_per_second
+from idefics_lit.cli.gpu_estimates import is_measured_model, questions_per_second
 from idefics_lit.cli.split_statistics import SplitStatistics
 from idefics_lit.data.datamodule import DocVQADataModule
+from idefics_lit.errors import InputError
 from idefics_lit.model.execution import find_device
-from idefics_lit.model.memory import peak_gib, weights_gib
-from idefics_lit.pretrained import DTYPES
+from idefics_lit.model.memory import WeightCount, count_weights, peak_gib
+from idefics_lit.pretrained import DTYPES, load_config
 from idefics_lit.training.options_in_effect import describe, options_in_effect
 
 if TYPE_CHECKING:
@@ -36,14 +37,19 @@ def fit_table(
     """
     table = Table("a fit", "", box=None, padding=(0, 2, 0, 0), header_style="bold")
     devices, options = [find_device(trainer.strategy.root_device)], module.hparams
-    config = load_config(options.pretrained)
-    if not isinstance(config, str):
-        options = options_in_effect(options, devices, str(trainer.precision), trainer, datamodule)
+    config = weights = None
+    try:
+        config = load_config(options.pretrained)
+    except InputError as error:
+        reason = str(error)
+    else:
+        weights = count_weights(config, options)
+        options = options_in_effect(options, devices, str(trainer.precision), trainer, datamodule, weights)
         table.add_row("options", escape(describe(module.hparams, options, devices, trainer, datamodule)))
     if "train" not in splits:
         table.add_row("training", f"a stream, not read: {trainer.max_steps:,} steps")
         return table
-    patch_size = 14 if isinstance(config, str) else config.vision_config.patch_size
+    patch_size = 14 if config is None else config.vision_config.patch_size
     batches = first_epoch_batches(splits["train"], datamodule, patch_size)
     if not batches:
         table.add_row("training", "no question is left to train on")
@@ -67,13 +73,17 @@ def fit_table(
         f"{_duration(device_questions / rate)}: {device_questions:,} questions a device at {rate:,.1f} questions/s, "
         f"measured with a fit's loader here, {workers} worker{'s' * (workers != 1)}",
     )
-    for name, text in _gpu_rows(config, batches, questions, trainer, options, datamodule):
+    if config is None or weights is None:
+        table.add_row("GPU", f"no estimate: {escape(reason)}")
+        return table
+    for name, text in _gpu_rows(config, weights, batches, questions, trainer, options, datamodule):
         table.add_row(name, text)
     return table
 
 
 def _gpu_rows(
-    config: "PretrainedConfig | str",
+    config: "PretrainedConfig",
+    count: WeightCount,
     batches: Sequence[BatchStatistics],
     questions: int,
     trainer: Trainer,
@@ -82,14 +92,12 @@ def _gpu_rows(
 ) -> Iterator[tuple[str, str]]:
     """Yield the estimates of GPU memory and time, or why there are none."""
     precision = str(trainer.precision)
-    if isinstance(config, str):
-        yield "GPU", f"no estimate: the model's configuration can't be loaded ({escape(config)})"
-        return
+    in_4_bits = options.quantization == "nf4" and not options.dequantize
     longest = max(batch.padded_tokens // batch.rows for batch in batches)
     max_length = config.text_config.max_position_embeddings
     if longest > max_length:
         yield "too long", f"a row of {longest:,} tokens, the model takes {max_length:,}: lower data.max_length"
-    weights = weights_gib(config, options, precision)
+    weights = count.gib(in_4_bits=in_4_bits, precision=precision)
     yield "weights", f"{weights:.2f} GiB, counted: base, adapter, its gradients and AdamW's moments"
     if not is_measured_model(config):
         yield "GPU", "no estimate of memory and time: they were measured with Idefics2-8b only"
@@ -100,7 +108,7 @@ def _gpu_rows(
         yield "GPU memory", "no estimate: memory was measured with 16-bit precision on one GPU only"
     else:
         held = (options.gradient_checkpointing, options.cuda_graphs)
-        weights = weights_gib(config, options, gpu_precision)
+        weights = count.gib(in_4_bits=in_4_bits, precision=gpu_precision)
         peak, largest = max((peak_gib(weights, b.patches, b.padded_tokens, *held), b) for b in batches)
         yield (
             "GPU memory",

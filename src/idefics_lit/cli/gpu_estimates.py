@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig, PretrainedConfig
-
-from idefics_lit.errors import first_line
-from idefics_lit.pretrained import resolve
+from transformers import PretrainedConfig
 
 
 @cache
@@ -30,11 +27,3 @@ def is_measured_model(config: PretrainedConfig) -> bool:
     text, vision = config.text_config, config.vision_config
     sizes = (text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers)
     return config.model_type == "idefics2" and sizes == (4096, 32, 1152, 27)  # Idefics3-8B has these sizes too
-
-
-def load_config(pretrained: str) -> PretrainedConfig | str:
-    """Return the model's configuration, or the reason why it can't be loaded."""
-    try:
-        return AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
-    except Exception as error:
-        return first_line(error)

@@ -156,6 +156,7 @@ class DocVQACLI(CheckpointOptionsCLI):
             images=options.image or (),
             questions=options.question or (),
             as_json=options.json,
+            min_confidence=options.min_confidence,
             ckpt_path=self.ckpt_path,
         )
 

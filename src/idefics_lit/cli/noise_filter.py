@@ -1,4 +1,4 @@
-"""Hide log messages and warnings of Lightning's Trainer that users of the command line can't act on.
+"""Hide log messages and warnings of Lightning's Trainer that users can't act on; print the others in one line.
 
 Only the command line calls this. What other libraries print is hidden where the package calls them.
 """
@@ -44,8 +44,14 @@ def hide_noise(*, fit: bool, quiet: bool) -> None:
         enable_progress_bars()
     for message in HIDDEN_WARNINGS if fit else (*HIDDEN_WARNINGS, *HIDDEN_WARNINGS_UNLESS_FIT):
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
     for name in FILTERED_LOGGERS:
         logging.getLogger(name).addFilter(_is_shown)
+
+
+def _one_line(message: Warning | str, *_: object) -> str:
+    """Return a warning without the place in the source, which is the package's own or Lightning's."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

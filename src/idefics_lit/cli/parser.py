@@ -29,6 +29,7 @@ COMMAND_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "image": {"nargs": "+", "action": "extend", "metavar": "F", "help": "images and PDFs"},
         "question": {"nargs": "+", "action": "extend", "metavar": "Q", "help": "questions about each page"},
         "json": {"action": "store_true", "help": "print JSON lines"},
+        "min_confidence": {"type": float, "default": 0.0, "help": "say 'not sure' below this confidence, from 0 to 1"},
     },
     "demo": {
         "host": {"type": str, "default": "127.0.0.1", "help": "address to listen on; 0.0.0.0 accepts other machines"},

@@ -4,9 +4,21 @@ import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
 
 from idefics_lit.evaluation.answer import mean_anls
 from idefics_lit.training.lightning_compat import TrainDescriptionProgressBar
+
+
+class SpeedColumn(ProcessingSpeedColumn):
+    """Batches per second, from the first batch on; Lightning's column shows 0 until the second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed, on average until there is a current one."""
+        speed = task.speed or (task.completed / task.elapsed if task.elapsed else 0.0)
+        return Text(f"{speed:.2f}it/s", style=self.style)
 
 
 class ProgressBar(TrainDescriptionProgressBar):
@@ -19,6 +31,11 @@ class ProgressBar(TrainDescriptionProgressBar):
         super().__init__()
         self._metrics: dict[str, Any] = {}
         self._metrics_time = 0.0
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Return Lightning's columns with `SpeedColumn`."""
+        columns = super().configure_columns(trainer)
+        return [SpeedColumn(c.style) if isinstance(c, ProcessingSpeedColumn) else c for c in columns]
 
     @property
     def total_train_batches(self) -> int | float:

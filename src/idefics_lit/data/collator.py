@@ -5,6 +5,7 @@ tokenizer. Nothing is ever truncated. Questions on one page are packed into one 
 """
 
 import random
+import re
 from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from idefics_lit.data.prompts import PromptStyle, PromptTemplate
 from idefics_lit.errors import InputError
 from idefics_lit.model.batch import Batch, Prompts
 from idefics_lit.model.packing import IGNORED_LABEL, PackedRow, Segment, pack
+from idefics_lit.pretrained import has_tiles
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -164,8 +166,7 @@ class Idefics2Collator:
         rows = tokenize_prompts(self.processor, [prompts[i] for i in first], sizes, **options)
         page_ids = [self._split(ids)[0] for ids in rows]
         # The tokenizer starts anew after a special token: the ids after a page don't depend on its number of tokens.
-        prompt_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(prompts, **options).input_ids]
-        full_ids = [self._split(ids)[1] for ids in self.processor.tokenizer(texts, **options).input_ids]
+        prompt_ids, full_ids = self._ids_after_page(prompts, **options), self._ids_after_page(texts, **options)
         row_of = {i: row for row, members in enumerate(row_members) for i in members}
         for i, example in enumerate(examples):
             if (length := len(page_ids[row_of[i]]) + len(full_ids[i])) > self.max_length:
@@ -241,6 +242,11 @@ class Idefics2Collator:
         """Split token ids after the last page."""
         end = max((i for i, token in enumerate(ids, start=1) if token in self.image_token_ids), default=0)
         return ids[:end], ids[end:]
+
+    def _ids_after_page(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
+        if not has_tiles(self.processor.image_processor):  # its processor puts a space between a page and a word
+            texts = [re.sub(r"<image>(?=[^\s<])", "<image> ", text) for text in texts]
+        return [self._split(ids)[1] for ids in self.processor.tokenizer(list(texts), **options).input_ids]
 
     def _labels(
         self, example: Example, ids: list[int], prompt_length: int, spans: Sequence[tuple[int, int]] = ()

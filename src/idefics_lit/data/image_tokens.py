@@ -24,6 +24,12 @@ def image_token_ids(processor: "ProcessorMixin") -> list[int]:
     return ids
 
 
+def tokens_per_image(processor: "ProcessorMixin") -> int:
+    """Return the number of ``<image>`` tokens of an image, or of a tile."""
+    tokens: int = processor.image_seq_len  # type: ignore[attr-defined]
+    return tokens
+
+
 def tokenize_prompts(
     processor: "ProcessorMixin",
     prompts: list[str],
@@ -69,7 +75,7 @@ def page_spans(processor: "ProcessorMixin", ids: Sequence[int], page_images: Seq
     fake_token, image_token = image_token_ids(processor)
     fakes = [i for i, token in enumerate(ids) if token == fake_token]
     images = [i for i, token in enumerate(ids) if token == image_token]
-    per_image: int = processor.image_seq_len
+    per_image = tokens_per_image(processor)
     if len(images) != per_image * sum(page_images):
         raise ValueError(f"{len(images)} image tokens for {sum(page_images)} images of {per_image} tokens")
     spans = []

@@ -48,7 +48,9 @@ class PageProcessor:
             By the key of an image, its features.
         """
         loaded: dict[str, Tensor] = {}
-        for keys in pages if self.cached_features else ():
+        if self.cached_features is None:
+            return loaded
+        for keys in pages:
             entries = keys[: count_cache_entries(self.image_processor, len(keys))]
             found = {key: features for key in entries if (features := self.cached_features(key)) is not None}
             loaded |= found if len(found) == len(entries) else {}

@@ -4,7 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any, TypeVar
+
+from idefics_lit.evaluation.confidence import confidence
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -20,6 +23,8 @@ class Answer:
         references: the accepted answers; empty if the data set has none.
         score: the ANLS of the prediction, from 0 to 1; None without references.
         question_types: the data set's types of the question, such as ``table/list``; may be empty.
+        log_probability: the natural logarithm of the answer's probability under the model, the sum over its tokens.
+        token_count: its number of tokens, with the end-of-sequence token if it has one.
         answer_page: the page, counted from 0, on which the model locates the answer; None if that wasn't computed.
         reference_page: the page, counted from 0, that the data set names; None if it names none.
         index: the question's index in its split; None if the data loader sets none.
@@ -32,6 +37,8 @@ class Answer:
     references: list[str]
     score: float | None
     question_types: list[str]
+    log_probability: float
+    token_count: int
     answer_page: int | None = None
     reference_page: int | None = None
     index: int | None = None
@@ -41,9 +48,22 @@ class Answer:
         """Return the answer itself; Lightning moves predictions with it and rejects frozen dataclasses without it."""
         return self
 
-    def to_json(self) -> str:
-        """Return one line of ``predictions.jsonl``: all fields but the last two, without the pages that are None."""
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer equals a reference, up to case and white space."""
+        return self.score == 1
+
+    def to_json(self, temperature: float = 1.0) -> str:
+        """Return one line of ``predictions.jsonl``: all fields but the last two, without the pages that are None.
+
+        Args:
+            temperature: of the ``confidence``, see `idefics_lit.evaluation.confidence`.
+        """
         fields = {name: value for name, value in asdict(self).items() if name not in ("index", "dataloader_idx")}
+        fields["mean_log_probability"] = self.log_probability / self.token_count
+        fields["confidence"] = confidence(self.log_probability, temperature)
+        for name in ("log_probability", "mean_log_probability"):  # JSON has no infinity
+            fields[name] = fields[name] if isfinite(fields[name]) else None
         for name in ("answer_page", "reference_page"):
             if fields[name] is None:
                 del fields[name]

@@ -56,6 +56,7 @@ class DecodeState:
         ids: (B, L), token ids of the answers.
         attention_mask: (B, L), True for tokens whose keys and values are stored.
         positions: (B), position id of the next token to decode.
+        log_probabilities: (B) in float32, sum of the log-probabilities of an answer's tokens so far.
         unfinished: (B), whether an answer has no end-of-sequence token yet.
         cache_position: (1), column of the next token to decode.
         layers: for each layer keys and values (B, heads, L, head size).
@@ -66,6 +67,7 @@ class DecodeState:
         self.ids = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.attention_mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.log_probabilities = torch.zeros(rows, device=device)
         self.unfinished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
         # Zeros and not uninitialized memory: a masked token has weight 0, and 0 times NaN is NaN.
@@ -98,7 +100,7 @@ class DecodeState:
                 stored[:count, :, :length] = states.transpose(1, 2)[rows[:, None], gather_index].transpose(1, 2)
                 # The previous batch's states, if they are NaN, would make this batch NaN although they are masked.
                 stored[:count, :, length:] = 0
-        for tensor in (self.attention_mask, self.positions, self.unfinished):
+        for tensor in (self.attention_mask, self.positions, self.log_probabilities, self.unfinished):
             tensor.zero_()
         self.ids.fill_(pad_token_id)
         self.attention_mask[:count, :length] = attention_mask
@@ -108,7 +110,7 @@ class DecodeState:
 
     def keep_rows(self, source: "DecodeState", rows: Tensor) -> None:
         """Load n rows (n) of another state, all of them unfinished."""
-        for name in ("ids", "attention_mask", "positions"):
+        for name in ("ids", "attention_mask", "positions", "log_probabilities"):
             getattr(self, name).zero_()[: len(rows)] = getattr(source, name)[rows]
         for stored_layer, layer in zip(self.layers, source.layers, strict=True):
             for stored, states in zip(stored_layer, layer, strict=True):
@@ -141,7 +143,7 @@ class GreedyDecoder:
         self._states: dict[int, tuple[DecodeState, CudaGraphRunner]] = {}  # by number of rows
         self._columns = 0
 
-    def answer(self, batch: Batch, hidden: Tensor, cache: PrefillCache) -> list[list[int]]:
+    def answer(self, batch: Batch, hidden: Tensor, cache: PrefillCache) -> tuple[list[list[int]], list[float]]:
         """Answer a batch's prompts.
 
         Args:
@@ -150,7 +152,9 @@ class GreedyDecoder:
             cache: its keys and values.
 
         Returns:
-            The token ids of the B answers, each with its end-of-sequence token if it has one.
+            The token ids of the B answers, each with its end-of-sequence token if it has one; and the log-probability
+            of each answer, the sum over these tokens. It is that of the distribution which tokens are chosen from: the
+            probability of suppressed tokens is 0, and the other probabilities sum to 1.
 
         Raises:
             InputError: a prompt with its answer is longer than the text model's maximum.
@@ -163,6 +167,7 @@ class GreedyDecoder:
         self.backbone.check_length(last)
         pad_token_id = self.tokenizer.pad_token_id
         answers = hidden.new_full((count, self.max_new_tokens), pad_token_id, dtype=torch.long)
+        log_probabilities = hidden.new_zeros(count, dtype=torch.float32)
         state, run = self._state_for(cache.layers, self._rows_for(count), last)
         state.load_prompts(cache.layers, rows, gather_index, mask, pad_token_id)
         self._select_next_tokens(state, F.pad(hidden[rows, gather_index[:, -1]], (0, 0, 0, len(state.ids) - count)))
@@ -173,16 +178,19 @@ class GreedyDecoder:
                 break
             if (fewer := self._rows_for(len(unfinished))) < len(state.ids):
                 answers[questions] = state.ids[: len(questions), first:last]
+                log_probabilities[questions] = state.log_probabilities[: len(questions)]
                 source, questions = state, questions[unfinished]
                 state, run = self._state_for(source.layers, fewer, source.ids.shape[1])
                 state.keep_rows(source, unfinished)
             run(partial(self._decode_step, state))
         answers[questions] = state.ids[: len(questions), first:last]
+        log_probabilities[questions] = state.log_probabilities[: len(questions)]
         is_end = (answers[..., None] == self.eos_token_ids).any(-1).tolist()
-        return [
-            ids[: ends.index(True) + 1 if True in ends else None]
-            for ids, ends in zip(answers.tolist(), is_end, strict=True)
+        ids = [
+            tokens[: ends.index(True) + 1 if True in ends else None]
+            for tokens, ends in zip(answers.tolist(), is_end, strict=True)
         ]
+        return ids, log_probabilities.nan_to_num(nan=-torch.inf).tolist()  # logits that are NaN choose nothing
 
     def _rows_for(self, prompts: int) -> int:
         """Return the number of rows of the state for so many unfinished prompts."""
@@ -216,7 +224,10 @@ class GreedyDecoder:
 
     def _select_next_tokens(self, state: DecodeState, hidden: Tensor) -> None:
         """Write the most likely token at ``cache_position``, or padding where an answer is finished."""
-        logits = self.backbone.logits(hidden).index_fill(1, self.suppressed_token_ids, -torch.inf)
-        tokens = logits.argmax(-1).where(state.unfinished, self.tokenizer.pad_token_id)
+        logits = self.backbone.logits(hidden).float().index_fill(1, self.suppressed_token_ids, -torch.inf)
+        tokens = logits.argmax(-1)
+        log_probabilities = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        state.log_probabilities.add_(log_probabilities.where(state.unfinished, 0.0))
+        tokens = tokens.where(state.unfinished, self.tokenizer.pad_token_id)
         state.ids.index_copy_(1, state.cache_position, tokens[:, None])
         state.unfinished.logical_and_((tokens[:, None] != self.eos_token_ids).all(1))

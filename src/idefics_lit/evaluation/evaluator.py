@@ -26,12 +26,14 @@ class DecodedBatch(NamedTuple):
         hidden: the last hidden states of the batch's rows (R, T, width).
         page_features: for each row the embeddings of its image tokens (image tokens, width).
         ids: token ids of the B answers, each with its end-of-sequence token.
+        log_probabilities: of the B answers, see `GreedyDecoder.answer`.
         texts: the B answers.
     """
 
     hidden: Tensor
     page_features: list[Tensor]
     ids: list[list[int]]
+    log_probabilities: list[float]
     texts: list[str]
 
 
@@ -96,9 +98,9 @@ class Evaluator:
         with self.backbone.evaluating(), torch.compiler.set_stance("force_eager"):
             page_features = self.backbone.encode_pages(batch)
             hidden = self.backbone.prefill(batch, page_features, cache)
-            ids = self.decoder.answer(batch, hidden, cache)
+            ids, log_probabilities = self.decoder.answer(batch, hidden, cache)
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return DecodedBatch(hidden, page_features, ids, [text.strip() for text in texts])
+        return DecodedBatch(hidden, page_features, ids, log_probabilities, [text.strip() for text in texts])
 
     def _evaluate(self, batch: Batch, loss: MeanMetric | None) -> list[Answer]:
         assert batch.prompts is not None
@@ -117,7 +119,8 @@ class Evaluator:
         ]
         columns = (
             *(batch.question_ids, prompts.questions, decoded.texts, prompts.references, scores),
-            *(prompts.question_types, pages, prompts.reference_pages, prompts.indices),
+            *(prompts.question_types, decoded.log_probabilities, map(len, decoded.ids)),
+            *(pages, prompts.reference_pages, prompts.indices),
         )
         return [Answer(*values) for values in zip(*columns, strict=True)]
 

@@ -10,6 +10,7 @@ from torch import nn
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.lora import ADAPTER, LoRA
 from idefics_lit.model.quiet_imports import peft
+from idefics_lit.utils.hub import prepare_hub
 
 # Other initializations change the base model's weights, which neither checkpoints nor adapters hold.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
@@ -66,6 +67,7 @@ def read_adapter_options(adapter: str) -> LoRA:
     Raises:
         InputError: there is no LoRA adapter.
     """
+    prepare_hub(adapter)
     try:
         config = peft.PeftConfig.from_pretrained(adapter)
     except Exception as error:

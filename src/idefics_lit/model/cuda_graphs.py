@@ -36,7 +36,7 @@ class CudaGraphCache(nn.Module):
         self.trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.calls = 0
         self._graphs: dict[Any, _Graph] = {}
-        self._calls_before_capture: Counter[Any] = Counter()  # by shape
+        self._uncaptured_calls: Counter[Any] = Counter()  # by shape
         # A function's graphs share a pool, since only one of them runs at a time. Each function has its own pool: what
         # its forward saves for its backward must survive the other functions' graphs.
         self._pool = torch.cuda.graph_pool_handle()
@@ -46,32 +46,37 @@ class CudaGraphCache(nn.Module):
         """Call the function without a graph."""
         return self.function(*arguments)
 
-    def replay(self, *arguments: Tensor) -> Tensor:
-        """Call the function as a graph if its shape is captured; gradients flow to its arguments and parameters."""
+    def replay(self, *arguments: Tensor, calls_before_capture: int = CALLS_BEFORE_CAPTURE) -> Tensor:
+        """Call the function as a graph if its shape is captured; gradients flow to its arguments and parameters.
+
+        Args:
+            arguments: the function's.
+            calls_before_capture: calls with a shape that run without a graph, 1 or more.
+        """
         try:
-            return self._replay(arguments)
+            return self._replay(arguments, calls_before_capture)
         except torch.OutOfMemoryError:
             if not self._graphs:
                 raise
         self.forget()
-        return self._replay(arguments)
+        return self._replay(arguments, calls_before_capture)
 
     def forget(self) -> None:
         """Free the memory of all graphs; their shapes are captured again when they are used again."""
         self._graphs.clear()
-        self._calls_before_capture.clear()
+        self._uncaptured_calls.clear()
         self._pool_bytes = 0
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
-    def _replay(self, arguments: tuple[Tensor, ...]) -> Tensor:
+    def _replay(self, arguments: tuple[Tensor, ...], calls_before_capture: int) -> Tensor:
         key = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if key not in self._graphs:
             # The new graph needs about as much memory as the others' pool, and can't use the pool's.
-            if not self._calls_before_capture[key] and self._is_memory_short():
+            if not self._uncaptured_calls[key] and self._is_memory_short():
                 self.forget()
-            self._calls_before_capture[key] += 1
-            if self._calls_before_capture[key] <= CALLS_BEFORE_CAPTURE or len(self._graphs) >= MAX_SHAPES:
+            self._uncaptured_calls[key] += 1
+            if self._uncaptured_calls[key] <= calls_before_capture or len(self._graphs) >= MAX_SHAPES:
                 with _autocast():
                     return self(*arguments)
             torch.cuda.empty_cache()  # as a capture does: what is reserved in addition is the pool's

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -123,6 +123,20 @@ def default_precision(*, gpu: bool) -> str:
     return PRECISIONS[torch.cuda.is_bf16_supported(including_emulation=False)] if gpu else "32-true"
 
 
+def known_options(device: Device, options: Mapping[str, Any], precision: str, *, is_sharded: bool) -> dict[str, bool]:
+    """Return those of `EXECUTION_OPTIONS` that are given or don't depend on the model's size."""
+    known = {name: options[name] for name in EXECUTION_OPTIONS if options[name] is not None}
+    if options["quantization"] == "none":
+        known.setdefault("dequantize", False)
+    if device.type != "cuda" or is_sharded:
+        known = {"dequantize": False, "cuda_graphs": False, "compile": False, **known}
+    if precision != "bf16-mixed" or not device.can_compile:
+        known.setdefault("compile", False)
+    if is_sharded:
+        known.setdefault("gradient_checkpointing", False)
+    return known
+
+
 def choose_execution(
     device: Device,
     config: "PretrainedConfig",
@@ -147,27 +161,21 @@ def choose_execution(
     Returns:
         The options. If nothing fits, those that need the least memory.
     """
-    given = {name: options[name] for name in EXECUTION_OPTIONS if options[name] is not None}
-    if options["quantization"] == "none":
-        given.setdefault("dequantize", False)
-    on_gpu = device.type == "cuda"
-    if not on_gpu or is_sharded:
-        given = {"dequantize": False, "cuda_graphs": False, "compile": False, **given}
+    known = known_options(device, options, precision, is_sharded=is_sharded)
     if weights.is_vision_trained:  # a graph per image can't be followed by all their backwards
-        given.setdefault("cuda_graphs", False)
-    if precision != "bf16-mixed" or not device.can_compile or workload.steps < MIN_COMPILED_STEPS:
-        given.setdefault("compile", False)
+        known.setdefault("cuda_graphs", False)
+    if workload.steps < MIN_COMPILED_STEPS:
+        known.setdefault("compile", False)
     if is_sharded:
-        given.setdefault("gradient_checkpointing", False)
-        return Execution(workload.batch_sizes[0], **given)
+        return Execution(workload.batch_sizes[0], **known)
     chosen = None
     for candidate in CANDIDATES:
-        execution = candidate._replace(**given)
+        execution = candidate._replace(**known)
         if execution.cuda_graphs and execution.gradient_checkpointing:
             continue
         in_4_bits = options["quantization"] == "nf4" and not execution.dequantize
         # Beside the weights that load in 4 bits, one layer is dequantized at a time.
-        fixed = weights.gib(in_4_bits=in_4_bits, precision=precision) + (CONTEXT_GIB if on_gpu else 0)
+        fixed = weights.gib(in_4_bits=in_4_bits, precision=precision) + (CONTEXT_GIB if device.type == "cuda" else 0)
         least = min(candidate.batch_size or round(workload.questions_per_row), workload.batch_sizes[0])
         for size in workload.batch_sizes:
             chosen = execution._replace(batch_size=size)
@@ -175,7 +183,7 @@ def choose_execution(
             work = tokens * layer_weights(config.text_config)
             if work > MAX_WORK and size != workload.batch_sizes[-1]:
                 continue
-            if work > MAX_GRAPHS_WORK and "cuda_graphs" not in given:
+            if work > MAX_GRAPHS_WORK and "cuda_graphs" not in known:
                 chosen = chosen._replace(cuda_graphs=False)
             needed = fixed + _activations_gib(config, chosen, precision, patches, tokens)
             if size >= least and needed <= device.gib:
@@ -186,7 +194,7 @@ def choose_execution(
 
 def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) -> tuple[int, int]:
     """Return the patches and tokens of a batch."""
-    rows = -(-questions // max(1, round(workload.questions_per_row)))
+    rows = ceil(questions / workload.questions_per_row)
     patches = rows * workload.images_per_page * (workload.longest_edge // config.vision_config.patch_size) ** 2
     return patches, rows * (workload.page_tokens + TOKENS_AROUND_PAGE) + questions * TOKENS_PER_QUESTION
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from idefics_lit.errors import InputError
 from idefics_lit.model.adapter import is_trained
 from idefics_lit.model.batch import Batch, TokenRows
-from idefics_lit.model.cuda_graphs import CudaGraphCache
+from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE, CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.memory import Peaks
 from idefics_lit.model.patches import embed_patches
@@ -43,6 +43,9 @@ class Backbone(ABC):
         feature_cache: stores the features of images, while the modules that compute them are frozen.
         graphs: train with CUDA graphs.
     """
+
+    calls_before_capture = CALLS_BEFORE_CAPTURE
+    """Calls of a stage with a shape that run without a graph."""
 
     def __init__(
         self, model: peft.PeftModel, feature_cache: MemoryCache | FolderCache | None = None, *, graphs: bool = False
@@ -222,7 +225,9 @@ class Backbone(ABC):
 
     def _run(self, stage: str, *arguments: Tensor) -> Tensor:
         use_graph = self._graphs and self.model.training
-        result: Tensor = (self._graphs[stage].replay if use_graph else getattr(self, f"_{stage}"))(*arguments)
+        if use_graph:
+            return self._graphs[stage].replay(*arguments, calls_before_capture=self.calls_before_capture)
+        result: Tensor = getattr(self, f"_{stage}")(*arguments)
         return result
 
     def _cached(

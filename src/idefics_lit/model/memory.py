@@ -100,28 +100,13 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
     return WeightCount(quantizable, others, sum(trainable.values()), is_vision_trained)
 
 
-def weights_gib(config: "PretrainedConfig", options: Mapping[str, Any], precision: str) -> float:
-    """Count the GiB of weights, adapter, its gradients and AdamW's two moments, without loading any.
-
-    Args:
-        config: the model's configuration.
-        options: the options of `Idefics2Module`, with ``dequantize`` in effect.
-        precision: the Trainer's precision.
-
-    Raises:
-        InputError: ``lora.target_modules`` match no layer.
-    """
-    in_4_bits = options["quantization"] == "nf4" and not options["dequantize"]
-    return count_weights(config, options).gib(in_4_bits=in_4_bits, precision=precision)
-
-
 def peak_gib(
     weights: float, patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
 ) -> float:
     """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
 
     Args:
-        weights: `weights_gib`.
+        weights: GiB of the weights, from `WeightCount.gib`.
         patches: image patches of the batch.
         tokens: tokens of the batch with padding.
         gradient_checkpointing: the module's option.

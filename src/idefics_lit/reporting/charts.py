@@ -61,20 +61,31 @@ class Line(NamedTuple):
 
 
 class LineChart:
-    """Lines over optimizer steps.
+    """Lines, by default over optimizer steps.
 
     Args:
         title: the title.
-        last_step: the last step on the horizontal axis, which starts at 0.
+        last: the end of the horizontal axis, which starts at 0.
         lines: the lines, whose points are (step, value); points that aren't finite are left out.
         values: further values that the vertical axis must cover.
+        x_name: the name of the horizontal axis.
+        integer: place its ticks at integers only.
     """
 
-    def __init__(self, title: str, last_step: int, lines: Sequence[Line], values: Sequence[float] = (0,)) -> None:
-        self.title = title
+    def __init__(
+        self,
+        title: str,
+        last: float,
+        lines: Sequence[Line],
+        values: Sequence[float] = (0,),
+        *,
+        x_name: str = "optimizer step",
+        integer: bool = True,
+    ) -> None:
+        self.title, self.x_name = title, x_name
         finite = [line._replace(points=[(x, y) for x, y in line.points if isfinite(y)]) for line in lines]
         points = [point for line in finite for point in line.points]
-        self.x = Axis([0, last_step, *(x for x, _ in points)], LEFT, RIGHT, integer=True, tight=True)
+        self.x = Axis([0, last, *(x for x, _ in points)], LEFT, RIGHT, integer=integer, tight=True)
         self.y = Axis([*values, *(y for _, y in points)], BOTTOM, TOP)
         self.lines = [
             line._replace(

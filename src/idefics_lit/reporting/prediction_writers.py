@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
@@ -42,7 +42,11 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
 
     def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self,
+        trainer: Trainer,
+        pl_module: Any,  # noqa: ANN401
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
     ) -> None:
         """Gather the answers of all ranks; write them, and print the score of those with references, on rank 0."""
         answers = [*gather_answers(trainer, [answer for batch in predictions for answer in batch]).values()]
@@ -52,7 +56,7 @@ class PredictionWriter(BasePredictionWriter):
         if any(answer.answer_page is not None for answer in answers):  # questions with one page have no answer_page
             answers = [replace(answer, answer_page=answer.answer_page or 0) for answer in answers]
         try:
-            _write_jsonl(folder / "predictions.jsonl", answers)
+            _write_jsonl(folder / "predictions.jsonl", answers, pl_module.temperature)
         finally:  # write the other file even if this one fails
             _write_lines(folder / "submission.json", [_submission(answers)])
         console = Console()
@@ -97,17 +101,17 @@ class EvaluationWriter(Callback):
         if trainer.sanity_checking:
             self.sanity_check_answers = answers
         else:
-            self._write(trainer, answers, "val_predictions.jsonl")
+            self._write(trainer, pl_module, answers, "val_predictions.jsonl")
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
         """Gather and write the answers, which may have the indices and ids of the sanity check's questions."""
         self.sanity_check_answers = {}
-        self._write(trainer, gather_answers(trainer, pl_module.answers), "test_predictions.jsonl")
+        self._write(trainer, pl_module, gather_answers(trainer, pl_module.answers), "test_predictions.jsonl")
 
-    def _write(self, trainer: Trainer, answers: Answers, name: str) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any, answers: Answers, name: str) -> None:  # noqa: ANN401
         self.answers, self.path = answers, run_folder(trainer) / name
         if trainer.is_global_zero:
-            _write_jsonl(self.path, answers.values())
+            _write_jsonl(self.path, answers.values(), pl_module.temperature)
 
 
 def gather_answers(trainer: Trainer, answers: Iterable[Answer]) -> Answers:
@@ -155,8 +159,8 @@ def _as_numbers(question_ids: Sequence[int | str]) -> Sequence[int | str]:
     return numbers if len({*numbers}) == len({*question_ids}) else question_ids
 
 
-def _write_jsonl(path: Path, answers: Iterable[Answer]) -> None:
-    _write_lines(path, (answer.to_json() for answer in answers))
+def _write_jsonl(path: Path, answers: Iterable[Answer], temperature: float) -> None:
+    _write_lines(path, (answer.to_json(temperature) for answer in answers))
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

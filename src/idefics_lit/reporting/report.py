@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from idefics_lit.errors import first_line
+from idefics_lit.reporting.confidence_section import confidence_section
 from idefics_lit.reporting.history import History
 from idefics_lit.reporting.logger_media import log_answers
 from idefics_lit.reporting.page_gallery import Card, add_images, group_by_page
@@ -96,6 +98,7 @@ class Report(Callback):
         with _warn_on_error("report"):
             checkpoint = [f"with {trainer.ckpt_path}"] if trainer.ckpt_path else []
             loss = trainer.callback_metrics.get(f"{stage}/loss")
+            source = "fitted on these questions" if trainer.state.fn == TrainerFn.FITTING else "of the checkpoint"
             losses = {} if loss is None else {f"{stage}/loss": float(loss)}
             context = {
                 "title": f"{module.hparams.pretrained}" + (f" on {data.hparams.source}" if data is not None else ""),
@@ -105,8 +108,9 @@ class Report(Callback):
                 "charts": training_charts(self.history),
                 "baseline": baseline,
                 **(score_section(answers, baseline) if answers else {}),
+                **(confidence_section(answers, module.temperature, source) if answers else {}),
             }
-            page = render_report(context, cards, selected)
+            page = render_report(context, cards, selected, module.temperature)
             with replacing(path) as file:
                 file.write(page)
             self.path = path

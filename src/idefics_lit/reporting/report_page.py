@@ -1,5 +1,6 @@
 """The content of ``report.html``: figures, charts and the table by question type, rendered with a jinja2 template."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -9,6 +10,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from idefics_lit.evaluation.answer import by_question_type, mean_anls
+from idefics_lit.evaluation.confidence import confidence
+from idefics_lit.evaluation.error_classes import DESCRIPTIONS, error_classes
 from idefics_lit.reporting import charts
 from idefics_lit.reporting.charts import Histogram, Line, LineChart, smooth
 from idefics_lit.reporting.history import History
@@ -102,18 +105,34 @@ def score_section(answers: Answers, baseline: Answers) -> dict[str, Any]:
     return {"has_baseline": bool(baseline), "histogram": Histogram(scores), "rows": rows}
 
 
-def render_report(context: dict[str, Any], cards: Sequence[Card], selected: Sequence[Card]) -> bytes:
+def class_section(cards: Sequence[Card]) -> dict[str, Any]:
+    """Return the error class of each answer by its index, and the rows of their table with count and share in %."""
+    classes = {
+        answer.index: name
+        for card in cards
+        for answer, name in zip(card.answers, error_classes(card.answers), strict=True)
+    }
+    counts = Counter(classes.values())
+    rows = [(name, counts[name], 100 * counts[name] / len(classes)) for name in DESCRIPTIONS if counts[name]]
+    return {"classes": classes, "class_rows": rows, "descriptions": DESCRIPTIONS}
+
+
+def render_report(
+    context: dict[str, Any], cards: Sequence[Card], selected: Sequence[Card], temperature: float
+) -> bytes:
     """Return the page, of ``MAX_BYTES`` at most: cards are dropped from the end until it is small enough.
 
     Args:
         context: the template's variables: title, subtitle, tiles, hyperparameters, charts, baseline and those of
-            `score_section`.
+            `score_section` and `confidence_section`.
         cards: the cards of all pages.
         selected: the cards to show, with images.
+        temperature: of the answers' confidence.
     """
     environment = Environment(autoescape=True)
     environment.filters["short"] = lambda text: text if len(text) <= MAX_TEXT_LENGTH else f"{text[:MAX_TEXT_LENGTH]} …"
     environment.filters["grade"] = lambda score: "good" if score == 1 else "bad" if score == 0 else "fair"
+    environment.filters["confidence"] = lambda answer: f"{confidence(answer.log_probability, temperature):.0%}"
     template = environment.from_string(files("idefics_lit.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     geometry = {name.lower(): getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
     question_count = sum(len(card.answers) for card in cards)
@@ -122,7 +141,7 @@ def render_report(context: dict[str, Any], cards: Sequence[Card], selected: Sequ
         extent = f"{len(answers)} of {question_count} questions, on {len(selected)} of {len(cards)} pages."
         question_types = sorted({name for answer in answers for name in answer.question_types})
         page = template.render(
-            context, **geometry, cards=selected, extent=extent, question_types=question_types
+            context, **geometry, **class_section(cards), cards=selected, extent=extent, question_types=question_types
         ).encode(errors="replace")
         if len(page) <= MAX_BYTES or not selected:
             return page

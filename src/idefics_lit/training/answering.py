@@ -25,14 +25,14 @@ def answer_questions(
     questions: str | Sequence[str],
     batch_size: int,
     collate: Idefics2Collator,
-) -> list[str]:
-    """Return the answers of `Idefics2Module.answer`, with batches of a collator."""
+) -> list[tuple[str, float]]:
+    """Return the answers of `Idefics2Module.answer` with their confidence, with batches of a collator."""
     pairs = pair_questions(images, questions)
     module.configure_model()
-    answers: list[str] = []
+    answers: list[tuple[str, float]] = []
     for start in range(0, len(pairs), batch_size):
         batch = collate(load_examples(pairs[start : start + batch_size]))
-        answers += module.generate(module.transfer_batch_to_device(batch, module.model.device, 0))
+        answers += module.generate_with_confidence(module.transfer_batch_to_device(batch, module.model.device, 0))
     module.evaluator.free_memory()
     return answers
 

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from idefics_lit.data.image_layout import count_images, page_edge
+from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.errors import InputError, first_line
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
@@ -77,6 +78,7 @@ def export_adapter(
             data={"prompt_style": collator.prompt_style, "image_size": image_size},
             merged=merged,
             steps=module.global_step,
+            temperature=module.temperature,
             name=str(folder),
         )
 
@@ -90,6 +92,7 @@ def write_export(
     data: Mapping[str, Any],
     merged: str | None,
     steps: int,
+    temperature: float,
     name: str,
     scores: Mapping[str, float] | None = None,
     publish: bool = False,
@@ -104,6 +107,7 @@ def write_export(
         data: the data module's options, at least ``prompt_style``.
         merged: write the merged model instead of the adapter; what `copy_to_merge` says, for the model card.
         steps: optimizer steps of the training, 0 if unknown.
+        temperature: the module's.
         name: the Hub id or folder that the model card's code loads.
         scores: values of metrics, for the model card.
         publish: write no paths of this machine.
@@ -112,7 +116,7 @@ def write_export(
         InputError: the written processor can't be loaded or gives other inputs.
     """
     _save_processor(processor, folder)
-    base_model = model.get_base_model()
+    base_model: Any = model.get_base_model()
     generation = _generation_config(processor, base_model.generation_config, options["max_new_tokens"])
     base = base_name = resolve(options["pretrained"])
     local_base = Path(base).is_dir()
@@ -135,9 +139,10 @@ def write_export(
         "merged": merged is not None,
         "prompt_style": data["prompt_style"],
         "image_splitting": images.do_image_splitting,
-        "image_tokens": count_images(images, (edge, edge)) * processor.image_seq_len,
+        "image_tokens": count_images(images, (edge, edge)) * tokens_per_image(processor),
         "scores": scores or {},
         "steps": steps,
+        "temperature": temperature,
         "model": _without_folders(dict(options)),
         "data": _without_folders({**data, "image_splitting": images.do_image_splitting}),
     }

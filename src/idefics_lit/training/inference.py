@@ -13,6 +13,7 @@ from torch import Tensor
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
+from idefics_lit.evaluation.confidence import confidence
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.execution import find_device
 from idefics_lit.model.lora import ADAPTER, LoRA
@@ -38,11 +39,15 @@ class InferenceModule(TrainedWeightsModule):
     """
 
     hparams: Any  # the arguments of Idefics2Module, by name
+    temperature: float
+    """Temperature of the answers' confidence, see `idefics_lit.evaluation.confidence`: 1, or that of the checkpoint or
+    adapter. Each validation of a fit fits it anew."""
 
     def __init__(self, adapter: str | None) -> None:
         super().__init__()
         self.adapter = adapter
         saved = read_training_options(adapter) if adapter else {}
+        self.temperature: float = saved.get("temperature", 1.0)
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
 
     def configure_model(self, model: "PreTrainedModel | PeftModel | None" = None) -> None:
@@ -157,8 +162,9 @@ class InferenceModule(TrainedWeightsModule):
         questions: str | Sequence[str],
         *,
         batch_size: int = 8,
+        return_confidence: bool = False,
         **options: Any,  # noqa: ANN401
-    ) -> list[str]:
+    ) -> list[Any]:
         """Answer questions about page images greedily, on the device that the module is on.
 
         Loads the model if necessary. Gradients and dropout are off, whatever mode the module is in.
@@ -168,6 +174,8 @@ class InferenceModule(TrainedWeightsModule):
             questions: a question or several. One image is combined with every question and one question with every
                 image; several images and several questions are paired in order.
             batch_size: questions in a batch; those about the same image share its computation.
+            return_confidence: return pairs of an answer and its confidence, from 0 to 1: its probability under the
+                model, calibrated with ``temperature`` (see `idefics_lit.evaluation.confidence`).
             options: further arguments of `collator`.
 
         Returns:
@@ -176,7 +184,8 @@ class InferenceModule(TrainedWeightsModule):
         Raises:
             InputError: there are no images or questions, their numbers differ, or an image can't be read.
         """
-        return answer_questions(self, images, questions, batch_size, self.collator(train=False, **options))
+        pairs = answer_questions(self, images, questions, batch_size, self.collator(train=False, **options))
+        return pairs if return_confidence else [text for text, _ in pairs]
 
     def collator(self, *, train: bool, **options: Any) -> Idefics2Collator:  # noqa: ANN401
         """Return a collator for this module, to be used as ``collate_fn`` of a DataLoader.
@@ -195,7 +204,13 @@ class InferenceModule(TrainedWeightsModule):
 
     def generate(self, batch: Batch) -> list[str]:
         """Return the B greedy answers to a batch's prompts, without dropout, whatever mode the module is in."""
-        return self.evaluator.decode(batch).texts
+        return [text for text, _ in self.generate_with_confidence(batch)]
+
+    def generate_with_confidence(self, batch: Batch) -> list[tuple[str, float]]:
+        """Return what `generate` returns, each answer with its confidence, see `answer`."""
+        decoded = self.evaluator.decode(batch)
+        confidences = (confidence(value, self.temperature) for value in decoded.log_probabilities)
+        return list(zip(decoded.texts, confidences, strict=True))
 
     @cached_property
     def base_fingerprint(self) -> dict[str, Any]:

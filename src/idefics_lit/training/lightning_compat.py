@@ -58,6 +58,7 @@ require_private(LightningModule, "_current_fx_name")
 require_private(WeightAveraging, "_average_model", "_swap_models")
 require_private(DistributedDataParallel, "_ddp_params_and_buffers_to_ignore")
 require_private(torch, "_foreach_mul_")
+require_private(Tensor, "_backward_hooks")
 
 
 def replace_signal_handling(
@@ -211,6 +212,11 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     A loop over the parameters would launch a kernel for each, which takes the CPU as long as the optimizer's step.
     """
     torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether ``tensor.register_hook`` was called; there is no public way to ask."""
+    return bool(tensor._backward_hooks)
 
 
 def remove_wandb_anonymous(trainer: Trainer) -> None:

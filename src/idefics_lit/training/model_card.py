@@ -9,6 +9,7 @@ import transformers
 import yaml
 from transformers import GenerationConfig, ProcessorMixin
 
+from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.model.lora import unquantized_modules
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import has_tiles
@@ -100,25 +101,25 @@ CONTENT = {
     "idefics": '[\n    *[{"type": "image"} for _ in pages],\n'
     '    {"type": "text", "text": "What is the date?\\nGive a very brief answer."},\n]',
 }
-SERVERS = (
-    "`transformers serve` serves the merged model through an OpenAI-style API; vLLM, SGLang and TGI, which is "
-    "archived, don't take Idefics2"
-)
-TILE_SERVERS = (
-    "vLLM serves the merged model, through an OpenAI-style API: it needs image splitting on and a `size.longest_edge` "
-    "that is a multiple of the tile, as the saved processor has it; `transformers serve` serves it too"
-)
 
 
 def splitting_off(processor: ProcessorMixin) -> str:
     """Return what a server must know of an adapter that was trained with image splitting off."""
     text = (
-        f"the adapter was trained with image splitting off, {processor.image_seq_len} image tokens a page, and the "  # type: ignore[attr-defined]
+        f"the adapter was trained with image splitting off, {tokens_per_image(processor)} image tokens a page, and the "
         f"saved processor has it off; "
     )
-    if has_tiles(processor.image_processor):  # type: ignore[attr-defined]
+    if has_tiles(processor.image_processor):
         return f"{text}vLLM can't serve it: it counts no image for a page without tiles (vllm-project/vllm#48667)"
     return f"{text}whoever loads the Hub's processor instead splits images, 320 tokens"
+
+
+def servers(processor: ProcessorMixin) -> str:
+    """Return which servers take a merged model."""
+    serve = "`transformers serve` serves the merged model through an OpenAI-style API"
+    if has_tiles(processor.image_processor):
+        return f"{serve}; vLLM takes its architecture too, with image splitting on and a whole number of tiles an edge"
+    return f"{serve}; vLLM, SGLang and TGI don't take Idefics2"
 
 
 def model_card(
@@ -145,13 +146,13 @@ def model_card(
     options = facts["model"]
     imports, load = ADAPTER if merged is None else MERGED
     nf4 = merged is None and options["quantization"] == "nf4"
-    skipped = list(unquantized_modules(quantize_vision=options["quantize_vision"]))
+    skipped = unquantized_modules(quantize_vision=options["quantize_vision"])
     code = CODE.format(
         imports=imports.format(config=", BitsAndBytesConfig" if nf4 else ""),
         load=load.format(
             base=json.dumps(base),
             name=json.dumps(name),
-            nf4=NF4.format(skipped=json.dumps(skipped)) if nf4 else "",
+            nf4=NF4.format(skipped=json.dumps(list(skipped))) if nf4 else "",
             options=" quantization_config=nf4," if nf4 else "",
         ),
         name=json.dumps(name),
@@ -177,14 +178,14 @@ def model_card(
     hint = ", a local folder: others must put its path or Hub id in the code" if local_base and merged is None else ""
     steps = f"- {facts['steps']} optimizer steps\n" if facts["steps"] else ""
     splitting = "" if facts["image_splitting"] else f"- {splitting_off(processor)}\n"
+    package = "- needs `pip install num2words`\n" if "SmolVLM" in type(processor).__name__ else ""
     bits = "4 bits (NF4, double quantization)" if options["quantization"] == "nf4" else "16 or 32 bits"
     config = yaml.safe_dump({"model": options, "data": facts["data"]}, sort_keys=False, allow_unicode=True)
-    kind = "An adapter (LoRA, peft)" if merged is None else "A model with a LoRA adapter merged into its weights,"
+    kind = (
+        "An adapter (LoRA, peft)" if merged is None else "A model with a LoRA adapter merged into its bfloat16 weights,"
+    )
+    details = "".join(f"- {line}\n" for line in ([] if merged is None else [merged, servers(processor)]) if line)
     link = f"`{facts['base']}`" if local_base else f"[{base}](https://huggingface.co/{base})"
-    has_vllm = has_tiles(processor.image_processor) and facts["image_splitting"]  # type: ignore[attr-defined]
-    package = "needs `pip install num2words`" if "SmolVLM" in type(processor).__name__ else ""
-    served = [] if merged is None else [merged, TILE_SERVERS if has_vllm else SERVERS]
-    details = "".join(f"- {line}\n" for line in (package, *served) if line)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -194,7 +195,7 @@ def model_card(
 
 - base model: {link}{hint}; the adapter was trained on it in {bits}
 - needs transformers {MIN_TRANSFORMERS} or later: {REASON}
-{details}{steps}{scores}{splitting}
+{package}{details}{steps}{scores}{splitting}
 ```python
 {code}```
 

@@ -11,10 +11,11 @@ What is special here:
 
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -27,16 +28,14 @@ from idefics_lit.model.lora import LoRA, Quantization
 from idefics_lit.training.checkpoint import EpochProgressRepair
 from idefics_lit.training.checkpoint_checks import check_checkpoint
 from idefics_lit.training.inference import InferenceModule
+from idefics_lit.training.loss_in_parts import LossInParts
 from idefics_lit.training.optimizer import ResumableLambdaLR, adamw_with_schedule
 from idefics_lit.training.options import check_options, plain_lora_options
 from idefics_lit.training.options_in_effect import describe, find_batch_size
-from idefics_lit.training.scores import compute_scores
+from idefics_lit.training.scores import compute_scores, compute_temperature
 from idefics_lit.training.token_mean import TokenMean
 from idefics_lit.training.trained_weights import trained_parameters
 from idefics_lit.training.unsupported import check_supported
-
-if TYPE_CHECKING:
-    pass
 
 
 class Idefics2Module(InferenceModule):
@@ -76,7 +75,7 @@ class Idefics2Module(InferenceModule):
             Idefics2-8b, 44 MB with image splitting, and up to 30 MB with Idefics3 and SmolVLM, or 2 to 24 MB if
             lora.target_modules leave the connector out.
         cuda_graphs: replay parts of the model as CUDA graphs instead of launching kernel by kernel; on GPUs only.
-        compile: compile the layers for training; only the first step takes longer.
+        compile: compile the layers for training; the first step takes longer, so that by default only long fits do.
         max_new_tokens: the largest length of a generated answer, in tokens.
         strip_period: remove full stops at the end of predictions before scoring, as Idefics2's authors do.
 
@@ -120,6 +119,7 @@ class Idefics2Module(InferenceModule):
         self.answers = []
         self._scored = False  # the answers are those of a validation or test that has ended
         self._token_mean = TokenMean()
+        self._loss_in_parts = LossInParts(enabled=False)
         self._seed = self._batch_seed = -1  # the user's seed, and the last training batch's, which depends on it
         self._scheduled_lr = lr
         self._restored: dict[str, Any] = {}  # a checkpoint's unfinished optimizer step
@@ -149,6 +149,7 @@ class Idefics2Module(InferenceModule):
     def configure_callbacks(self) -> Any:  # noqa: ANN401
         """Refuse features of the Trainer that can't work, and add `EpochProgressRepair`, which each fit needs."""
         check_supported(self.trainer)
+        self._loss_in_parts = LossInParts(enabled=False)  # for BatchSizeFinder, which runs before `on_fit_start`
         has_repair = any(isinstance(callback, EpochProgressRepair) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if has_repair else [EpochProgressRepair()]
 
@@ -163,6 +164,7 @@ class Idefics2Module(InferenceModule):
         wrong = next((name for name, p in trained_parameters(self).items() if p.dtype != torch.float32), None)
         if wrong:
             raise InputError(f"{wrong} is trained but not float32, which mixed precision needs")
+        self._loss_in_parts = LossInParts(enabled=True)
         if self.device.type == "cuda":
             find_batch_size(self, self.trainer)
         data = getattr(self.trainer, "datamodule", None)
@@ -201,12 +203,14 @@ class Idefics2Module(InferenceModule):
             loss = sum((p.sum() * 0 for p in trained_parameters(self).values()), torch.zeros((), device=self.device))
             tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         else:
-            loss, tokens = self.loss(batch)
+            loss, tokens = self._loss_in_parts.forward(self, batch)
         return self._token_mean.add(loss, tokens)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Propagate the loss of a micro-batch, weighted with its number of answer tokens."""
-        super().backward(self._token_mean.weighted(loss), *args, **kwargs)
+        loss = self._token_mean.weighted(loss)
+        self._loss_in_parts.backward(self, loss)
+        super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the step's answer tokens instead of by micro-batches and ranks; log the loss."""
@@ -253,7 +257,9 @@ class Idefics2Module(InferenceModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation's loss and scores."""
+        """Log the validation's loss and scores; in a fit, fit the temperature of the answers' confidence."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.temperature = compute_temperature(self.answers, self.trainer)
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -285,6 +291,7 @@ class Idefics2Module(InferenceModule):
         """
         super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self.base_fingerprint
+        checkpoint["temperature"] = self.temperature
         trainable = trained_parameters(self)
         if broken := next((name for name, p in trainable.items() if not p.isfinite().all()), None):
             raise InputError(f"{broken} isn't finite any more and isn't saved: lower model.lr and resume")
@@ -296,4 +303,5 @@ class Idefics2Module(InferenceModule):
         self.configure_model()
         check_checkpoint(checkpoint, self, self.attached_trainer)
         self._restored = checkpoint.get("accumulated", {})
+        self.temperature = checkpoint.get("temperature", 1.0)
         self._prompt_options = checkpoint.get("datamodule_hyper_parameters", {})

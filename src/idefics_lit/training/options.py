@@ -60,8 +60,9 @@ def read_training_options(adapter: str) -> dict[str, Any]:
     """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
     facts = _read_facts(adapter)
     try:
-        return {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
-    except (LookupError, TypeError):
+        saved = {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
+        return {**saved, "temperature": float(facts.get("temperature", 1.0))}
+    except (LookupError, TypeError, ValueError):
         return {}
 
 

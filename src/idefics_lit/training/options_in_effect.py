@@ -5,7 +5,6 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.parsing import AttributeDict
@@ -14,10 +13,10 @@ from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.workload import count_pages, largest_batch, workload
 from idefics_lit.errors import InputError
 from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE
-from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Workload, choose_execution
+from idefics_lit.model.execution import EXECUTION_OPTIONS, Device, Execution, Workload, choose_execution, known_options
 from idefics_lit.model.fsdp import FSDP2Strategy
-from idefics_lit.model.memory import GIB, count_weights
-from idefics_lit.pretrained import DTYPES, cannot_load, resolve
+from idefics_lit.model.memory import GIB, WeightCount, count_weights
+from idefics_lit.pretrained import DTYPES, load_config
 from idefics_lit.training.trained_weights import trained_parameters
 from idefics_lit.utils.distributed import gather_objects
 
@@ -35,6 +34,7 @@ def options_in_effect(
     precision: str,
     trainer: Trainer | None = None,
     datamodule: LightningDataModule | None = None,
+    weights: WeightCount | None = None,
 ) -> Any:  # noqa: ANN401
     """Return the options of `Idefics2Module` with a value for each that is None; set the batch size of a fit.
 
@@ -45,37 +45,37 @@ def options_in_effect(
         trainer: the Trainer that calls the module; without one CUDA graphs and compiled layers are left out, because
             they restrict the order of its calls.
         datamodule: the Trainer's data module.
+        weights: the model's weights; by default they are counted, unless nothing depends on their number.
 
     Raises:
         InputError: the model's configuration can't be loaded, or ``lora.target_modules`` match no layer.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(resolve(options["pretrained"]), trust_remote_code=False)
-    except Exception as error:
-        raise cannot_load("configuration", options["pretrained"], error) from error
-    weights, given = count_weights(config, options), dict(options)
+    given = dict(options)
     if trainer is None:
         given |= {"cuda_graphs": bool(options["cuda_graphs"]), "compile": bool(options["compile"])}
+    smallest = min(devices, key=lambda device: device.gib)
+    is_sharded = trainer is not None and isinstance(trainer.strategy, FSDP2Strategy)
     fit = datamodule if isinstance(datamodule, DocVQADataModule) and datamodule.step else None
     load = workload(fit) if fit else UNKNOWN_WORKLOAD
     if trainer:
         load = load._replace(steps=_steps(trainer, fit))
-    execution = choose_execution(
-        min(devices, key=lambda device: device.gib),
-        config,
-        weights,
-        given,
-        precision,
-        load,
-        is_sharded=trainer is not None and isinstance(trainer.strategy, FSDP2Strategy),
-    )
-    if trainer and fit and fit.step:
-        fit.step.set_batch_size(execution.batch_size)
-        if given["feature_cache"] is None and not weights.is_vision_trained and _pages_recur(trainer, fit, load):
+    known: dict[str, Any] = known_options(smallest, given, precision, is_sharded=is_sharded)
+    if not fit and smallest.type == "cpu":  # whose memory is enough for an evaluation
+        known.setdefault("gradient_checkpointing", False)
+    has_choice = fit and (len(load.batch_sizes) > 1 or given["feature_cache"] is None)
+    if not has_choice and len(known) == len(EXECUTION_OPTIONS):
+        execution = Execution(load.batch_sizes[0], **known)
+    else:
+        config = load_config(options["pretrained"])
+        weights = weights or count_weights(config, options)
+        execution = choose_execution(smallest, config, weights, given, precision, load, is_sharded=is_sharded)
+        if trainer and fit and given["feature_cache"] is None and not weights.is_vision_trained:
             gigabytes = count_pages(fit) * _page_bytes(config, load, precision) / 1e9
             ram = min(device.ram_gib for device in devices) * GIB / 1e9 / trainer.num_devices
-            if gigabytes <= min(RAM_SHARE * ram, given["feature_cache_gb"]):
+            if _pages_recur(trainer, fit, load) and gigabytes <= min(RAM_SHARE * ram, given["feature_cache_gb"]):
                 given["feature_cache"] = "memory"
+    if fit and fit.step:
+        fit.step.set_batch_size(execution.batch_size)
     given["feature_cache"] = given["feature_cache"] or "off"
     return AttributeDict({**given, **execution.model_options})
 
@@ -124,7 +124,9 @@ def find_batch_size(module: Any, trainer: Trainer) -> None:  # noqa: ANN401
         return
     assert datamodule.step is not None
     step = datamodule.step
+    # The graphs of a batch that fits are kept: they are the largest, and the fit's others share their memory.
     while not all(gather_objects(trainer, _fits(module, trainer, datamodule))):
+        module.backbone.forget_graphs()
         smaller = [size for size in step.batch_sizes if size < step.batch_size]
         text = f"a batch of data.batch_size {step.batch_size} may not fit into the GPU's memory"
         if step.is_batch_size_given:
@@ -147,11 +149,12 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
     parameters = [*trained_parameters(module).values()]
     backbone = module.backbone
     cache, backbone.feature_cache = backbone.feature_cache, None
+    backbone.calls_before_capture = 1
     fits = True
     with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
         try:
             batch = module.transfer_batch_to_device(largest_batch(datamodule), module.device, 0)
-            for _ in range(CALLS_BEFORE_CAPTURE + 1 if backbone.has_graphs else 1):
+            for _ in range(2 if backbone.has_graphs else 1):  # the second call is captured
                 with trainer.precision_plugin.forward_context():
                     loss, _ = module.loss(batch)
                 # Unlike backward it doesn't call DDP's hooks.
@@ -159,9 +162,7 @@ def _fits(module: Any, trainer: Trainer, datamodule: DocVQADataModule) -> bool: 
         except torch.OutOfMemoryError:
             fits = False
     batch = loss = None
-    backbone.feature_cache = cache
-    if not fits:  # else the largest graphs stay, whose memory the others share
-        backbone.forget_graphs()
+    backbone.feature_cache, backbone.calls_before_capture = cache, CALLS_BEFORE_CAPTURE
     torch.cuda.empty_cache()
     return fits
 

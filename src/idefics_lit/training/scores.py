@@ -7,6 +7,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from idefics_lit.evaluation.answer import Answer, by_question, by_question_type
+from idefics_lit.evaluation.confidence import fit_temperature
 from idefics_lit.metrics import ANLS
 from idefics_lit.utils.distributed import gather_objects
 
@@ -41,6 +42,13 @@ def compute_scores(answers: Collection[Answer], metric: ANLS, trainer: Trainer) 
     if unique:
         scores["answer_page_accuracy"] = sum(unique.values()) / len(unique)
     return scores
+
+
+def compute_temperature(answers: Collection[Answer], trainer: Trainer) -> float:
+    """Return the temperature fitted on all ranks' answers, the same on every rank; all ranks must call it."""
+    own = {key: (answer.log_probability, answer.is_right) for key, answer in by_question(answers).items()}
+    unique = {key: value for rank in gather_objects(trainer, own) for key, value in rank.items()}
+    return fit_temperature([value for value, _ in unique.values()], [is_right for _, is_right in unique.values()])
 
 
 def metric_name(question_type: str) -> str:

@@ -13,6 +13,7 @@ from idefics_lit.data.example import Example, Examples
 from idefics_lit.data.sources.features import DatasetSplit
 from idefics_lit.data.sources.stored_images import path_keys, stored_key
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.utils.hub import prepare_hub
 
 ROWS_AT_ONCE = 1000
 # What is written as a list, or as a tuple, a set or an array of texts in Python.
@@ -35,6 +36,7 @@ def load_splits(source: str, subset: str | None = None, *, streaming: bool = Fal
     Raises:
         InputError: when `datasets` can't read the source.
     """
+    prepare_hub(source)
     try:
         if is_saved(source):
             loaded = datasets.load_from_disk(source)

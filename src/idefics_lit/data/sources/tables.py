@@ -20,6 +20,7 @@ from idefics_lit.data.sources.split_names import split_of_file
 from idefics_lit.data.sources.stored_images import is_missing, locate_image
 from idefics_lit.data.sources.text_files import DELIMITERS, TABLE_SUFFIXES, is_table, parse_cell, read_rows
 from idefics_lit.errors import InputError
+from idefics_lit.utils.hub import prepare_hub
 
 COMPRESSED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".lz4")
 LIST_FIELDS = ("image", "answers", "question_types")
@@ -103,6 +104,7 @@ def find_text_files(source: str, subset: str | None = None) -> dict[str, list[st
     Raises:
         InputError: when files are compressed.
     """
+    prepare_hub(source)
     try:
         builder = datasets.load_dataset_builder(source, subset)
         files = _text_files(builder)
