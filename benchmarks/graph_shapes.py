@@ -65,7 +65,7 @@ def splits() -> dict[str, Split]:
 
 def batches(split: Split, steps: int) -> Iterator[list[list[int]]]:
     """Yield for each step the questions of each page."""
-    sampler: Any = TrainSampler(split, 4, seed=0, num_replicas=1, rank=0)  # type: ignore[arg-type]
+    sampler: Any = TrainSampler(split, 4, 16, seed=0, num_replicas=1, rank=0)  # type: ignore[arg-type]
     for epoch in range(steps):
         sampler.set_epoch(epoch)
         order = iter(sampler)
