@@ -68,6 +68,19 @@ def test_a_cached_page_is_not_processed_and_the_loss_is_the_same(model, place, p
     assert module.loss(mixed.rows(1, 4))[0].item() == module.loss(plain.rows(1, 4))[0].item()
 
 
+def test_a_page_of_which_only_some_images_are_cached_is_processed(tiny, processed):
+    """Idefics2's quadrants have entries of their own, and the cache is full after some of them."""
+    module = build(tiny, feature_cache="memory", feature_cache_gb=8 * 2**18 / 1e9)
+    collate = Idefics2Collator(
+        module.load_processor(image_splitting=True, image_size=224),
+        train=True, cached_features=module.backbone.feature_cache.loader_get,
+    )  # fmt: skip
+    loss = module.loss(collate(EXAMPLES))[0].item()
+    again = collate(EXAMPLES)
+    assert 4 < len(processed) < 8 and 0 < len(again.loaded_features) < 20
+    assert module.loss(again)[0].item() == loss
+
+
 def test_a_file_that_is_deleted_after_the_loader_has_read_it(tiny, tmp_path):
     module = build(tiny, feature_cache=str(tmp_path))
     get = module.backbone.feature_cache.loader_get
