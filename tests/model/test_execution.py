@@ -128,6 +128,16 @@ def test_a_cpu_runs_plain(choose):
     assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
 
 
+def test_a_cpu_needs_memory_for_the_resamplers_activations(choose):
+    """Unlike a GPU, it doesn't compute them again."""
+    cpu = {"device": {"type": "cpu"}, "gradient_checkpointing": False}
+    sizes = [
+        [choose(gib, "32-true", load={"longest_edge": edge}, **cpu).batch_size for edge in (70, 980)]
+        for gib in range(8, 60, 2)
+    ]
+    assert any(small > full for small, full in sizes) and all(small >= full for small, full in sizes)
+
+
 def test_what_does_not_fit_at_all_gets_the_least(choose):
     assert choose(1, "16-mixed") == (1, False, False, False, True)
 

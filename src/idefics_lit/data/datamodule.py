@@ -20,6 +20,7 @@ from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_f
 from idefics_lit.data.subset import Subset, sample_pages
 from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
+from idefics_lit.model.loader_cache import LoaderCache
 from idefics_lit.pretrained import DTYPES, load_processor
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class DocVQADataModule(LightningDataModule):
         """What is wrong with the rows that were left out before any page was opened, one line each."""
         self.held_out_by: dict[str, Any] = {}
         """The options that choose which pages of the training split are scored; empty if none are."""
+        self.loader_cache: LoaderCache | None = None
+        """Tells the workers which pages the model of the current run has cached."""
         self._started: dict[str, EvalLoader | TrainingLoader | StreamLoader] = {}
 
     def setup(self, stage: str) -> None:
@@ -156,6 +159,7 @@ class DocVQADataModule(LightningDataModule):
             for split, examples in self.examples.items()
         }
         self._started = {}
+        self.loader_cache = LoaderCache()
         if self.trainer and not (stage == "fit" and self.trainer.num_sanity_val_steps == 0):
             if stage in ("fit", "validate") and self.trainer.limit_val_batches:
                 self.start_workers("val")
@@ -216,7 +220,9 @@ class DocVQADataModule(LightningDataModule):
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             return
         loader = self._train_loader() if split == "train" else self._eval_loader(split)
-        loader.start()
+        # Lightning makes the model's device the default one while the model is configured; workers would inherit it.
+        with torch.device("cpu"):
+            loader.start()
         self._started[split] = loader
 
     @property
@@ -271,7 +277,7 @@ class DocVQADataModule(LightningDataModule):
             max_length=options.max_length,
             seed=options.seed,
             pixel_dtype=DTYPES.get(str(self.trainer.precision), torch.float32) if self.trainer else torch.float32,
-            cached_features=self._cached_features(),
+            cached_features=self.loader_cache.get if self.loader_cache else None,
         )
 
     def workers(self) -> int:
@@ -343,12 +349,6 @@ class DocVQADataModule(LightningDataModule):
         from idefics_lit.data.split_roles import SplitRoles
 
         return SplitRoles(self.hparams)
-
-    def _cached_features(self) -> Any:  # noqa: ANN401
-        """Return what looks up the model's cached features in the loader's processes; None without a cache."""
-        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
-        cache = getattr(backbone, "feature_cache", None)
-        return cache.loader_get if cache else None
 
     def _ranks(self) -> dict[str, int]:
         trainer = self.trainer

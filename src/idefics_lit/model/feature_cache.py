@@ -10,29 +10,22 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
-import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from idefics_lit.errors import InputError, first_line
-from idefics_lit.model.adapter import is_trained
-from idefics_lit.model.compat import attention_implementation
-from idefics_lit.model.quiet_imports import bitsandbytes
+from idefics_lit.model.loader_cache import StoredKeys
 from idefics_lit.utils.files import STALE_AFTER, replacing
 
 Device = torch.device | str
 
-LIBRARIES = (torch, torchvision, transformers, bitsandbytes)  # whose versions may change pixels and features
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 EVICTION_INTERVAL = 0.01  # share of a folder's limit that a process writes between two checks of the folder's size
 NAME_LENGTH = 40  # characters of a file name, without its suffix
@@ -86,29 +79,6 @@ class MemoryCache:
         self._used += -(-features.nbytes // 64) * 64  # a view's start must suit its dtype
         self._features[page] = cached
         StoredKeys(self._keys.name).add(page)
-
-
-class StoredKeys:
-    """The keys of a `MemoryCache`, which the loader's processes see: an empty file for each in a temporary folder.
-
-    Args:
-        folder: the folder.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def add(self, page: str) -> None:
-        """Add the key of a page that is stored for good."""
-        with suppress(OSError):  # without its file the loader processes the page again
-            self._file(page).touch()
-
-    def get(self, page: str) -> Tensor | None:
-        """Return an empty tensor in place of a page's features if they are stored, otherwise None."""
-        return torch.empty(0) if self._file(page).exists() else None
-
-    def _file(self, page: str) -> Path:
-        return self.folder / hashlib.sha256(page.encode()).hexdigest()[:NAME_LENGTH]
 
 
 class FolderCache:
@@ -209,51 +179,10 @@ class FolderCache:
         return self.folder / f"{name}.safetensors"
 
 
-def open_cache(options: Any, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> MemoryCache | FolderCache:  # noqa: ANN401
-    """Return the cache that a module's options ask for.
-
-    Args:
-        options: `Idefics2Module`'s hyperparameters, with ``feature_cache`` set.
-        modules: the modules that compute the features, the vision tower first.
-        dtype: of their computation.
-
-    Raises:
-        InputError: the vision tower is trained, or the folder can't be written.
-    """
-    if any(map(is_trained, modules.values())):
-        raise InputError(
-            "model.feature_cache needs a frozen vision tower, but model.lora.target_modules train it: remove one of "
-            "the options"
-        )
-    if options.feature_cache == "memory":
-        return MemoryCache(options.feature_cache_gb)
-    return FolderCache(
-        options.feature_cache, options.feature_cache_gb, _features_key([*modules.values()], dtype, options.compile)
-    )
-
-
-def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype, is_compiled: bool) -> str:
-    """Return a key of all that features depend on besides an image and the processor's options: weights and code.
-
-    The weights are hashed, since a file's name, size and time don't identify them. For Idefics2-8b's vision tower, 0.8
-    GB in 16 bits, this takes a second once a run.
-    """
-    tower: Any = modules[0]
-    digest = hashlib.sha256()
-    for name, tensor in chain.from_iterable(module.state_dict().items() for module in modules):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor.cpu()))
-    attention, device = attention_implementation(tower.config), tower.device.type
-    versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
-    return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
-        f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"
-    )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a CPU tensor's bytes."""
     return tensor.detach().flatten().view(torch.uint8).numpy().data
 
 
 def _crc32(features: Tensor) -> int:
-    return zlib.crc32(_bytes(features), zlib.crc32(f"{features.dtype} {tuple(features.shape)}".encode()))
+    return zlib.crc32(tensor_bytes(features), zlib.crc32(f"{features.dtype} {tuple(features.shape)}".encode()))

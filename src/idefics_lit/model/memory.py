@@ -33,7 +33,8 @@ class Activations(NamedTuple):
 # 8). Patches are of 14 x 14 pixels, tokens with padding.
 PLAIN = Activations(fixed_gib=0.18, mib_per_patch=0.0, mib_per_token=6.35)
 CHECKPOINTING = Activations(fixed_gib=0.08, mib_per_patch=0.0449, mib_per_token=0.0)
-# With CUDA graphs, the resampler's activations are kept too: from the peaks in train_throughput*.json, within 2 GiB.
+# With CUDA graphs, and on a CPU, the resampler's activations are kept too: from the peaks in train_throughput*.json,
+# within 2 GiB.
 CUDA_GRAPHS = Activations(fixed_gib=0.18, mib_per_patch=0.047, mib_per_token=6.35)
 # Idefics3 and SmolVLM have no resampler, and rows of thousands of tokens. Not measured: 1 GiB for the vision tower on a
 # page's tiles, and with checkpointing the tokens' hidden states (0.25 MiB) and the tensors of one of 32 layers (0.2).

@@ -61,11 +61,12 @@ class InferenceModule(TrainedWeightsModule):
                 is that of ``pretrained``.
         """
         if hasattr(self, "model"):
+            self._share_cache()
             return
         from idefics_lit.evaluation.evaluator import Evaluator
         from idefics_lit.model.architecture import backbone_class
-        from idefics_lit.model.feature_cache import open_cache
         from idefics_lit.model.loading import check_vocabulary, load_model
+        from idefics_lit.model.open_cache import open_cache
 
         options = self.hparams
         if (trainer := self.attached_trainer) is not None:
@@ -92,7 +93,8 @@ class InferenceModule(TrainedWeightsModule):
                 f"model.pretrained {options.pretrained!r} is a merged model, whose answers 4 bits change: give "
                 f"--model.quantization none."
             )
-        options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
+        with torch.device("cpu"):  # Lightning has made the model's device the default one
+            options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
         if own_trainer is not None and own_trainer.training and isinstance(data, DocVQADataModule):
             data.start_workers("train")
         self.model = load_model(
@@ -120,6 +122,14 @@ class InferenceModule(TrainedWeightsModule):
             self.backbone, self.processor, max_new_tokens=options.max_new_tokens, strip_period=options.strip_period
         )
         check_vocabulary(options.pretrained, self.processor, self.model)
+        self._share_cache()
+
+    def _share_cache(self) -> None:
+        """Let the data module's workers know which pages are cached."""
+        trainer = self.attached_trainer
+        data = getattr(trainer, "datamodule", None) if trainer and trainer.lightning_module is self else None
+        if isinstance(data, DocVQADataModule) and data.loader_cache and self.backbone.feature_cache:
+            data.loader_cache.share(self.backbone.feature_cache.loader_get)
 
     def load_processor(self, **options: Any) -> "ProcessorMixin":  # noqa: ANN401
         """Return the processor; override it to add tokens.

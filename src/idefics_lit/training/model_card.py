@@ -118,7 +118,7 @@ def servers(processor: ProcessorMixin) -> str:
     """Return which servers take a merged model."""
     serve = "`transformers serve` serves the merged model through an OpenAI-style API"
     if has_tiles(processor.image_processor):
-        return f"{serve}; vLLM has its architecture too"
+        return f"{serve}; vLLM takes its architecture too, with image splitting on and a whole number of tiles an edge"
     return f"{serve}; vLLM, SGLang and TGI don't take Idefics2"
 
 
