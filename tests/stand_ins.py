@@ -25,6 +25,7 @@ from transformers import (
 
 KINDS = ("idefics3", "smolvlm")
 TILE, PATCH, SCALE = 112, 14, 2
+GEOMETRY = TILE, PATCH, SCALE
 TAGS = ["<global-img>", *[f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]]
 IMAGE_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 FIRST_TOKENS = {  # end of text, beginning of text, padding
@@ -41,7 +42,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def stand_in_processor(kind):
+def stand_in_processor(kind, geometry=GEOMETRY):
+    tile, patch, scale = geometry
     special = FIRST_TOKENS[kind] + (TAGS if kind == "smolvlm" else [ANOTHER_END]) + IMAGE_TOKENS
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -61,12 +63,13 @@ def stand_in_processor(kind):
         additional_special_tokens=IMAGE_TOKENS,
         model_max_length=8192,
     )
-    images = Idefics3ImageProcessor(size={"longest_edge": 4 * TILE}, max_image_size={"longest_edge": TILE})
-    tokens = (TILE // PATCH // SCALE) ** 2
+    images = Idefics3ImageProcessor(size={"longest_edge": 4 * tile}, max_image_size={"longest_edge": tile})
+    tokens = (tile // patch // scale) ** 2
     return Idefics3Processor(images, fast, image_seq_len=tokens, chat_template=CHAT_TEMPLATE.replace("BOS", bos))
 
 
-def stand_in_config(kind, processor, **text):
+def stand_in_config(kind, processor, geometry=GEOMETRY, **text):
+    tile, patch, scale = geometry
     tokenizer = processor.tokenizer
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     text = {
@@ -85,23 +88,27 @@ def stand_in_config(kind, processor, **text):
         **ids,
         **text,
     }
-    vision = {"image_size": TILE, "patch_size": PATCH, "hidden_size": 192, "intermediate_size": 768}
+    vision = {"image_size": tile, "patch_size": patch, "hidden_size": 192, "intermediate_size": 768}
     config_class = {"idefics3": Idefics3Config, "smolvlm": SmolVLMConfig}[kind]
     return config_class(
         text_config=text,
         vision_config={**vision, "num_hidden_layers": 4, "num_attention_heads": 6},
-        scale_factor=SCALE,
+        scale_factor=scale,
         image_token_id=processor.image_token_id,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
 
 
-def build_stand_in(kind, folder, seed=0, **text):
-    """Save a stand-in in float16; ``text`` changes its text model's configuration. Return the folder."""
-    processor = stand_in_processor(kind)
+def build_stand_in(kind, folder, seed=0, geometry=GEOMETRY, **text):
+    """Save a stand-in in float16 and return the folder.
+
+    ``geometry`` is the size of a tile, of a patch, and the scale factor of the pixel shuffle; ``text`` changes the text
+    model's configuration.
+    """
+    processor = stand_in_processor(kind, geometry)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(stand_in_config(kind, processor, **text))
+        model = AutoModelForImageTextToText.from_config(stand_in_config(kind, processor, geometry, **text))
     tokenizer = processor.tokenizer
     ends = [IMAGE_TOKENS[2], *([ANOTHER_END] if kind == "idefics3" else [])]
     model.generation_config = GenerationConfig(

@@ -11,6 +11,7 @@ from idefics_lit.cli.ask import PageQuestions
 from idefics_lit.data.documents import read_page
 from idefics_lit.data.sources.splits import find_splits
 from idefics_lit.data.sources.synthetic import SyntheticPages
+from idefics_lit.evaluation.confidence import fit_temperature
 
 READER = ("--model.pretrained", "tiny", "--model.quantization", "none", "--trainer.accelerator", "cpu")
 
@@ -185,7 +186,11 @@ def test_the_temperature_of_the_training_is_used_and_named(run, tmp_path, capfd)
     run("fit", *READER, *data, *fit, "--trainer.enable_progress_bar", "false")
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     temperature = torch.load(checkpoint, weights_only=True)["temperature"]
-    assert temperature not in (0.01, 1, 100)
+    records = [json.loads(line) for line in next(tmp_path.rglob("val_predictions.jsonl")).read_text().splitlines()]
+    right = [record["score"] == 1 for record in records]
+    assert (
+        temperature == fit_temperature([record["log_probability"] for record in records], right) not in (0.01, 1, 100)
+    )
     find_splits("synthetic:form", None, None, "en", 0)["test"]()[0].images[0].save(tmp_path / "page.png")
     run("export", "--ckpt_path", checkpoint, "--output", "out", "--trainer.accelerator", "cpu")
     question = ("--image", "page.png", "--question", "What is the date?", "--trainer.accelerator", "cpu")

@@ -93,7 +93,8 @@ def test_true_answers_are_found_on_their_pages(module, documents):
     batch = Idefics2Collator(module.processor, train=False)(documents)
     with torch.no_grad():
         end = module.processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
-        ids = [module.processor.tokenizer(f" {e.answers[0]}", add_special_tokens=False).input_ids for e in documents]
+        tokenize = module.processor.tokenizer
+        ids = [tokenize(f": {e.answers[0]}", add_special_tokens=False).input_ids[1:] for e in documents]
         answers = {i: [*some, end] for i, some in enumerate(ids)}
         scores = page_scores(module.backbone, batch, module.encode_pages(batch), answers, module.processor.tokenizer)
     assert (

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import pytest
+import torch
 from conftest import DATA
 from transformers import AutoConfig
 
@@ -28,7 +29,8 @@ def choose(config):
         options = {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA()), **OPEN, **given}
         key = str((options["quantize_vision"], options["lora"]))
         counted[key] = counted.get(key) or count_weights(config, options)
-        workload = Workload(batch_sizes, **{"questions_per_row": 4.0, **dict(load)})
+        tokens = 66 * dict(load).get("images_per_page", 1)
+        workload = Workload(batch_sizes, **{"questions_per_row": 4.0, "page_tokens": tokens, **dict(load)})
         card = Device("a card", "cuda", gib, 64)._replace(**dict(device))
         return choose_execution(card, config, counted[key], options, precision, workload, is_sharded=sharded)
 
@@ -126,6 +128,16 @@ def test_a_cpu_runs_plain(choose):
     assert choose(64, "32-true", device={"type": "cpu"}, batch_sizes=[8]).batch_size == 8
 
 
+def test_a_cpu_needs_memory_for_the_resamplers_activations(choose):
+    """Unlike a GPU, it doesn't compute them again."""
+    cpu = {"device": {"type": "cpu"}, "gradient_checkpointing": False}
+    sizes = [
+        [choose(gib, "32-true", load={"longest_edge": edge}, **cpu).batch_size for edge in (70, 980)]
+        for gib in range(8, 60, 2)
+    ]
+    assert any(small > full for small, full in sizes) and all(small >= full for small, full in sizes)
+
+
 def test_what_does_not_fit_at_all_gets_the_least(choose):
     assert choose(1, "16-mixed") == (1, False, False, False, True)
 
@@ -176,3 +188,10 @@ def test_a_card_gets_options_that_fit_pages_of_seventeen_tiles(name, gib, batch_
     chosen = choose_with_tiles(name, gib)
     on = {name for name, on in chosen.model_options.items() if on}
     assert (chosen.batch_size, on) == (batch_size, set(options.split()))
+
+
+def test_counting_leaves_the_random_state(config):
+    """A run and its repeat from its saved config, which has nothing to count for, begin with the same adapter."""
+    state = torch.get_rng_state()
+    count_weights(config, {"quantization": "nf4", "quantize_vision": False, "lora": asdict(LoRA())})
+    assert torch.equal(torch.get_rng_state(), state)

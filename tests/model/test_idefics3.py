@@ -80,6 +80,25 @@ def test_loss_and_logits_are_those_of_transformers(stand_in, examples, collate, 
         assert torch.allclose(ours(batch)[real], theirs.logits[real], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "geometry", "tokens"),
+    [("idefics3", (364, 14, 2), 169), ("idefics3", (384, 14, 3), 81), ("smolvlm", (512, 16, 4), 64)],
+    ids=["Idefics3-8B", "SmolVLM-2.2B", "SmolVLM-256M"],
+)
+def test_loss_and_logits_with_the_tiles_of_the_released_models(tmp_path, examples, kind, geometry, tokens):
+    """Of a tile of 384 pixels the last 6 are in no patch of 14."""
+    folder = str(build_stand_in(kind, tmp_path, geometry=geometry))
+    ours = module(folder, quantization="none")
+    batch = Idefics2Collator(load_processor(folder, image_size=2 * geometry[0]), train=True)(alone(examples[4:7]))
+    images = sum(map(len, batch.image_sizes))
+    assert (batch.input_ids == ours.processor.image_token_id).sum() == tokens * images
+    with torch.no_grad():
+        theirs, (loss, count) = ours.model(**batch.model_inputs(), use_cache=False), ours.loss(batch)
+        real = batch.attention_mask.bool()
+        assert torch.allclose(ours(batch)[real], theirs.logits[real], atol=1e-5)
+    assert (loss / count).item() == pytest.approx(theirs.loss.item(), abs=1e-6)
+
+
 def test_logits_and_gradients_of_packed_rows_are_those_of_rows_of_their_own(stand_in, examples, collate):
     ours, results = module(stand_in, quantization="none"), []
     for batch in (collate(examples), collate(alone(examples))):

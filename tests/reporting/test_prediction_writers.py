@@ -18,7 +18,7 @@ def answer(index, question_id, score=1.0, **pages):
 
 def write(answers, folder):
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=folder, fast_dev_run=0)
-    PredictionWriter().write_on_epoch_end(trainer, None, [answers], [])
+    PredictionWriter().write_on_epoch_end(trainer, SimpleNamespace(temperature=1.0), [answers], [])
 
 
 @pytest.mark.filterwarnings("ignore:Several questions have the id")
@@ -95,5 +95,5 @@ def test_a_test_is_not_compared_with_the_sanity_check(tmp_path):
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, loggers=[], default_root_dir=tmp_path, fast_dev_run=0)
     writer = EvaluationWriter()
     writer.sanity_check_answers = by_question([answer(0, "a", 0.0)])
-    writer.on_test_end(trainer, SimpleNamespace(answers=[answer(0, "a", 1.0)]))
+    writer.on_test_end(trainer, SimpleNamespace(answers=[answer(0, "a", 1.0)], temperature=1.0))
     assert len(writer.answers) == 1 and writer.baseline == {}

@@ -181,3 +181,19 @@ def test_no_workers_for_what_is_not_read(module, data):
     pages.trainer = Trainer(**CPU)
     pages.setup("fit")  # as `check` does
     assert counts == [2, 2, 0] and not multiprocessing.active_children()
+
+
+def test_workers_start_on_the_cpu_whatever_the_default_device(data, module):
+    """While the model is configured, Lightning makes its device the default one."""
+    pages, seen = data(), Batches()
+
+    def configure(hook=pages.start_workers):
+        def call(split):
+            with torch.device("meta"):
+                hook(split)
+
+        return call
+
+    pages.start_workers = configure()
+    Trainer(**CPU, max_steps=1, limit_val_batches=0, callbacks=[seen]).fit(module(), pages)
+    assert len(seen.losses) == 1 and seen.losses[0] > 0

@@ -12,6 +12,7 @@ import torch
 from lightning import Trainer
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -155,6 +156,28 @@ def test_the_cards_code_asks_idefics3_and_smolvlm_as_training_does(
         saved = json.loads(Path("out/config.json").read_text())
         assert saved["text_config"]["architectures"] == ["VLlama3ForCausalLM"]
         assert {*GenerationConfig.from_pretrained("out").eos_token_id} == {*written}
+
+
+def test_idefics3_and_smolvlm_have_equal_logits_in_plain_peft_and_merged(stand_in, examples, tmp_path):
+    """Also their connector's adapter."""
+    module = Idefics2Module(stand_in, quantization="none", lora=LoRA(dropout=0))
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    for name, options in {"adapter": {}, "merged": {"merge": True, "merge_into": "original"}}.items():
+        export_adapter(module, tmp_path / name, image_size=224, prompt_style="idefics", **options)
+    folder = tmp_path / "adapter"
+    assert any("modality_projection.proj" in name for name in load_file(folder / "adapter_model.safetensors"))
+    base = AutoModelForImageTextToText.from_pretrained(stand_in, dtype=torch.float32)
+    alone = logits(base, folder, examples)
+    model = PeftModel.from_pretrained(base, folder)
+    loaded = logits(model, folder, examples)
+    assert torch.equal(loaded, logits(module.model, folder, examples)) and (loaded - alone).abs().max() > 1
+    merged, exact = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), model.merge_and_unload()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value.float(), exact.state_dict()[name], rtol=2**-7, atol=5e-4)
 
 
 def test_a_server_that_needs_tiles_is_named_when_there_are_none(stand_in, tmp_path):

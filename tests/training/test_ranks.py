@@ -53,7 +53,7 @@ def test_two_processes_train_the_same_adapter_as_one(run, tmp_path, tiny):
 @pytest.mark.slow
 def test_two_processes_score_as_one(run, tmp_path, capsys):
     """Every question once, in the set's order, though an odd number is shared out and pages go to one rank."""
-    answers, losses = [], []
+    answers, confidences, losses = [], [], []
     for devices in (1, 2):
         command = f"""validate --model.pretrained tiny --model.quantization none
             --data.source synthetic --data.limit_val 33 --data.eval_batch_size 8 --data.num_workers 0
@@ -66,12 +66,16 @@ def test_two_processes_score_as_one(run, tmp_path, capsys):
             table = in_processes(tmp_path, command)
         lines = (tmp_path / str(devices) / "val_predictions.jsonl").read_text().splitlines()
         answers.append([json.loads(line) for line in lines])
+        confidences.append([answer.pop("confidence") for answer in answers[-1]])
+        for answer in answers[-1]:
+            del answer["log_probability"], answer["mean_log_probability"]
         scored = sum(record["score"] for record in answers[-1]) / 33
         printed = re.search(r"val/anls +│ +(\S+)", table)
         assert printed and float(printed[1]) == pytest.approx(scored, abs=1e-4)
         losses.append(float(re.search(r"val/loss +│ +(\S+)", table)[1]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert answers[0] == answers[1] and len(answers[0]) == 33
+    assert confidences[0] == pytest.approx(confidences[1], abs=1e-4)  # their last digits depend on the batch
     assert scored > 0.8
 
 

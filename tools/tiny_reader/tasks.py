@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
 def _ascii_ids() -> dict[str, int]:
     tokenizer = tiny_processor().tokenizer
-    # After another character: the tokenizer drops a space at the beginning.
+    # After another character, since the tokenizer drops a space at the beginning.
     return {char: tokenizer.encode(f"a{char}", add_special_tokens=False)[1] for char in map(chr, (10, *range(32, 127)))}
 
 
@@ -91,7 +91,7 @@ def _pack(tasks: list[tuple[str, str, list[int]]], max_tasks: int, rng: random.R
     for question, answer, glyphs in tasks:
         if not (question + answer).isascii():
             continue
-        prompt = [*encode(f" {question}"), END_OF_UTTERANCE, *encode("\nAssistant:")]
+        prompt = [*encode(question), END_OF_UTTERANCE, *encode("\nAssistant:")]
         ids = [*prompt, *encode(f" {answer}"), END_OF_UTTERANCE]
         if len(ids) <= SLOT:
             packed.append(Task(ids, len(prompt), [-1, *glyphs]))

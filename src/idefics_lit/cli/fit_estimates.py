@@ -14,7 +14,7 @@ from idefics_lit.cli.split_statistics import SplitStatistics
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.errors import InputError
 from idefics_lit.model.execution import find_device
-from idefics_lit.model.memory import WeightCount, count_weights, peak_gib
+from idefics_lit.model.memory import WeightCount, activations_gib, count_weights
 from idefics_lit.pretrained import DTYPES, load_config
 from idefics_lit.training.options_in_effect import describe, options_in_effect
 
@@ -99,9 +99,6 @@ def _gpu_rows(
         yield "too long", f"a row of {longest:,} tokens, the model takes {max_length:,}: lower data.max_length"
     weights = count.gib(in_4_bits=in_4_bits, precision=precision)
     yield "weights", f"{weights:.2f} GiB, counted: base, adapter, its gradients and AdamW's moments"
-    if not is_measured_model(config):
-        yield "GPU", "no estimate of memory and time: they were measured with Idefics2-8b only"
-        return
     on_gpu = trainer.strategy.root_device.type == "cuda"
     gpu_precision = precision if on_gpu else "bf16-mixed"  # a CPU's is not that of the GPU that the fit is for
     if "FSDP" in type(trainer.strategy).__name__ or DTYPES.get(gpu_precision, None) in (None, DTYPES["32-true"]):
@@ -109,13 +106,17 @@ def _gpu_rows(
     else:
         held = (options.gradient_checkpointing, options.cuda_graphs)
         weights = count.gib(in_4_bits=in_4_bits, precision=gpu_precision)
-        peak, largest = max((peak_gib(weights, b.patches, b.padded_tokens, *held), b) for b in batches)
+        peak, largest = max((weights + activations_gib(config, b.patches, b.padded_tokens, *held), b) for b in batches)
         yield (
             "GPU memory",
             f"about {peak:.1f} GiB at the largest batch: {largest.questions} questions, {largest.rows} rows, "
             f"{largest.padded_tokens:,} tokens, {largest.patches:,} patches; an estimate from the weights and from "
-            f"peaks measured on one H100: 16-mixed, LoRA of rank 8, no compile (docs/memory.md)",
+            f"peaks{'' if is_measured_model(config) else ' of Idefics2-8b'} measured on one H100: 16-mixed, LoRA of "
+            f"rank 8, no compile (docs/memory.md)",
         )
+    if not is_measured_model(config):
+        yield "time of the GPU", "no estimate: it was measured with Idefics2-8b only"
+        return
     for name, rate in questions_per_second(image_splitting=datamodule.hparams.image_splitting).items():
         seconds = questions / trainer.world_size / rate
         yield "time of the GPU", f"{_duration(seconds)} at {rate} questions/s, which one H100 did with {name}"

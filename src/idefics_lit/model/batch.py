@@ -27,6 +27,7 @@ class TokenRows:
             page's, as in a row of its own.
         packed_attention_mask: (R, 1, T, T) bool if a row packs several questions, otherwise None. True where a query
             token may attend to a key token.
+        page_tokens: the first tokens of which each row has nothing but its page: there the mask is causal.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class TokenRows:
     supervised_positions: Tensor
     position_ids: Tensor | None = None
     packed_attention_mask: Tensor | None = None
+    page_tokens: int = 0
 
     def to(self: BatchT, device: torch.device | str, non_blocking: bool | None = None) -> BatchT:
         """Return a copy with all tensors on a device.
@@ -175,6 +177,7 @@ class Batch(TokenRows):
             supervised_positions=positions[(positions >= first) & (positions < last)] - first,
             position_ids=cut(self.position_ids),
             packed_attention_mask=cut(self.packed_attention_mask),
+            page_tokens=self.page_tokens,
             question_ids=[self.question_ids[i] for i in questions],
             question_rows=[self.question_rows[i] - start for i in questions],
             pixel_values=cut(self.pixel_values),

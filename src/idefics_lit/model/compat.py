@@ -23,6 +23,12 @@ def attention_implementation(config: Any) -> str:  # noqa: ANN401
     return str(config._attn_implementation)
 
 
+def set_attention_implementation(config: Any, name: str) -> None:  # noqa: ANN401
+    """Set the attention implementation of modules that have this transformers configuration."""
+    attention_implementation(config)  # checks that the name exists
+    config._attn_implementation = name
+
+
 def addmm_gelu(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     """Return GELU, in its tanh form, of ``inputs @ weight.T + bias`` in one kernel of a GPU; inputs are (N, K)."""
     assert hasattr(torch, "_addmm_activation"), f"torch._addmm_activation is gone in torch {torch.__version__}"

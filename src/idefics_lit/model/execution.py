@@ -185,7 +185,7 @@ def choose_execution(
                 continue
             if work > MAX_GRAPHS_WORK and "cuda_graphs" not in known:
                 chosen = chosen._replace(cuda_graphs=False)
-            needed = fixed + _activations_gib(config, chosen, precision, patches, tokens)
+            needed = fixed + _activations_gib(device, config, chosen, precision, patches, tokens)
             if size >= least and needed <= device.gib:
                 return chosen
     assert chosen is not None
@@ -200,13 +200,11 @@ def _batch_size(config: "PretrainedConfig", questions: int, workload: Workload) 
 
 
 def _activations_gib(
-    config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
+    device: Device, config: "PretrainedConfig", execution: Execution, precision: str, patches: int, tokens: int
 ) -> float:
     """Estimate the memory of a batch, for a model of any width and depth."""
-    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
-
-    peaks = backbone_class(config).peaks
-    kept = "checkpointing" if execution.gradient_checkpointing else "cuda_graphs" if execution.cuda_graphs else "plain"
-    peak = activations_gib(config, getattr(peaks, kept), patches, tokens)
+    # A CPU keeps the connector's activations, as CUDA graphs do.
+    keeps_all = execution.cuda_graphs or device.type == "cpu"
+    peak = activations_gib(config, patches, tokens, execution.gradient_checkpointing, keeps_all)
     precision_factor = DTYPES.get(precision, torch.float32).itemsize / 2
     return peak * precision_factor * (GRAPHS_ACTIVATIONS if execution.cuda_graphs else ACTIVATIONS)

@@ -21,6 +21,7 @@ from idefics_lit.model.batch import Batch, TokenRows
 from idefics_lit.model.cuda_graphs import CALLS_BEFORE_CAPTURE, CudaGraphCache
 from idefics_lit.model.feature_cache import FolderCache, MemoryCache
 from idefics_lit.model.memory import Peaks
+from idefics_lit.model.packed_attention import use_packed_attention, without_page
 from idefics_lit.model.patches import embed_patches
 from idefics_lit.model.quiet_imports import peft
 
@@ -57,6 +58,7 @@ class Backbone(ABC):
         self.text_model = base.model.text_model
         self.lm_head, self.embeddings = base.lm_head, base.get_input_embeddings()
         self.cached_modules = self.feature_modules(base)
+        self._can_mask_questions_alone = use_packed_attention(self.text_model)
         if self.dtype != torch.float32:
             # Autocast casts the adapters' inputs in a quarter of the time that peft's own cast takes.
             _disable_adapter_casts(model)
@@ -153,6 +155,8 @@ class Backbone(ABC):
             causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
             near = positions[:, None, :, None] - positions[:, None, None] < window
             mask = near & (causal if mask is None else mask)
+        elif mask is not None and self._can_mask_questions_alone:
+            mask = without_page(mask, tokens.page_tokens)
         embeddings = self.embed(ids, pages)
         with self.autocast():
             if cache is not None:

@@ -105,10 +105,11 @@ class Idefics2Backbone(Backbone):
         latents = resampler.latents.expand(len(gather_index), -1, -1)
         for layer in resampler.layers:
             inputs = (layer, latents, context, gather_index, attention_mask)
-            # The inputs of the layers' adapters have a row for each patch. Recomputing them is cheap and saves memory;
-            # CUDA graphs can't capture it.
+            # The inputs of the layers' adapters have a row for each patch. Recomputing them is cheap on a GPU and saves
+            # its memory; CUDA graphs can't capture it.
+            is_repeated = patches.device.type != "cpu" and not self._graphs
             latents = (
-                resampler_layer(*inputs) if self._graphs else checkpoint(resampler_layer, *inputs, use_reentrant=False)
+                checkpoint(resampler_layer, *inputs, use_reentrant=False) if is_repeated else resampler_layer(*inputs)
             )
         states: Tensor = resampler.norm(latents)
         return states

@@ -33,7 +33,8 @@ class Activations(NamedTuple):
 # 8). Patches are of 14 x 14 pixels, tokens with padding.
 PLAIN = Activations(fixed_gib=0.18, mib_per_patch=0.0, mib_per_token=6.35)
 CHECKPOINTING = Activations(fixed_gib=0.08, mib_per_patch=0.0449, mib_per_token=0.0)
-# With CUDA graphs, the resampler's activations are kept too: from the peaks in train_throughput*.json, within 2 GiB.
+# With CUDA graphs, and on a CPU, the resampler's activations are kept too: from the peaks in train_throughput*.json,
+# within 2 GiB.
 CUDA_GRAPHS = Activations(fixed_gib=0.18, mib_per_patch=0.047, mib_per_token=6.35)
 # Idefics3 and SmolVLM have no resampler, and rows of thousands of tokens. Not measured: 1 GiB for the vision tower on a
 # page's tiles, and with checkpointing the tokens' hidden states (0.25 MiB) and the tensors of one of 32 layers (0.2).
@@ -88,43 +89,36 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
     from idefics_lit.model.adapter import add_lora
     from idefics_lit.model.lora import LoRA, unquantized_modules
 
-    with torch.device("meta"):
+    # On the meta device too, new weights advance the random state, and the fit's own would then depend on the counting.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         base = transformers.AutoModelForImageTextToText.from_config(config)
     unquantized = unquantized_modules(quantize_vision=options["quantize_vision"])
     layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
     quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
     others = sum(p.numel() for p in base.parameters()) - quantizable
-    adapted = add_lora(base, LoRA(**options["lora"]))
+    with torch.random.fork_rng(devices=[]):
+        adapted = add_lora(base, LoRA(**options["lora"]))
     trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     is_vision_trained = any(".vision_model." in name for name in trainable)
     return WeightCount(quantizable, others, sum(trainable.values()), is_vision_trained)
 
 
-def peak_gib(
-    weights: float, patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
+def activations_gib(
+    config: "PretrainedConfig", patches: float, tokens: float, gradient_checkpointing: bool, cuda_graphs: bool = False
 ) -> float:
-    """Estimate the peak memory of training Idefics2-8b on a batch in 16 bits.
+    """Estimate the peak memory of training on a batch in 16 bits, beside the weights, for a model of any size.
 
     Args:
-        weights: GiB of the weights, from `WeightCount.gib`.
+        config: the model's configuration.
         patches: image patches of the batch.
         tokens: tokens of the batch with padding.
         gradient_checkpointing: the module's option.
         cuda_graphs: the module's option.
     """
-    peak = CHECKPOINTING if gradient_checkpointing else CUDA_GRAPHS if cuda_graphs else PLAIN
-    return weights + peak.fixed_gib + (patches * peak.mib_per_patch + tokens * peak.mib_per_token) / 1024
+    from idefics_lit.model.architecture import backbone_class  # takes seconds to import
 
-
-def activations_gib(config: "PretrainedConfig", peak: Activations, patches: float, tokens: float) -> float:
-    """Estimate the peak memory of training on a batch in 16 bits, beside the weights, for a model of any size.
-
-    Args:
-        config: the model's configuration.
-        peak: those of its architecture.
-        patches: image patches of the batch.
-        tokens: tokens of the batch with padding.
-    """
+    peaks = backbone_class(config).peaks
+    peak = peaks.checkpointing if gradient_checkpointing else peaks.cuda_graphs if cuda_graphs else peaks.plain
     text = config.text_config
     per_patch = peak.mib_per_patch * text.hidden_size * text.num_hidden_layers / (4096 * 32)
     per_token = peak.mib_per_token * _token_bytes(text) / IDEFICS2_TOKEN_BYTES

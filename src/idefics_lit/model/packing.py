@@ -48,6 +48,7 @@ def pack(rows: Sequence[PackedRow], pad_token_id: int) -> TokenRows:
         attention_mask=(segments >= 0).long(),
         # Computed on the CPU: nonzero on a GPU synchronizes with it.
         supervised_positions=F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero()[:, 0],
+        page_tokens=min(len(row.page.ids) for row in rows),
     )
     if any(len(row.questions) > 1 for row in rows):
         causal = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()

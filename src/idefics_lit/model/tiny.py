@@ -85,9 +85,9 @@ def tiny_processor() -> Idefics2Processor:
     spare = [f"<reserved_{i}>" for i in range(VOCABULARY - len(SPECIAL_TOKENS) - len(alphabet))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet, *spare])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    # transformers 5.24's processor puts a space after an image; Idefics2's tokenizer reads the text with and without it
-    # alike.
-    tokenizer.normalizer = normalizers.Replace(Regex("^ "), "")
+    # transformers 5.24's processor puts a space between an image and the text after it. Idefics2's tokenizer gives the
+    # same token ids with and without it.
+    tokenizer.normalizer = normalizers.Replace(Regex(r"^ (?=\S)"), "")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # Idefics2's processor puts a space between a page and a word, for tokenizers that begin each text with a space.
     tokenizer.normalizer = normalizers.Replace(Regex("^ "), "")

@@ -93,7 +93,8 @@ class InferenceModule(TrainedWeightsModule):
                 f"model.pretrained {options.pretrained!r} is a merged model, whose answers 4 bits change: give "
                 f"--model.quantization none."
             )
-        options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
+        with torch.device("cpu"):  # Lightning has made the model's device the default one
+            options = self.options = options_in_effect(options, self.devices, precision, own_trainer, data)
         if own_trainer is not None and own_trainer.training and isinstance(data, DocVQADataModule):
             data.start_workers("train")
         self.model = load_model(

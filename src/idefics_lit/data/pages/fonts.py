@@ -6,7 +6,7 @@ with ``font="known"`` uses it.
 
 import importlib.util
 import random
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Font(NamedTuple):
 
     def width(self, text: str) -> float:
         """Return the width of a text in pixels."""
-        return load(self).getlength(text)
+        return _width(self, text)
 
     def at(self, size: int) -> "Font":
         """Return the typeface at another size."""
@@ -61,6 +61,11 @@ def load(font: Font) -> ImageFont.FreeTypeFont:
     if font.face == UNSEEN:
         return ImageFont.load_default(font.size).font_variant(layout_engine=basic)  # type: ignore[union-attr]
     return ImageFont.truetype(str(_folder() / f"{font.face}.ttf"), font.size, layout_engine=basic)
+
+
+@lru_cache(maxsize=2**16)  # a page is laid out twice: for its questions, and when it is drawn
+def _width(font: Font, text: str) -> float:
+    return load(font).getlength(text)
 
 
 @cache
