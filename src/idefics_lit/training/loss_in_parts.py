@@ -48,7 +48,7 @@ class LossInParts:
             InputError: a single row doesn't fit into memory.
         """
         parameters = [*trained_parameters(module).values()]
-        if not (self.enabled and _can_be_repeated(module, parameters)):
+        if not (self.enabled and isinstance(batch, Batch) and _can_be_repeated(module, parameters)):
             return module.loss(batch)
         values = graph = None
         while values is None:
