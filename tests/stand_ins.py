@@ -110,7 +110,7 @@ def build_stand_in(kind, folder, seed=0, geometry=GEOMETRY, **text):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(stand_in_config(kind, processor, geometry, **text))
     tokenizer = processor.tokenizer
-    ends = [IMAGE_TOKENS[2], *([ANOTHER_END] if kind == "idefics3" else [])]
+    ends = [IMAGE_TOKENS[2], *([tokenizer.eos_token, ANOTHER_END] if kind == "idefics3" else [])]
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.convert_tokens_to_ids(ends), do_sample=False
     )
