@@ -195,6 +195,7 @@ def test_evaluation_keeps_all_references_and_does_without(small):
         ),
         (example("Who?", "a</s>", source="row 3"), "special tokens"),
         (example("Who? " * 500, "a", source="row 3"), "row 3: .* tokens are more than 2048"),
+        (example("Who?", "a", images=0, source="row 3"), "row 3: it has no page"),
     ],
 )
 def test_bad_examples_are_named(small, bad, message):

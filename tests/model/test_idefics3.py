@@ -221,6 +221,7 @@ def test_answers_are_those_of_generate(stand_in, examples, monkeypatch):
             pixel_attention_mask=one.pixel_attention_mask,
             max_new_tokens=12,
             suppress_tokens=suppressed,
+            eos_token_id=sorted({*ours.backbone.eos_token_ids, ours.processor.tokenizer.eos_token_id}),
         )
         expected.append(ids[0, one.prompts.input_ids.shape[1] :].tolist())
     assert len({*map(tuple, expected)}) > 3

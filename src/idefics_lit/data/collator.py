@@ -148,11 +148,13 @@ class Idefics2Collator:
         """Tokenize questions and answers.
 
         Raises:
-            InputError: an example has no answer to train on, holds a special token of the model or a value of a
-                wrong type, or is longer than ``max_length``; the message names it.
+            InputError: an example has no page or no answer to train on, holds a special token of the model or a value
+                of a wrong type, or is longer than ``max_length``; the message names it.
         """
         for example in examples:
             example.check()
+            if not example.images:
+                raise InputError(f"{_name(example)}: it has no page: give at least one image")
         answers = [self._answer(example) for example in examples]
         prompts = [self._text(example, None) for example in examples]
         texts = [self._text(example, answer) for example, answer in zip(examples, answers, strict=True)]
