@@ -185,7 +185,7 @@ def test_the_gallery_is_sorted_by_score_and_filtered(fitted, opened):
         counts[kind] = len(shown)
     assert counts["right"] == sum(record["score"] == 1 for record in records)
     assert sum(counts.values()) == len(records)
-    table = page.locator(".table", has_text="Kinds of answers").locator("tbody tr")
+    table = page.locator(".kinds tbody tr")
     rows = [row.split("\t")[:2] for row in table.all_inner_texts()]
     assert {name: int(count) for name, count in rows} == counts
     kinds.select_option("")
