@@ -52,7 +52,7 @@ def module(tiny):
 
 
 def test_a_batch_that_does_not_fit_is_halved_before_the_first_step(module, data, caplog):
-    trainer, pages = Trainer(**CPU, max_steps=1, limit_val_batches=0), data(val_every_n_steps=1)
+    trainer, pages = Trainer(**CPU, max_steps=1, limit_val_batches=0), data(val_every_n_steps=1, questions_per_page=1)
     sizes = []
     pages.on_before_batch_transfer = lambda batch, _: sizes.append(len(batch.question_ids)) or batch
     ours = module(SmallMemory)
@@ -125,12 +125,12 @@ def test_features_are_cached_where_pages_recur_and_memory_allows(
 @pytest.mark.parametrize(
     ("limits", "options", "compiled"),
     [
-        ({"max_steps": 999}, {}, False),
-        ({"max_steps": 1000}, {}, True),
-        ({"max_epochs": 600}, {}, False),  # 24 questions, 16 a step: 900 steps
-        ({"max_epochs": 700}, {}, True),
-        ({"max_epochs": 700, "max_steps": 999}, {}, False),
-        ({"max_epochs": 600}, {"global_batch_size": 8}, True),
+        ({"max_steps": 149}, {}, False),
+        ({"max_steps": 150}, {}, True),
+        ({"max_epochs": 90}, {}, False),  # 24 questions, 16 a step: 135 steps
+        ({"max_epochs": 110}, {}, True),
+        ({"max_epochs": 110, "max_steps": 149}, {}, False),
+        ({"max_epochs": 90}, {"global_batch_size": 8}, True),
         ({"max_epochs": -1}, {}, True),
     ],
 )

@@ -34,8 +34,8 @@ CONTEXT_GIB = 0.5  # what CUDA and its libraries take
 GRAPHS_ACTIVATIONS = 2.5
 ACTIVATIONS = 1.15  # fragmentation
 MIN_DEQUANTIZED_BATCH = 8  # with less, room for a larger batch is worth more than 16-bit weights
-# Compiling takes 22 s, once on a machine, and 4 s from its cache; a step of 124 ms then takes 15 to 20% less.
-MIN_COMPILED_STEPS = 1000
+# On an H200 compiling takes 9 s, once on a machine, and a step then takes 112 to 122 ms instead of 136.
+MIN_COMPILED_STEPS = 150
 # A question of DocVQA with its answer, and the text around a page.
 TOKENS_PER_QUESTION, TOKENS_AROUND_PAGE = 28, 20
 # Multiply-adds of a layer's forward on a batch. From the first on, an H200 takes 4 ms for a layer and a tenth of that
