@@ -132,6 +132,7 @@ def test_an_export_is_asked_as_it_was_trained(tiny, tmp_path, in_effect, merge):
     data = in_effect(*flags).data
     assert (data.prompt_style, data.image_size) == ("idefics", 112)
     assert in_effect(*flags, "--data.prompt_style", "recipe").data.prompt_style == "recipe"
+    assert in_effect("check", *flags[1:], "--data.source", "synthetic").data.prompt_style == "recipe"  # as `fit`
 
 
 def test_a_merged_model_with_another_prompt_is_a_warning(tiny, tmp_path):

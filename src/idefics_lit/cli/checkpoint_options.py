@@ -86,7 +86,7 @@ class CheckpointOptionsCLI(LightningCLI):
         if path and not complete:
             self.parsers[command].set_defaults(_checkpoint_options(self._read_checkpoint(path)))
             self.config = self._parse(parser, args)
-        elif not path and command != "fit":
+        elif not path and command not in ("fit", "check"):  # a fit trains as its options say
             self.parsers[command].set_defaults(_prompt_options(options.model.adapter or options.model.pretrained))
             self.config = self._parse(parser, args)
         explicit = path if options.ckpt_path not in (None, "last", "hpc", "best") else None
