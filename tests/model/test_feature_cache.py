@@ -229,6 +229,16 @@ def test_features_of_what_was_there_before_are_not_found(tiny, examples, tmp_pat
     assert len(list(folder.iterdir())) == 2 * len(examples)
 
 
+def test_a_fit_that_compiles_finds_the_features_of_one_that_does_not(tiny, examples, tmp_path):
+    """The modules that compute them aren't compiled."""
+    batch = Idefics2Collator(load_processor(tiny, image_size=112), train=True)(examples)
+    for compiled in (False, True):
+        ours = module(tiny, quantization="none", feature_cache=str(tmp_path), compile=compiled)
+        with torch.compiler.set_stance("force_eager"):
+            ours.encode_pages(batch)
+    assert len(list(tmp_path.iterdir())) == len(examples)
+
+
 def test_other_models_and_other_pixels_have_other_features(tiny, examples, tmp_path):
     assert FolderCache(str(tmp_path), 1, "b").get("a") is None
     FolderCache(str(tmp_path), 1, "a").put("a", features(1))

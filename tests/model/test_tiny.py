@@ -22,6 +22,7 @@ from idefics_lit.model.tiny import (
     PAGE_WIDTH,
     build_tiny,
 )
+from idefics_lit.pretrained import load_processor
 
 MESSAGES = [
     {"role": "user", "content": [{"type": "text", "text": "Answer briefly."}, {"type": "image"},
@@ -78,6 +79,12 @@ def test_generates(processor: Idefics2Processor, model: Idefics2ForConditionalGe
     output = model.generate(**batch, max_new_tokens=4)
     new = output[:, batch["input_ids"].shape[1] :]
     assert new.shape[0] == 2 and not torch.isin(new, torch.tensor([FAKE, IMAGE])).any()
+
+
+@pytest.mark.parametrize("text", ["a", " a", "  a", " ", " \n", ""])
+def test_tokenizes_as_the_model_that_comes_with_the_package(processor: Idefics2Processor, text: str) -> None:
+    """Only a space before a word is ignored."""
+    assert processor.tokenizer(text).input_ids == load_processor("tiny").tokenizer(text).input_ids
 
 
 def test_seed(folder: Path, tmp_path: Path) -> None:

@@ -151,6 +151,10 @@ def test_the_cards_code_asks_idefics3_and_smolvlm_as_training_does(
     ends = ends if isinstance(ends, list) else [ends]
     written = json.loads(code.split("eos_token_id=")[1].split("]")[0] + "]")
     assert {*ends, module.processor.tokenizer.eos_token_id} == {*written}
+    suppressed = json.loads(code.split("bad_words_ids=")[1].split("]]")[0] + "]]")
+    vocabulary = module.processor.tokenizer.get_vocab()
+    tags = [token for name, token in vocabulary.items() if re.match("<row_|<global-img>|<fake_token_|<image>", name)]
+    assert sorted(suppressed) == [[token] for token in sorted(tags)]
     assert f"- {config['model_type']}\n" in card and "Idefics2" not in card
     if merge:
         saved = json.loads(Path("out/config.json").read_text())

@@ -9,7 +9,9 @@ from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.errors import InputError
+from idefics_lit.model.lora import LoRA
 from idefics_lit.pretrained import load_processor
+from idefics_lit.training.export import export_adapter
 from idefics_lit.training.module import Idefics2Module
 
 
@@ -112,3 +114,31 @@ def test_the_collator_has_the_prompt_and_images_of_the_training(tiny, docvqa, tm
         assert collator.processor.image_processor.size["longest_edge"] == 112
     collator = loaded.collator(train=True, prompt_style="recipe", max_length=99)
     assert (collator.prompt_style, collator.train, collator.max_length) == ("recipe", True, 99)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_is_asked_as_it_was_trained(tiny, tmp_path, in_effect, merge):
+    """By Python and by the commands, with its prompt, images and temperature."""
+    trained = Idefics2Module(tiny, quantization="none")
+    trained.temperature = 2.5
+    export_adapter(trained, tmp_path / "out", merge=merge, prompt_style="idefics", image_size=112)
+    folder = str(tmp_path / "out")
+    options = {"pretrained": folder} if merge else {"pretrained": tiny, "adapter": folder}
+    module = Idefics2Module(**options, quantization="none")
+    collator = module.collator(train=False)
+    assert (collator.prompt_style, module.temperature) == ("idefics", 2.5)
+    assert collator.processor.image_processor.size["longest_edge"] == 112
+    flags = ["ask", *(text for name, value in options.items() for text in (f"--model.{name}", value))]
+    data = in_effect(*flags).data
+    assert (data.prompt_style, data.image_size) == ("idefics", 112)
+    assert in_effect(*flags, "--data.prompt_style", "recipe").data.prompt_style == "recipe"
+    assert in_effect("check", *flags[1:], "--data.source", "synthetic").data.prompt_style == "recipe"  # as `fit`
+
+
+def test_a_merged_model_with_another_prompt_is_a_warning(tiny, tmp_path):
+    export_adapter(Idefics2Module(tiny, quantization="none"), tmp_path / "out", merge=True, prompt_style="idefics")
+    merged = str(tmp_path / "out")
+    data = DocVQADataModule("synthetic:form", merged, limit_val=1, num_workers=0, image_size=112)
+    trainer = Trainer(accelerator="cpu", precision="32-true", logger=False, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"trained with data\.prompt_style 'idefics', here 'recipe'"):
+        trainer.validate(Idefics2Module(merged, quantization="none", lora=LoRA(r=4, alpha=16)), data)

@@ -1,4 +1,4 @@
-"""LightningCLI whose options default to those of the checkpoint that the command loads.
+"""LightningCLI whose options default to those of the checkpoint, or of the export, that the command loads.
 
 Flags and config files override them.
 """
@@ -86,6 +86,9 @@ class CheckpointOptionsCLI(LightningCLI):
         if path and not complete:
             self.parsers[command].set_defaults(_checkpoint_options(self._read_checkpoint(path)))
             self.config = self._parse(parser, args)
+        elif not path and command not in ("fit", "check"):  # a fit trains as its options say
+            self.parsers[command].set_defaults(_prompt_options(options.model.adapter or options.model.pretrained))
+            self.config = self._parse(parser, args)
         explicit = path if options.ckpt_path not in (None, "last", "hpc", "best") else None
         requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and SLURMEnvironment.detect()
         if command == "fit" and explicit and requeued:  # rank 0 chooses for all ranks
@@ -131,6 +134,15 @@ class CheckpointOptionsCLI(LightningCLI):
                 f"is damaged, or another version of this program wrote it"
             ) from error
         return checkpoint
+
+
+def _prompt_options(name: str) -> dict[str, Any]:
+    """Return the prompt and image options that an adapter or merged model was trained with, by dotted name."""
+    from idefics_lit.training.checkpoint_checks import PROMPT_OPTIONS  # takes seconds to import
+    from idefics_lit.training.options import read_training_options
+
+    trained_with = read_training_options(name).get("datamodule_hyper_parameters", {})
+    return {f"data.{option}": trained_with[option] for option in PROMPT_OPTIONS if option in trained_with}
 
 
 def _checkpoint_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

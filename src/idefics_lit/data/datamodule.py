@@ -219,9 +219,9 @@ class DocVQADataModule(LightningDataModule):
             return
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             return
-        loader = self._train_loader() if split == "train" else self._eval_loader(split)
         # Lightning makes the model's device the default one while the model is configured; workers would inherit it.
         with torch.device("cpu"):
+            loader = self._train_loader() if split == "train" else self._eval_loader(split)
             loader.start()
         self._started[split] = loader
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from idefics_lit.model.batch import Batch
 from idefics_lit.model.cuda_graphs import CudaGraphRunner
@@ -26,6 +26,12 @@ ROWS_MULTIPLE, COLUMNS_MULTIPLE, ROWS_DIVISOR = 16, 64, 4
 IMAGE_TOKEN = re.compile(r"<(fake_token_around_image|image|global-img|row_\d+_col_\d+)>")
 
 Layers = Sequence[tuple[Tensor, ...]]
+
+
+def suppressed_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens of images and their tiles, which are never generated."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return [token_id for token_id, token in tokens if IMAGE_TOKEN.fullmatch(token.content)]
 
 
 class PrefillCache:
@@ -135,9 +141,8 @@ class GreedyDecoder:
     def __init__(self, backbone: Backbone, processor: ProcessorMixin, max_new_tokens: int, *, graphs: bool) -> None:
         self.backbone, self.tokenizer = backbone, processor.tokenizer
         self.max_new_tokens, self.graphs = max_new_tokens, graphs
-        device, special_tokens = backbone.lm_head.weight.device, self.tokenizer.added_tokens_decoder
-        suppressed = [token_id for token_id, token in special_tokens.items() if IMAGE_TOKEN.fullmatch(token.content)]
-        self.suppressed_token_ids = torch.tensor(suppressed, device=device)
+        device = backbone.lm_head.weight.device
+        self.suppressed_token_ids = torch.tensor(suppressed_token_ids(self.tokenizer), device=device)
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")}
         self.eos_token_ids = torch.tensor(sorted(ends | backbone.eos_token_ids), device=device)
         self._states: dict[int, tuple[DecodeState, CudaGraphRunner]] = {}  # by number of rows

@@ -113,6 +113,13 @@ def is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+def set_input_casts(enabled: bool, model: nn.Module, *_: object) -> None:
+    """Let the adapter's layers cast their inputs to the dtype of their weights, or not; a hook can call it."""
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.cast_input_dtype_enabled = enabled
+
+
 def _check_tied(model: peft.PeftModel) -> None:
     """Raise if the embedding or the head has LoRA although they share their weight.
 

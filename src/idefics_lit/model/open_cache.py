@@ -37,12 +37,10 @@ def open_cache(options: Any, modules: Mapping[str, nn.Module], dtype: torch.dtyp
         )
     if options.feature_cache == "memory":
         return MemoryCache(options.feature_cache_gb)
-    return FolderCache(
-        options.feature_cache, options.feature_cache_gb, _features_key([*modules.values()], dtype, options.compile)
-    )
+    return FolderCache(options.feature_cache, options.feature_cache_gb, _features_key([*modules.values()], dtype))
 
 
-def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype, is_compiled: bool) -> str:
+def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype) -> str:
     """Return a key of all that features depend on besides an image and the processor's options: weights and code.
 
     The weights are hashed, since a file's name, size and time don't identify them. For Idefics2-8b's vision tower, 0.8
@@ -56,5 +54,5 @@ def _features_key(modules: Sequence[nn.Module], dtype: torch.dtype, is_compiled:
     attention, device = attention_implementation(tower.config), tower.device.type
     versions = [f"{library.__name__} {library.__version__}" for library in LIBRARIES]
     return f"{digest.hexdigest()} {tower.config.to_json_string(use_diff=False)} {attention} {versions} " + (
-        f"{dtype} {device} {torch.get_float32_matmul_precision()} {is_compiled}"
+        f"{dtype} {device} {torch.get_float32_matmul_precision()}"
     )

@@ -89,8 +89,6 @@ def tiny_processor() -> Idefics2Processor:
     # same token ids with and without it.
     tokenizer.normalizer = normalizers.Replace(Regex(r"^ (?=\S)"), "")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # Idefics2's processor puts a space between a page and a word, for tokenizers that begin each text with a space.
-    tokenizer.normalizer = normalizers.Replace(Regex("^ "), "")
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(

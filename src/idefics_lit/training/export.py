@@ -15,6 +15,7 @@ from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 from idefics_lit.data.image_layout import count_images, page_edge
 from idefics_lit.data.image_tokens import tokens_per_image
 from idefics_lit.errors import InputError, first_line
+from idefics_lit.evaluation.decoding import suppressed_token_ids
 from idefics_lit.model.quiet_imports import peft
 from idefics_lit.pretrained import resolve
 from idefics_lit.training.checkpoint import base_fingerprint
@@ -206,15 +207,14 @@ def _text(text: str) -> dict[str, str]:
 def _generation_config(processor: ProcessorMixin, base: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
     """Return the end and suppressed tokens of generation in validation; the base model's own ends are among them."""
     tokenizer = processor.tokenizer
-    names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-    fake, image, end = tokenizer.convert_tokens_to_ids(names)
+    end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     own_ends = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
     own_ends = [token for token in own_ends if token is not None]
     return GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, end, *own_ends])),
-        bad_words_ids=[[fake], [image]],
+        bad_words_ids=[[token_id] for token_id in suppressed_token_ids(tokenizer)],
         max_new_tokens=max_new_tokens,
     )
 

@@ -35,18 +35,19 @@ class InferenceModule(TrainedWeightsModule):
     """The part of `Idefics2Module` that loads the model and answers questions.
 
     Args:
+        pretrained: the Hub id or folder of the model, which may be a merged one.
         adapter: the folder or Hub id of a saved adapter to start from.
     """
 
     hparams: Any  # the arguments of Idefics2Module, by name
     temperature: float
-    """Temperature of the answers' confidence, see `idefics_lit.evaluation.confidence`: 1, or that of the checkpoint or
-    adapter. Each validation of a fit fits it anew."""
+    """Temperature of the answers' confidence, see `idefics_lit.evaluation.confidence`: 1, or that of the checkpoint,
+    adapter or merged model. Each validation of a fit fits it anew."""
 
-    def __init__(self, adapter: str | None) -> None:
+    def __init__(self, pretrained: str, adapter: str | None) -> None:
         super().__init__()
         self.adapter = adapter
-        saved = read_training_options(adapter) if adapter else {}
+        saved = read_training_options(adapter or pretrained)
         self.temperature: float = saved.get("temperature", 1.0)
         self._prompt_options: Mapping[str, Any] = saved.get("datamodule_hyper_parameters", {})  # of its training
 
@@ -111,8 +112,10 @@ class InferenceModule(TrainedWeightsModule):
             prepare_base=self.prepare_base,
             model=model,
         )
-        if self.adapter is not None:
-            check_training_options(read_training_options(self.adapter), self, trainer)
+        trained_with = read_training_options(self.adapter or options.pretrained)
+        if self.adapter is None:
+            trained_with.pop("hyper_parameters", None)  # of a merged model, whose new adapter has others
+        check_training_options(trained_with, self, trainer)
         base = self.model.get_base_model()
         architecture, cache = backbone_class(base.config), None
         if options.feature_cache != "off":
@@ -195,7 +198,7 @@ class InferenceModule(TrainedWeightsModule):
             train: see `Idefics2Collator`.
             options: further arguments of `Idefics2Collator`, and ``image_splitting`` and ``image_size`` of
                 `load_processor`. The prompt style and the image options default to those that the module was trained
-                with, if it was loaded from a checkpoint or trained with a data module.
+                with, if it was loaded from a checkpoint or an export, or trained with a data module.
         """
         data = getattr(self.attached_trainer, "datamodule", None)
         trained_with = data.hparams if isinstance(data, LightningDataModule) else self._prompt_options

@@ -111,7 +111,7 @@ class Idefics2Module(InferenceModule):
         max_new_tokens: int = 32,
         strip_period: bool = False,
     ) -> None:
-        super().__init__(adapter)
+        super().__init__(pretrained, adapter)
         self.save_hyperparameters()
         check_options(self.hparams)
         self.anls = ANLS(strip_period=strip_period)

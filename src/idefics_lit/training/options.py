@@ -56,9 +56,13 @@ def plain_lora_options(lora: Any, adapter: str | None) -> dict[str, Any]:  # noq
     return asdict(lora)
 
 
-def read_training_options(adapter: str) -> dict[str, Any]:
-    """Return the options that a folder written by ``export`` was trained with; empty for other adapters."""
-    facts = _read_facts(adapter)
+def read_training_options(name: str) -> dict[str, Any]:
+    """Return the options that an adapter or merged model of ``export`` was trained with; empty for others.
+
+    Args:
+        name: its folder or Hub id.
+    """
+    facts = _read_facts(name)
     try:
         saved = {"hyper_parameters": facts["model"], "datamodule_hyper_parameters": facts["data"]}
         return {**saved, "temperature": float(facts.get("temperature", 1.0))}
