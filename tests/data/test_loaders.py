@@ -2,13 +2,17 @@
 
 import json
 
+import datasets
 import pytest
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from idefics_lit.data.datamodule import DocVQADataModule
 from idefics_lit.data.example import Examples
 from idefics_lit.data.samplers import TrainSampler
+from idefics_lit.training.checkpoint import EpochProgressRepair
 
 
 def write_official(folder, rows):
@@ -90,3 +94,45 @@ def test_an_evaluation_started_early_reads_each_question_once_in_each_iteration(
     assert torch.equal(torch.get_rng_state(), state)
     for _ in range(2):
         assert [batch.question_ids for batch in loader] == [batch.question_ids for batch in late]
+
+
+class Reader(LightningModule):
+    """Remembers the questions of its batches instead of training on them."""
+
+    automatic_optimization = False
+
+    def on_fit_start(self):
+        self.read = []
+
+    def training_step(self, batch, batch_idx):
+        self.read += batch.question_ids
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize("saved", ["by ModelCheckpoint", "after the fit"])
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (False, 2), (True, 2)])
+def test_a_fit_that_ended_within_an_epoch_is_continued_there(tmp_path, streaming, workers, saved):
+    """Lightning's ModelCheckpoint saves when it counts the epoch as ended."""
+    page = Image.new("L", (30, 40))
+    rows = [{"question_id": i, "question": f"Number {i}?", "answers": ["yes"], "image": page} for i in range(20)]
+    for name in ("train", "val"):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}-0.parquet")
+
+    def fit(steps, ckpt_path=None):
+        options = {"streaming": streaming, "limit_val": 1, "num_workers": workers, "batch_size": 2, "image_size": 112}
+        callbacks = [EpochProgressRepair(), ModelCheckpoint(tmp_path, filename=f"{steps}")]
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=callbacks, **quiet)
+        reader = Reader()
+        trainer.fit(reader, DocVQADataModule(str(tmp_path), "tiny", **options), ckpt_path=ckpt_path)
+        return trainer, reader.read
+
+    _, whole = fit(13)
+    trainer, read = fit(3)
+    if saved == "after the fit":
+        trainer.save_checkpoint(tmp_path / "3.ckpt")
+    _, rest = fit(13, tmp_path / "3.ckpt")
+    assert read + rest == whole

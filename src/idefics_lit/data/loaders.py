@@ -42,11 +42,12 @@ class EvalLoader(DataLoader[Any]):
         return started or super().__iter__()
 
 
-class _QuietLoader(StatefulDataLoader):  # type: ignore[misc]
-    """torchdata's loader without its warning about an obsolete call in its constructor."""
+class _ResumableLoader(StatefulDataLoader):  # type: ignore[misc]
+    """torchdata's loader, which also has a position after a fit, when Lightning has dropped its iterator."""
 
     is_started = False
     """Whether the next iteration continues with the batches of `start`."""
+    _left_at: dict[str, Any] | None = None  # the position at which an iteration was left
 
     def __init__(self, dataset: Any, **options: Any) -> None:  # noqa: ANN401
         with warnings.catch_warnings():
@@ -59,18 +60,27 @@ class _QuietLoader(StatefulDataLoader):  # type: ignore[misc]
             super().state_dict()  # opens an iterator, which the next iteration continues
         self.is_started = True
 
-    def __iter__(self) -> Any:  # noqa: ANN401
-        """Return an iterator over the batches."""
-        self.is_started = False
-        return super().__iter__()
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate lazily over the batches."""
+        self.is_started, self._left_at = False, None
+        try:
+            yield from super().__iter__()
+        except GeneratorExit:
+            self._left_at = super().state_dict()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+        position: dict[str, Any] = self._left_at or super().state_dict()
+        return position
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a position."""
-        self.is_started = False
+        self.is_started, self._left_at = False, None
         super().load_state_dict(state_dict)
 
 
-class TrainingLoader(_QuietLoader):
+class TrainingLoader(_ResumableLoader):
     """A loader that resumes in the middle of an epoch.
 
     Its position is a number of batches, so it depends on the sampler's order, the batch size and the number of workers.
@@ -124,7 +134,7 @@ class TrainingLoader(_QuietLoader):
         }
 
 
-class StreamLoader(_QuietLoader):
+class StreamLoader(_ResumableLoader):
     """A loader of a stream, whose length is the length of training and whose state has the position of every rank.
 
     It has a length, because Lightning prefetches one batch of a loader without one, which a checkpoint would lose.
@@ -146,12 +156,12 @@ class StreamLoader(_QuietLoader):
         """Return the number of batches of the training on this rank."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
-    def __iter__(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Iterator[Any]:
         """Start, or continue after the last batch: an epoch of Lightning's is not an epoch of the stream."""
         if self.was_iterated:
             super().load_state_dict(super().state_dict())
         self.was_iterated = True
-        return super().__iter__()
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of all ranks, and their settings; all ranks must call it."""

@@ -109,9 +109,19 @@ class EpochProgressRepair(Callback):
     - From a checkpoint that was saved after an epoch's last batch it neither ends that epoch nor begins the next one,
       so that callbacks that average weights would leave the epoch out.
     - Within an epoch it doesn't begin it again, so that ``GradientAccumulationScheduler`` would accumulate nothing.
+    - From a checkpoint that was saved at the end of a fit that ended within an epoch it would begin the next epoch, at
+      the position of the last one.
 
     `Idefics2Module` adds this callback to its Trainer.
     """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Don't count an epoch as ended if it has further batches."""
+        progress = checkpoint["loops"]["fit_loop"]
+        batches, epochs = progress["epoch_loop.batch_progress"], progress["epoch_progress"]
+        if batches["current"]["ready"] and not batches["is_last_batch"]:
+            for counts in (epochs["total"], epochs["current"]):
+                counts["processed"] = counts["completed"] = counts["started"] - 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct the restored progress; "ready" counts the epochs that were begun, "completed" those that ended."""
