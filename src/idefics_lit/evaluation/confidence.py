@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bounds of 1 / T, which separable answers would send to 0 or infinity.
-MIN_SCALE, MAX_SCALE = 0.01, 100.0
+# Bounds of 1 / T, which a few separable answers would send to infinity: each would have a confidence of 0 or 1.
+MIN_SCALE, MAX_SCALE = 0.1, 10.0
 MIN_LOG_PROBABILITY, MAX_LOG_PROBABILITY = -700.0, -1e-9  # whose log-odds are finite in float64
 
 
