@@ -1,11 +1,8 @@
-"""The LightningDataModule: opens the splits that a stage needs and builds their loaders."""
+"""The LightningDataModule: its options, the optimizer step's batches, and the loaders."""
 
-import os
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch.utils.data
-from lightning import LightningDataModule
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.utils.data import DataLoader
@@ -16,16 +13,12 @@ from idefics_lit.data.loaders import EvalLoader, StreamLoader, TrainingLoader
 from idefics_lit.data.optimizer_step import OptimizerStep, split_step
 from idefics_lit.data.prompts import PromptStyle
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
-from idefics_lit.data.skipping import SkipBadExamples, SkippingCollator, known_faults
-from idefics_lit.data.subset import Subset, sample_pages
+from idefics_lit.data.skipping import SkippingCollator
+from idefics_lit.data.split_module import SplitDataModule
 from idefics_lit.data.workers import ignore_group_signals
 from idefics_lit.errors import InputError
 from idefics_lit.model.loader_cache import LoaderCache
-from idefics_lit.pretrained import DTYPES, load_processor
-
-if TYPE_CHECKING:
-    from idefics_lit.data.split_roles import SplitRoles
-    from idefics_lit.data.streamed_questions import StreamedQuestions
+from idefics_lit.pretrained import DTYPES
 
 MINIMUMS = {
     **dict.fromkeys(("limit_train", "limit_val", "val_in_fit", "limit_test"), 1),
@@ -35,7 +28,7 @@ MINIMUMS = {
 }
 
 
-class DocVQADataModule(LightningDataModule):
+class DocVQADataModule(SplitDataModule):
     """Questions about document pages, from local files, the Hub, or synthetic pages.
 
     Pages are decoded and processed in the loaders' workers, one batch at a time. The order of the training questions
@@ -90,8 +83,6 @@ class DocVQADataModule(LightningDataModule):
         InputError: when the source, a split or a row is wrong; see the classes in `idefics_lit.data`.
     """
 
-    hparams: Any  # the arguments below, by name
-
     def __init__(
         self,
         source: str,
@@ -139,11 +130,6 @@ class DocVQADataModule(LightningDataModule):
         self.num_workers = num_workers
         self.step: OptimizerStep | None = None
         """The batches of the current fit's optimizer step."""
-        self.examples: dict[str, Examples] = {}
-        self.skipped: list[str] = []
-        """What is wrong with the rows that were left out before any page was opened, one line each."""
-        self.held_out_by: dict[str, Any] = {}
-        """The options that choose which pages of the training split are scored; empty if none are."""
         self.loader_cache: LoaderCache | None = None
         """Tells the workers which pages the model of the current run has cached."""
         self._started: dict[str, EvalLoader | TrainingLoader | StreamLoader] = {}
@@ -154,10 +140,7 @@ class DocVQADataModule(LightningDataModule):
         In a run of the Trainer, the workers of the first evaluation start.
         """
         self.open(stage)
-        self.examples = {
-            split: self._without_faults(examples, need_answers=split != "predict")
-            for split, examples in self.examples.items()
-        }
+        self.drop_faults()
         self._started = {}
         self.loader_cache = LoaderCache()
         if self.trainer and not (stage == "fit" and self.trainer.num_sanity_val_steps == 0):
@@ -174,25 +157,7 @@ class DocVQADataModule(LightningDataModule):
         if stage == "fit" and self.trainer:
             self.teardown(stage)  # an earlier fit may have been interrupted
             self.step = OptimizerStep(self.trainer, options)
-        # Tokenizer threads and forked workers can deadlock.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if options.streaming:
-            self._check_streaming(stage)
-        elif stage == "fit":
-            self.examples["train"] = _first(self._splits.train(), options.limit_train)
-        if stage in ("fit", "validate"):
-            self.examples["val"] = _first(self._splits.val(), options.limit_val)
-            self.held_out_by = self._splits.held_out_by()
-        if stage == "fit" and options.val_in_fit is not None:
-            self.examples["val"] = sample_pages(self.examples["val"], options.val_in_fit, options.seed)
-        if stage == "test":
-            self.examples["test"] = _first(self._splits.test(), options.limit_test)
-        if stage == "predict":
-            self.examples["predict"] = _first(self._splits.predict(), options.limit_test)
-        self.processor = load_processor(
-            options.pretrained, image_splitting=options.image_splitting, image_size=options.image_size
-        )
-        options.image_splitting = self.processor.image_processor.do_image_splitting
+        super().open(stage)
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own accumulation and validation interval back."""
@@ -248,7 +213,7 @@ class DocVQADataModule(LightningDataModule):
         """Return the sampler of this rank's training questions."""
         options = self.hparams
         share = self.step.examples_per_device if self.step else self.batch_size
-        return TrainSampler(examples, options.questions_per_page, share, seed=options.seed, **self._ranks())
+        return TrainSampler(examples, options.questions_per_page, share, seed=options.seed, **self.ranks())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation batches."""
@@ -261,10 +226,6 @@ class DocVQADataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of batches to predict."""
         return self._eval_loader("predict")
-
-    def dataset(self, split: str) -> Any:  # noqa: ANN401
-        """Return the questions of a split; with ``on_bad_example: skip``, a bad one is an `InputError`."""
-        return SkipBadExamples(self.examples[split]) if self._skips_bad_examples else self.examples[split]
 
     def collator(self, split: str) -> Idefics2Collator:
         """Return the collator of a split: "train", or one that is evaluated."""
@@ -310,13 +271,13 @@ class DocVQADataModule(LightningDataModule):
         options = self._loader_options("train")
         if self.hparams.streaming:
             assert self.trainer is not None
-            return StreamLoader(self._streamed_questions(), self.trainer, **options)
+            return StreamLoader(self.streamed_questions(), self.trainer, **options)
         sampler = self.train_sampler(self.examples["train"])
         return TrainingLoader(self.dataset("train"), self.trainer, sampler=sampler, **options)
 
     def _eval_loader(self, split: str) -> EvalLoader:
         loader_options = self._loader_options(split)
-        sampler = EvalSampler(self.examples[split], 8 * loader_options["batch_size"], **self._ranks())
+        sampler = EvalSampler(self.examples[split], 8 * loader_options["batch_size"], **self.ranks())
         return EvalLoader(self.dataset(split), sampler=sampler, **loader_options)
 
     def _loader_options(self, split: str) -> dict[str, Any]:
@@ -328,7 +289,7 @@ class DocVQADataModule(LightningDataModule):
         collator, num_workers = self.collator(split), self.workers()
         return {
             "batch_size": batch_size,
-            "collate_fn": SkippingCollator(collator) if self._skips_bad_examples else collator,
+            "collate_fn": SkippingCollator(collator) if self.skips_bad_examples else collator,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
             "worker_init_fn": ignore_group_signals,
@@ -339,57 +300,3 @@ class DocVQADataModule(LightningDataModule):
     def _has_batch_size_finder(self) -> bool:
         callbacks: Any = self.trainer.callbacks if self.trainer else ()  # type: ignore[attr-defined]
         return any(isinstance(callback, BatchSizeFinder) for callback in callbacks)
-
-    @property
-    def _skips_bad_examples(self) -> bool:
-        return self.hparams.on_bad_example == "skip"
-
-    @cached_property
-    def _splits(self) -> "SplitRoles":
-        from idefics_lit.data.split_roles import SplitRoles
-
-        return SplitRoles(self.hparams)
-
-    def _ranks(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {"num_replicas": trainer.world_size if trainer else 1, "rank": trainer.global_rank if trainer else 0}
-
-    def _check_streaming(self, stage: str) -> None:
-        limit = "limit_val" if stage in ("fit", "validate") else "limit_test"
-        if self.hparams[limit] is None:
-            raise InputError(f"data.{limit} is missing: say how many of a stream's questions to score, such as 500")
-        if stage == "fit" and (self.trainer is None or self.trainer.max_steps < 0):
-            raise InputError("trainer.max_steps is missing: a stream has no end, say how many steps to train for")
-
-    def _streamed_questions(self) -> "StreamedQuestions":
-        from idefics_lit.data.streamed_questions import StreamedQuestions
-
-        options = self.hparams
-        # All validation questions are held out, not only those of val_in_fit.
-        held_out = () if self._splits.val_name() else _first(self._splits.val(), options.limit_val).page_ids
-        ranks = self._ranks()
-        return StreamedQuestions(
-            self._splits.train_stream(),
-            ranks["rank"],
-            ranks["num_replicas"],
-            seed=options.seed,
-            questions_per_page=options.questions_per_page,
-            held_out={page for pages in held_out for page in pages},
-            skip=self._skips_bad_examples,
-        )
-
-    def _without_faults(self, examples: Examples, need_answers: bool) -> Examples:
-        """Drop the rows that are known to be bad, or raise the first one's error."""
-        faults = known_faults(examples, need_answers)
-        if not faults:
-            return examples
-        if not self._skips_bad_examples:
-            raise InputError(faults[min(faults)])
-        self.skipped += [faults[index] for index in sorted(faults)]
-        if len(faults) == len(examples):
-            raise InputError(f"data.on_bad_example skip: no row is left, the first one's error: {faults[0]}")
-        return Subset(examples, [index for index in range(len(examples)) if index not in faults])
-
-
-def _first(examples: Examples, limit: int | None) -> Examples:
-    return Subset(examples, range(len(examples))[:limit])
