@@ -23,7 +23,7 @@ CARD = Path(idefics_lit.__file__).parent / "model" / "reader" / "README.md"
 QUICKSTART = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
            "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}  # fmt: skip
-STEPS = 70
+STEPS = 100
 
 
 def data(**changed):
