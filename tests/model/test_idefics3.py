@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-import transformers
-from lightning import Callback, Trainer
+from comparisons import StepLosses, adapted_module, alone, answer_logits_loss_and_gradients, trainer_losses
+from lightning import Trainer
 from PIL import Image
 from stand_ins import TILE, build_stand_in
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from idefics_lit import Example, Idefics2Collator, Idefics2Module, InputError, LoRA, load_processor
 from idefics_lit.evaluation.decoding import GreedyDecoder
@@ -19,18 +19,6 @@ from idefics_lit.model.loading import load_model
 CONNECTOR_FROZEN = r".*text_model.*(q_proj|v_proj)|lm_head"
 CPU = {"accelerator": "cpu", "precision": "32-true", "logger": False, "enable_progress_bar": False,
        "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
-
-
-def module(folder, target_modules=None, *, std=0.1, **options):
-    torch.manual_seed(0)
-    lora = LoRA(dropout=0.0, **({"target_modules": target_modules} if target_modules else {}))
-    ours = Idefics2Module(folder, lora=lora, **options)
-    ours.configure_model()
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=std)
-    return ours.eval()
 
 
 def page(width, height, seed):
@@ -62,15 +50,11 @@ def collate(stand_in):
     return Idefics2Collator(load_processor(stand_in), train=True)
 
 
-def alone(examples):
-    return [Example(e.question_id, e.question, e.images, e.answers) for e in examples]
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("target_modules", [None, CONNECTOR_FROZEN], ids=["connector", "no connector"])
 def test_loss_and_logits_are_those_of_transformers(stand_in, examples, collate, quantization, target_modules):
     """Also of black tiles, of rows with several pages, and of packed rows."""
-    ours = module(stand_in, target_modules, quantization=quantization)
+    ours = adapted_module(stand_in, target_modules, quantization=quantization)
     assert isinstance(ours.backbone, Idefics3Backbone)
     for batch in (collate(alone(examples)), collate(examples)):
         assert {count for row in batch.page_images for count in row} == {17, 9, 5}
@@ -88,7 +72,7 @@ def test_loss_and_logits_are_those_of_transformers(stand_in, examples, collate, 
 def test_loss_and_logits_with_the_tiles_of_the_released_models(tmp_path, examples, kind, geometry, tokens):
     """Of a tile of 384 pixels the last 6 are in no patch of 14."""
     folder = str(build_stand_in(kind, tmp_path, geometry=geometry))
-    ours = module(folder, quantization="none")
+    ours = adapted_module(folder, quantization="none")
     batch = Idefics2Collator(load_processor(folder, image_size=2 * geometry[0]), train=True)(alone(examples[4:7]))
     images = sum(map(len, batch.image_sizes))
     assert (batch.input_ids == ours.processor.image_token_id).sum() == tokens * images
@@ -100,14 +84,9 @@ def test_loss_and_logits_with_the_tiles_of_the_released_models(tmp_path, example
 
 
 def test_logits_and_gradients_of_packed_rows_are_those_of_rows_of_their_own(stand_in, examples, collate):
-    ours, results = module(stand_in, quantization="none"), []
+    ours, results = adapted_module(stand_in, quantization="none"), []
     for batch in (collate(examples), collate(alone(examples))):
-        ours.zero_grad()
-        loss, tokens = ours.loss(batch)
-        loss.backward()
-        with torch.no_grad():
-            logits = ours(batch)[:, :-1][batch.labels[:, 1:] != -100]
-        results.append((logits, loss, tokens, {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}))
+        results.append(answer_logits_loss_and_gradients(ours, batch))
     (packed, packed_loss, packed_tokens, packed_grads), (plain, loss, tokens, grads) = results
     assert torch.equal(packed_tokens, tokens) and packed_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     order = packed.sum(1).sort().indices, plain.sum(1).sort().indices  # packing changes the order of the answers
@@ -156,57 +135,23 @@ def test_every_loss_is_transformers_trainers(stand_in, examples, tmp_path):
     """20 optimizer steps of 2 x 2 examples in float32."""
     collate = Idefics2Collator(load_processor(stand_in, image_size=2 * TILE), train=True)
     data = [alone(examples)[i % len(examples)] for i in range(20 * 4)]
-    losses = []
-
-    class Losses(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step > len(losses):
-                losses.append(trainer.callback_metrics["train/loss"].item())
-
+    losses = StepLosses()
     torch.manual_seed(0)
     options = {"lora": LoRA(dropout=0.0), "quantization": "none", "lr": 1e-3, "warmup_steps": 5}
     ours = Idefics2Module(stand_in, **options)
-    trainer = Trainer(**CPU, max_steps=20, accumulate_grad_batches=2, gradient_clip_val=1.0, callbacks=[Losses()])
+    trainer = Trainer(**CPU, max_steps=20, accumulate_grad_batches=2, gradient_clip_val=1.0, callbacks=[losses])
     trainer.fit(ours, DataLoader(data, batch_size=2, collate_fn=collate))
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return SequentialSampler(self.train_dataset)
-
     torch.manual_seed(0)
     theirs = Idefics2Module(stand_in, **options)
-    theirs.configure_model()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=20,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        warmup_steps=5,
-        lr_scheduler_type="linear",
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-    )
-    reference = InOrder(
-        theirs.model, arguments, train_dataset=data, data_collator=lambda batch: collate(batch).model_inputs()
-    )
-    reference.train()
-    expected = [entry["loss"] for entry in reference.state.log_history if "loss" in entry]
-    assert len(losses) == len(expected) == 20
-    assert losses == pytest.approx(expected, abs=1e-4)
+    expected = trainer_losses(theirs, data, collate, tmp_path, steps=20, accumulate=2)
+    assert len(losses.values) == len(expected) == 20
+    assert losses.values == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0] - 0.5
 
 
 def test_answers_are_those_of_generate(stand_in, examples, monkeypatch):
     """Token for token, decoded from the prefill's keys and values instead of from the pixels."""
-    ours = module(stand_in, std=0.5, quantization="none", max_new_tokens=12)
+    ours = adapted_module(stand_in, std=0.5, quantization="none", max_new_tokens=12)
     collate, vocabulary = Idefics2Collator(ours.processor, train=False), ours.processor.tokenizer.get_vocab()
     pattern = r"<(fake_token_around_image|image|global-img|row_\d_col_\d)>"
     suppressed = [token for name, token in vocabulary.items() if re.fullmatch(pattern, name)]
@@ -235,7 +180,7 @@ def test_answers_are_those_of_generate(stand_in, examples, monkeypatch):
 @torch.no_grad()
 def test_an_answer_ends_at_each_end_token_and_names_no_tile(stand_in, examples):
     """Idefics3-8B's generation_config has ends that its tokenizer doesn't name."""
-    ours = module(stand_in, quantization="none", max_new_tokens=4)
+    ours = adapted_module(stand_in, quantization="none", max_new_tokens=4)
     collate, tokenizer = Idefics2Collator(ours.processor, train=False), ours.processor.tokenizer
     vocabulary, batch = tokenizer.get_vocab(), collate(examples[:1])
     ends = {"<end_of_utterance>", "<|eot_id|>", tokenizer.eos_token} & {*vocabulary}
@@ -255,10 +200,10 @@ def test_an_answer_ends_at_each_end_token_and_names_no_tile(stand_in, examples):
 def test_cached_features_change_nothing(stand_in, examples, collate, tmp_path, where, target_modules):
     """One entry a page, which is smaller behind a connector that is frozen."""
     folder = tmp_path / "features"
-    cached = module(
+    cached = adapted_module(
         stand_in, target_modules, quantization="none", feature_cache=where if where == "memory" else str(folder)
     )
-    plain, calls = module(stand_in, target_modules, quantization="none"), []
+    plain, calls = adapted_module(stand_in, target_modules, quantization="none"), []
     base = cached.model.get_base_model().model
     base.vision_model.encoder.register_forward_hook(lambda *_: calls.append(1))
     batches = [collate(examples[:4]), collate(examples[3:]), collate([examples[6], examples[0]])]
@@ -279,13 +224,15 @@ def test_features_before_the_connector_are_no_features_behind_it(stand_in, examp
     losses = []
     for target_modules in (None, CONNECTOR_FROZEN, None):
         for options in ({}, {"feature_cache": str(tmp_path)}):
-            losses.append(module(stand_in, target_modules, quantization="none", **options).loss(collate(examples))[0])
+            losses.append(
+                adapted_module(stand_in, target_modules, quantization="none", **options).loss(collate(examples))[0]
+            )
     assert losses[0] == losses[1] == losses[4] == losses[5] and losses[2] == losses[3] != losses[0]
     assert len([*tmp_path.glob("*.safetensors")]) == 6
 
 
 def test_a_connector_that_is_unfrozen_later_gets_gradients(stand_in, examples, collate):
-    ours = module(stand_in, CONNECTOR_FROZEN, quantization="none", feature_cache="memory")
+    ours = adapted_module(stand_in, CONNECTOR_FROZEN, quantization="none", feature_cache="memory")
     batch = collate(examples[:1])
     expected = ours.loss(batch)[0]
     weight = ours.model.get_base_model().model.connector.modality_projection.proj.weight.requires_grad_()
@@ -298,5 +245,5 @@ def test_a_connector_that_is_unfrozen_later_gets_gradients(stand_in, examples, c
 def test_the_head_of_a_model_with_tied_weights_is_refused(tmp_path):
     folder = str(build_stand_in("smolvlm", tmp_path, tie_word_embeddings=True))
     with pytest.raises(InputError, match=r"matches lm_head, but .* are one weight .* leave lm_head out"):
-        module(folder, quantization="none")
-    assert module(folder, CONNECTOR_FROZEN.removesuffix("|lm_head"), quantization="none")
+        adapted_module(folder, quantization="none")
+    assert adapted_module(folder, CONNECTOR_FROZEN.removesuffix("|lm_head"), quantization="none")

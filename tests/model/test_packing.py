@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from comparisons import adapted_module, alone, answer_logits_loss_and_gradients
 from PIL import Image
 from torch.utils.data import DistributedSampler
 
@@ -16,7 +17,6 @@ from idefics_lit.data.example import Example
 from idefics_lit.data.samplers import EvalSampler, TrainSampler
 from idefics_lit.data.sources.synthetic import SyntheticPages
 from idefics_lit.evaluation.decoding import GreedyDecoder
-from idefics_lit.model.loading import LoRA
 from idefics_lit.pretrained import load_processor
 from idefics_lit.training.module import Idefics2Module
 
@@ -34,21 +34,6 @@ def processor(tiny):
     return load_processor(tiny)
 
 
-def alone(examples):
-    return [replace(example, page_id=None) for example in examples]
-
-
-def module(tiny, **kwargs):
-    torch.manual_seed(0)
-    ours = Idefics2Module(tiny, lora=LoRA(dropout=0.0), **kwargs)
-    ours.configure_model()
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return ours.eval()
-
-
 def test_a_row_holds_the_page_once(processor, examples):
     batch = Idefics2Collator(processor, train=True)(examples)
     assert len(batch.pixel_values) == len({e.page_id for e in examples}) < len(examples)
@@ -59,18 +44,13 @@ def test_a_row_holds_the_page_once(processor, examples):
 @pytest.mark.parametrize("style", ["recipe", "idefics"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processor, examples, style, quantization):
-    ours = module(tiny, quantization=quantization)
+    ours = adapted_module(tiny, quantization=quantization)
     collate = Idefics2Collator(processor, train=True, prompt_style=style)
     for example in examples:
         example.answers = example.answers[:1]
     results = []
     for batch in (collate(examples), collate(alone(examples))):
-        ours.zero_grad()
-        loss, tokens = ours.loss(batch)
-        loss.backward()
-        with torch.no_grad():
-            logits = ours(batch)[:, :-1][batch.labels[:, 1:] != -100]
-        gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+        logits, loss, tokens, gradients = answer_logits_loss_and_gradients(ours, batch)
         results.append((logits, loss.item() / tokens.item(), tokens, gradients))
     (packed, packed_loss, packed_tokens, packed_grads), (plain, plain_loss, plain_tokens, plain_grads) = results
     assert torch.equal(packed_tokens, plain_tokens)
@@ -82,7 +62,7 @@ def test_logits_loss_and_gradients_are_those_of_rows_of_their_own(tiny, processo
 
 def test_the_loss_is_that_of_transformers(tiny, processor, examples):
     """transformers' Idefics2 takes packed rows too."""
-    ours = module(tiny, quantization="none")
+    ours = adapted_module(tiny, quantization="none")
     for batch in (b := Idefics2Collator(processor, train=True))(examples), b(alone(examples)):
         theirs = ours.model(**batch.model_inputs(), use_cache=False)
         loss, tokens = ours.loss(batch)
@@ -92,7 +72,7 @@ def test_the_loss_is_that_of_transformers(tiny, processor, examples):
 
 
 def test_the_sliding_window_is_that_of_transformers(tiny, processor, examples):
-    ours = module(tiny, quantization="none")
+    ours = adapted_module(tiny, quantization="none")
     config = ours.model.config.text_config
     assert config is ours.model.get_base_model().model.text_model.config
     config.sliding_window = 80
@@ -112,7 +92,7 @@ def test_the_sliding_window_is_that_of_transformers(tiny, processor, examples):
 
 def test_logits_of_pages_of_several_shapes_are_those_of_transformers(tiny, processor):
     """Unpadded and grouped by shape here, padded and masked there; rows with one image and with three."""
-    ours = module(tiny, quantization="none")
+    ours = adapted_module(tiny, quantization="none")
     shapes = [(448, 336), (336, 448), (448, 400), (420, 448), (448, 336)]
     pages = [Image.effect_noise(shape, 80) for shape in shapes]
     batch = Idefics2Collator(processor, train=True)(
@@ -163,7 +143,7 @@ def test_answers_are_those_of_generate(processor, examples, monkeypatch):
 
 
 def test_a_batch_too_large_for_memory_is_evaluated_in_parts(tiny, processor, examples, monkeypatch):
-    ours = module(tiny, max_new_tokens=4)
+    ours = adapted_module(tiny, max_new_tokens=4)
     batch = Idefics2Collator(processor, train=False)(examples)
     for place in range(len(examples)):
         batch.prompts.indices[place] = place

@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
+from comparisons import StepLosses, trainer_losses
 from lightning import Callback, Trainer
 from PIL import Image
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from idefics_lit.data.collator import Idefics2Collator
 from idefics_lit.data.example import Example
@@ -47,54 +47,17 @@ def gradients(module, batch):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-class Losses(Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step > len(self.values):
-            self.values.append(trainer.callback_metrics["train/loss"].item())
-
-
 @pytest.mark.slow
 def test_every_loss_is_transformers_trainers(tiny, processor, examples, tmp_path):
     """30 optimizer steps of 2 x 4 examples in float32, the same order, labels and schedule."""
     steps, data = 30, [examples[i % len(examples)] for i in range(30 * 8)]
     collator = Idefics2Collator(processor, train=True)
     ours = module(tiny, quantization="none", lr=1e-3, warmup_steps=5)
-    losses = Losses()
+    losses = StepLosses()
     trainer = Trainer(**CPU, max_steps=steps, accumulate_grad_batches=4, gradient_clip_val=1.0, callbacks=[losses])
     trainer.fit(ours, DataLoader(data, batch_size=2, collate_fn=collator))
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return SequentialSampler(self.train_dataset)
-
     theirs = module(tiny, quantization="none")
-    theirs.configure_model()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        warmup_steps=5,
-        lr_scheduler_type="linear",
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-    )
-    reference = InOrder(
-        theirs.model, arguments, train_dataset=data, data_collator=lambda batch: collator(batch).model_inputs()
-    )
-    reference.train()
-    expected = [entry["loss"] for entry in reference.state.log_history if "loss" in entry]
+    expected = trainer_losses(theirs, data, collator, tmp_path, steps=steps, accumulate=4)
     assert len(losses.values) == len(expected) == steps
     assert losses.values == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0]
