@@ -49,12 +49,13 @@ class MemoryCache:
         self._slabs: list[Tensor] = []
         self._used = self.slab_bytes
         self._features: dict[str, Tensor] = {}
-        self._keys = tempfile.TemporaryDirectory(prefix="idefics_lit_keys_")
+        self._keys_folder = tempfile.TemporaryDirectory(prefix="idefics_lit_keys_")
+        self._stored_keys = StoredKeys(self._keys_folder.name)
 
     @property
     def loader_get(self) -> Callable[[str], Tensor | None]:
         """`StoredKeys.get`, for the loader's processes, which don't share this memory."""
-        return StoredKeys(self._keys.name).get
+        return self._stored_keys.get
 
     def get(self, page: str, device: Device = "cpu") -> Tensor | None:
         """Return a copy of a page's features on a device, or None.
@@ -78,7 +79,7 @@ class MemoryCache:
         cached.copy_(features.detach(), non_blocking=True)
         self._used += -(-features.nbytes // 64) * 64  # a view's start must suit its dtype
         self._features[page] = cached
-        StoredKeys(self._keys.name).add(page)
+        self._stored_keys.add(page)
 
 
 class FolderCache:

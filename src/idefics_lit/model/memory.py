@@ -89,14 +89,14 @@ def count_weights(config: "PretrainedConfig", options: Mapping[str, Any]) -> Wei
     from idefics_lit.model.adapter import add_lora
     from idefics_lit.model.lora import LoRA, unquantized_modules
 
-    # On the meta device too, new weights advance the random state, and the fit's own would then depend on the counting.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        base = transformers.AutoModelForImageTextToText.from_config(config)
     unquantized = unquantized_modules(quantize_vision=options["quantize_vision"])
-    layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
-    quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-    others = sum(p.numel() for p in base.parameters()) - quantizable
+    # On the meta device too, new weights advance the random state, and the fit's own would then depend on the counting.
     with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            base = transformers.AutoModelForImageTextToText.from_config(config)
+        layers = [layer for name, layer in base.named_modules() if not name.startswith(unquantized)]
+        quantizable = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+        others = sum(p.numel() for p in base.parameters()) - quantizable
         adapted = add_lora(base, LoRA(**options["lora"]))
     trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     is_vision_trained = any(".vision_model." in name for name in trainable)
